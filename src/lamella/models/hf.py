@@ -1,0 +1,203 @@
+"""The transformers home: stock Llama-family models whose FFNs are `SlicedMoE` layers.
+
+Attention, norms, embeddings, rope and generation are transformers' own classes; only `layer.mlp` differs. Importing
+this module registers the models with transformers' Auto classes. The maths is in `lamella.moe.experts.moe_ffn`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lamella.config import DENSE_BIAS, ExpertPath, Mode, MoEConfig
+from lamella.errors import UserError
+from lamella.moe.experts import moe_ffn
+from lamella.moe.routing import Routing
+from lamella.moe.slicing import Experts
+
+
+class PackedExperts(nn.Module):
+    """Parameters only: frozen and trainable experts, apart, so that an optimizer never sees the frozen ones."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        D, f = hidden_size, config.moe_intermediate_size
+        S, R = config.num_frozen_experts, config.num_trainable_experts
+        self.frozen_gate_up_proj = nn.Parameter(torch.empty(S, 2 * f, D), requires_grad=False)
+        self.frozen_down_proj = nn.Parameter(torch.empty(S, D, f), requires_grad=False)
+        self.trainable_gate_up_proj = nn.Parameter(torch.empty(R, 2 * f, D))
+        self.trainable_down_proj = nn.Parameter(torch.empty(R, D, f))
+
+    @property
+    def frozen(self) -> Experts:
+        return Experts(self.frozen_gate_up_proj, self.frozen_down_proj)
+
+    @property
+    def trainable(self) -> Experts:
+        return Experts(self.trainable_gate_up_proj, self.trainable_down_proj)
+
+
+class Router(nn.Module):
+    """Router rows [R, D] and the float32 selection bias [R]; zero rows weigh every chosen expert exactly 1."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_router_rows, hidden_size))
+        self.selection_bias: Tensor
+        self.register_buffer("selection_bias", torch.full((config.num_router_rows,), DENSE_BIAS, dtype=torch.float32))
+
+
+class SlicedMoE(nn.Module):
+    """Takes the place of a decoder layer's `mlp`: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.experts = PackedExperts(hidden_size, config)
+        self.router = Router(hidden_size, config)
+        self.mode: Mode = "routed"
+        self.path: ExpertPath = "auto"
+        self.last_routing: Routing | None = None
+        """The routing of the latest forward, for reports."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y_TD, self.last_routing, _ = moe_ffn(
+            x_TD, self.router.weight, self.router.selection_bias,
+            self.experts.frozen, self.experts.trainable, self.config, self.mode, self.path,
+        )  # fmt: skip
+        return y_TD.view_as(hidden_states)
+
+
+class _SlicedForCausalLM(PreTrainedModel):
+    """Mixin ahead of a stock *ForCausalLM: swaps in the MoE layers named by `config.moe`."""
+
+    # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
+    _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        moe = MoEConfig.from_dict(config.moe)
+        for index in moe.moe_layers:
+            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe)
+        self.post_init()  # again, now that the MoE layers stand
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every loaded parameter trainable; the frozen experts are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for layer in model.moe_layers:
+            for parameter in layer.experts.frozen:
+                parameter.requires_grad_(False)
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PackedExperts):
+            for parameter in module.parameters():
+                parameter.normal_(std=self.config.initializer_range)
+        elif isinstance(module, Router):
+            module.weight.zero_()
+            module.selection_bias.fill_(DENSE_BIAS)
+
+    @property
+    def moe_layers(self) -> list[SlicedMoE]:
+        return [m for m in self.modules() if isinstance(m, SlicedMoE)]
+
+    def set_mode(self, mode: Mode) -> None:
+        """What every MoE layer computes from now on (see lamella.config.Mode)."""
+        if mode not in get_args(Mode):
+            raise UserError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        for layer in self.moe_layers:
+            layer.mode = mode
+
+    def set_expert_path(self, path: ExpertPath) -> None:
+        """How every MoE layer computes it (see lamella.moe.experts)."""
+        if path not in get_args(ExpertPath):
+            raise UserError(f"expert path is {path!r}; it must be one of {', '.join(get_args(ExpertPath))}")
+        for layer in self.moe_layers:
+            layer.path = path
+
+
+class LamellaLlamaConfig(LlamaConfig):
+    model_type = "lamella_llama"
+    moe: dict | None = None
+
+
+class LamellaMistralConfig(MistralConfig):
+    model_type = "lamella_mistral"
+    moe: dict | None = None
+
+
+class LamellaQwen2Config(Qwen2Config):
+    model_type = "lamella_qwen2"
+    moe: dict | None = None
+
+
+class LamellaQwen3Config(Qwen3Config):
+    model_type = "lamella_qwen3"
+    moe: dict | None = None
+
+
+class LamellaLlamaForCausalLM(_SlicedForCausalLM, LlamaForCausalLM):
+    config_class = LamellaLlamaConfig
+
+
+class LamellaMistralForCausalLM(_SlicedForCausalLM, MistralForCausalLM):
+    config_class = LamellaMistralConfig
+
+
+class LamellaQwen2ForCausalLM(_SlicedForCausalLM, Qwen2ForCausalLM):
+    config_class = LamellaQwen2Config
+
+
+class LamellaQwen3ForCausalLM(_SlicedForCausalLM, Qwen3ForCausalLM):
+    config_class = LamellaQwen3Config
+
+
+# dense model_type -> the class of its sliced form
+SLICED_MODELS: dict[str, type[_SlicedForCausalLM]] = {
+    "llama": LamellaLlamaForCausalLM,
+    "mistral": LamellaMistralForCausalLM,
+    "qwen2": LamellaQwen2ForCausalLM,
+    "qwen3": LamellaQwen3ForCausalLM,
+}
+for _model in SLICED_MODELS.values():
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModelForCausalLM.register(_model.config_class, _model)
+
+
+def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", **kwargs: Any) -> PreTrainedModel:
+    """A dense or converted checkpoint as an evaluating transformers model.
+
+    Args:
+        folder: a local folder (or hub name) that AutoModelForCausalLM can read.
+        dtype: torch dtype, or "auto" for that of the file.
+
+    Raises:
+        UserError: tensors of the architecture are missing from the file (transformers would draw them at random).
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
+    if wrong:
+        raise UserError(f"{folder} does not match its config: {wrong}; convert or export it again")
+    return model.to(device).eval()

@@ -1,0 +1,53 @@
+"""Selection-bias updates without an auxiliary loss, and the measures of balance.
+
+Updates happen once per optimizer step, outside autograd, from statistics summed over all data-parallel ranks and
+micro-batches; the bias only selects, it never weighs (arXiv 2408.15664).
+
+Shapes: E experts, S pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamella.config import DENSE_BIAS
+
+
+def expert_counts(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """[E] float32: tokens that chose each expert. Static shape, no host synchronisation."""
+    counts_E = torch.zeros(num_experts, device=expert_ids_TK.device)
+    ids = expert_ids_TK.flatten()
+    return counts_E.scatter_add_(0, ids, torch.ones_like(ids, dtype=counts_E.dtype))
+
+
+def sign_update(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
+    """bias + rate * sign(mean count - count), zero mean (flat routing). Raw counts instead of signs oscillate."""
+    bias_E = bias_E + rate * torch.sign(counts_E.mean() - counts_E)
+    return bias_E - bias_E.mean()
+
+
+def share_bias(margins_TS: Tensor, share: float) -> Tensor:
+    """[S] bias with which the copies of each pair get `share` of these tokens (twin routing).
+
+    A copy is chosen where margin + 2 bias > 0, so the bias is minus half the (1 - share) quantile of the margins.
+    Shares 0 and 1 are exact on any text, not only on this one.
+    """
+    S = margins_TS.shape[-1]
+    if share <= 0 or share >= 1:
+        return torch.full((S,), DENSE_BIAS if share <= 0 else -DENSE_BIAS, device=margins_TS.device)
+    ordered_TS = margins_TS.float().sort(dim=0).values
+    position = min(int((1 - share) * len(ordered_TS)), len(ordered_TS) - 1)
+    return -0.5 * ordered_TS[position]
+
+
+def max_violation(counts_E: Tensor) -> Tensor:
+    """MaxVio = (max count - mean) / mean: 0 when balanced, E - 1 when one expert has everything."""
+    mean = counts_E.mean()
+    return (counts_E.max() - mean) / mean
+
+
+def routing_entropy(counts_E: Tensor) -> Tensor:
+    """Entropy of the load over the experts, over log E: 1 when balanced, 0 when one expert has everything."""
+    p_E = counts_E / counts_E.sum()
+    return -(p_E * p_E.clamp_min(1e-12).log()).sum() / torch.log(torch.tensor(float(len(counts_E))))

@@ -1,0 +1,95 @@
+"""Which experts a token goes to, and with what weight.
+
+Twin routing: a router row per pair of experts. The trainable copy i gets the logit l_i, its frozen slice -l_i, and
+likewise the selection biases b_i and -b_i. Sigmoid scores of a pair then add up to 1, the larger biased score of
+every pair is at least 1/2 and the smaller at most 1/2: a plain top-S of the 2S experts picks exactly one of each
+pair, and sums every slice of the FFN once. Flat routing: an ordinary top-k over all experts.
+
+In both, experts are chosen by score + bias and weighted by the score alone (arXiv 2408.15664).
+
+Shapes: T tokens, D model width, S slices, E experts (frozen 0 .. S-1, then trainable), K active experts, R router
+rows (S for twin, E for flat).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamella.config import GateKind, Mode, MoEConfig
+
+
+class Routing(NamedTuple):
+    expert_ids_TK: Tensor
+    """int64; in twin routing column i holds i (the slice) or S + i (its copy)."""
+    weights_TK: Tensor
+    """float32 gate weights."""
+
+
+def router_logits(x_TD: Tensor, weight_RD: Tensor) -> Tensor:
+    """[T, R] in float32 whatever the inputs' dtype: a bf16 logit would flip choices between equal models."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.float(), weight_RD.float())
+
+
+def expert_scores(logits_TR: Tensor, config: MoEConfig) -> Tensor:
+    """[T, E] scores from router logits; twin routing mirrors them first: slices get -l, copies l."""
+    logits_TE = torch.cat([-logits_TR, logits_TR], dim=-1) if config.routing == "twin" else logits_TR
+    return gate_scores(logits_TE, config.gate)
+
+
+def gate_scores(logits_TE: Tensor, gate: GateKind) -> Tensor:
+    return logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def pair_margins(scores_TE: Tensor) -> Tensor:
+    """[T, S]: how much each copy's score exceeds its slice's, in [-1, 1]."""
+    frozen_TS, trainable_TS = scores_TE.chunk(2, dim=-1)
+    return trainable_TS - frozen_TS
+
+
+def choose_pairs(scores_TE: Tensor, bias_S: Tensor) -> Tensor:
+    """[T, S] ids, one of each pair: the copy where score + bias exceeds the slice's score - bias (ties: the slice)."""
+    S = bias_S.shape[0]
+    slice_ids = torch.arange(S, device=scores_TE.device)
+    return slice_ids + S * (pair_margins(scores_TE) + 2 * bias_S > 0)
+
+
+def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """[T, K] ids of the largest score + bias."""
+    return torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
+
+
+def gate_weights(scores_TE: Tensor, expert_ids_TK: Tensor, config: MoEConfig) -> Tensor:
+    """[T, K] weights of the chosen experts: their scores, normalised if the config says so, times route_scale."""
+    weights_TK = scores_TE.gather(-1, expert_ids_TK)
+    if config.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return weights_TK * config.route_scale
+
+
+def route(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig) -> Routing:
+    """Choose and weigh. `bias_R` is float32 and takes no gradient."""
+    with torch.no_grad():
+        if config.routing == "twin":
+            expert_ids_TK = choose_pairs(scores_TE, bias_R)
+        else:
+            expert_ids_TK = choose_top_k(scores_TE, bias_R, config.num_experts_per_tok)
+    return Routing(expert_ids_TK, gate_weights(scores_TE, expert_ids_TK, config))
+
+
+def fixed_routing(num_tokens: int, mode: Mode, config: MoEConfig, device: torch.device) -> Routing:
+    """Routing that no router decides, every weight 1: all slices (dense), all copies (learned), or chance (random)."""
+    S, E, K = config.num_frozen_experts, config.num_experts, config.num_experts_per_tok
+    if mode == "dense":
+        ids_TK = torch.arange(S, device=device).expand(num_tokens, S)
+    elif mode == "learned":
+        ids_TK = torch.arange(S, E, device=device).expand(num_tokens, E - S)
+    elif config.routing == "twin":
+        ids_TK = torch.arange(S, device=device) + S * torch.randint(2, (num_tokens, S), device=device)
+    else:
+        ids_TK = torch.rand(num_tokens, E, device=device).topk(K, dim=-1).indices
+    return Routing(ids_TK, torch.ones(ids_TK.shape, device=device))
