@@ -13,7 +13,7 @@ GateKind = Literal["sigmoid", "softmax"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
-ExpertPath = Literal["auto", "loop", "batched", "grouped"]
+ExpertPath = Literal["auto", "loop", "batched", "grouped", "tiled"]
 
 # Added to a twin's score and taken from its slice's, this bias sends every token to the frozen slice (scores lie
 # in [0, 1], so the pair's scores differ by at most 1): the dense model, whatever the router says.
@@ -47,13 +47,16 @@ class MoEConfig:
         for name, choices in (("routing", get_args(RoutingKind)), ("gate", get_args(GateKind))):
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{did_you_mean(value, choices)}")
+                raise UserError(
+                    f"{name} is {value!r}; it must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
+                )
         for name in ("num_frozen_experts", "moe_intermediate_size", "num_experts_per_tok"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
-                f"top-k {self.num_experts_per_tok} is larger than the {self.num_experts} experts; lower top-k or raise the slices"
+                f"top-k {self.num_experts_per_tok} is larger than the {self.num_experts} experts; "
+                "lower top-k or raise the slices"
             )
         if self.routing == "twin":
             if self.num_frozen_experts != self.num_trainable_experts:

@@ -42,8 +42,8 @@ def embedded_model() -> Path:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # Dequantised by now; the marks would make save_pretrained refuse.
     del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).pop("hf_quantizer", None)
+    vars(model).pop("is_quantized", None)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{EMBEDDED_MODEL}."))
     try:
         model.save_pretrained(temporary)

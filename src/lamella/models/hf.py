@@ -182,6 +182,7 @@ SLICED_MODELS: dict[str, type[_SlicedForCausalLM]] = {
     "qwen3": LamellaQwen3ForCausalLM,
 }
 for _model in SLICED_MODELS.values():
+    assert _model.config_class is not None
     AutoConfig.register(_model.config_class.model_type, _model.config_class)
     AutoModelForCausalLM.register(_model.config_class, _model)
 
@@ -196,7 +197,8 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "c
     Raises:
         UserError: tensors of the architecture are missing from the file (transformers would draw them at random).
     """
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    model, info = loaded
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:
         raise UserError(f"{folder} does not match its config: {wrong}; convert or export it again")
