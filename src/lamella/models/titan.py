@@ -1,0 +1,283 @@
+"""The torchtitan home: a torchtitan Decoder whose FFNs are `SlicedMoE` layers.
+
+Attention, norms, embeddings and rope are torchtitan's own; weights stay in the layout of transformers. The maths of the
+experts is in `lamella.moe.experts.moe_ffn`. Parameters start as NaN: all weights come from a checkpoint.
+
+Shapes: B batch, L sequence, T = B*L tokens, D model width, N heads, H head width, S slices, E experts, R router rows,
+f neurons per expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import lamella.models.titan_device  # noqa: F401  first: torchtitan asks for the device while it is imported
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention, get_sliding_window_mask_mod
+from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.common.rope import CosSinRoPE
+from torchtitan.protocols.module import Module
+
+from lamella.config import ExpertPath, MoEConfig
+from lamella.moe.balancing import expert_counts, share_bias
+from lamella.moe.experts import moe_ffn
+from lamella.moe.routing import Routing, pair_margins
+from lamella.moe.slicing import Experts
+
+
+def unset(parameter: Tensor) -> None:
+    """The only initialiser: what no checkpoint fills shows as NaN in the first loss."""
+    nn.init.constant_(parameter, math.nan)
+
+
+UNSET = {"weight": unset, "bias": unset}
+EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")
+
+
+class DocumentAttention(Module):
+    """Scaled dot product attention under an explicit mask: runs, with its backward, on any device."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: Tensor,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        q_BNLH, k_BNLH, v_BNLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+        y_BNLH = F.scaled_dot_product_attention(
+            q_BNLH, k_BNLH, v_BNLH, attn_mask=attention_masks, scale=scale, enable_gqa=enable_gqa
+        )
+        return y_BNLH.transpose(1, 2)
+
+
+def document_mask(positions_BL: Tensor, window: int | None = None) -> Tensor:
+    """[B, 1, L, L] bool: each token sees itself and what precedes it in its document, at most `window` tokens."""
+    document_BL = (positions_BL == 0).cumsum(dim=1)
+    index_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
+    distance_LL = index_L[:, None] - index_L[None, :]
+    near_LL = (distance_LL >= 0) if window is None else (distance_LL >= 0) & (distance_LL < window)
+    return ((document_BL[:, :, None] == document_BL[:, None, :]) & near_LL)[:, None]
+
+
+class ScaledRoPE(CosSinRoPE):
+    """Torchtitan's rotary embedding in transformers' layout, with Llama 3.1's and linear frequency scaling too."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CosSinRoPE.Config):
+        linear_factor: float = 1.0
+
+    def _precompute_cache(self) -> Tensor:
+        c = self.config
+        frequencies = 1.0 / (c.theta ** (torch.arange(0, c.dim, 2).float() / c.dim)) / c.linear_factor
+        if c.scaling == "llama":
+            frequencies = llama3_frequencies(
+                frequencies, c.scaling_factor, c.low_freq_factor, c.high_freq_factor, c.original_max_position_embeddings
+            )
+        angles = torch.outer(torch.arange(c.max_seq_len).float(), frequencies)
+        angles = torch.cat([angles, angles], dim=-1)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def llama3_frequencies(frequencies: Tensor, factor: float, low: float, high: float, original_length: int) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths are divided by `factor`, short ones kept, between them interpolated."""
+    wavelengths = 2 * math.pi / frequencies
+    kept = ((original_length / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
+
+
+class PackedExperts(Module):
+    """Parameters only: frozen and trainable experts apart, so that an optimizer never sees the frozen ones."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        moe: MoEConfig
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, f = config.dim, config.moe.moe_intermediate_size
+        S, R = config.moe.num_frozen_experts, config.moe.num_trainable_experts
+        self.frozen_gate_up_proj = nn.Parameter(torch.empty(S, 2 * f, D))
+        self.frozen_down_proj = nn.Parameter(torch.empty(S, D, f))
+        self.trainable_gate_up_proj = nn.Parameter(torch.empty(R, 2 * f, D))
+        self.trainable_down_proj = nn.Parameter(torch.empty(R, D, f))
+        self.num_experts = S  # in each tensor; torchtitan's FSDP shards another dimension over more ranks than this
+
+    @property
+    def frozen(self) -> Experts:
+        return Experts(self.frozen_gate_up_proj, self.frozen_down_proj)
+
+    @property
+    def trainable(self) -> Experts:
+        return Experts(self.trainable_gate_up_proj, self.trainable_down_proj)
+
+
+class Router(Module):
+    """Router rows [R, D] and the float32 selection bias [R]."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        rows: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.rows, config.dim))
+        self.selection_bias: Tensor
+        self.register_buffer("selection_bias", torch.empty(config.rows, dtype=torch.float32))
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        device = buffer_device or self.selection_bias.device
+        self.selection_bias = torch.full_like(self.selection_bias, math.nan, device=device)
+
+
+class SlicedMoE(Module):
+    """[B, L, D] -> [B, L, D]; in training it also gathers what balancing and reports need, until `reset_statistics`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        moe: MoEConfig
+        expert_path: ExpertPath = "auto"
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.moe = config.moe
+        self.path: ExpertPath = config.expert_path
+        init = dict.fromkeys(EXPERT_NAMES, unset)
+        self.experts = PackedExperts.Config(dim=config.dim, moe=config.moe, param_init=init).build()
+        self.router = Router.Config(dim=config.dim, rows=config.moe.num_router_rows, param_init=UNSET).build()
+        self.next_share: float | None = None
+        """Share of the tokens that the twins should get after the next bias update; None gathers no share bias."""
+        self.last_routing: Routing | None = None
+        # counts [E], tokens, tokens * share bias [S]: sums over forwards. Only ratios of them are used, so a
+        # forward that activation checkpointing repeats changes nothing.
+        self.statistics: Tensor
+        width = config.moe.num_experts + 1 + config.moe.num_frozen_experts
+        self.register_buffer("statistics", torch.empty(width, dtype=torch.float32), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.statistics = torch.zeros_like(self.statistics, device=buffer_device or self.statistics.device)
+
+    @property
+    def routed_experts(self) -> Any:
+        """Where torchtitan's FSDP looks for packed expert parameters."""
+        return SimpleNamespace(inner_experts=self.experts)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        y_TD, self.last_routing, scores_TE = moe_ffn(
+            x_BLD.flatten(0, 1), self.router.weight, self.router.selection_bias,
+            self.experts.frozen, self.experts.trainable, self.moe, "routed", self.path,
+        )  # fmt: skip
+        if self.training:
+            assert scores_TE is not None
+            self._gather(self.last_routing, scores_TE)
+        return y_TD.view_as(x_BLD)
+
+    @torch.no_grad()
+    def _gather(self, routing: Routing, scores_TE: Tensor) -> None:
+        num_tokens, E = scores_TE.shape
+        self.statistics[:E] += expert_counts(routing.expert_ids_TK, E)
+        self.statistics[E] += num_tokens
+        if self.next_share is not None:
+            self.statistics[E + 1 :] += num_tokens * share_bias(pair_margins(scores_TE), self.next_share)
+
+
+class Block(TransformerBlock):
+    """Attention, then the MoE or, in layers that stay dense, torchtitan's feed-forward."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TransformerBlock.Config):
+        # not `moe`, which torchtitan expects to be its own MoE
+        sliced_moe: SlicedMoE.Config | None = None
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = config.attention.build()
+        self.attention_norm = config.attention_norm.build()
+        self.ffn_norm = config.ffn_norm.build()
+        self.moe_enabled = config.sliced_moe is not None  # torchtitan's FSDP reads it
+        if config.sliced_moe is not None:
+            self.moe = config.sliced_moe.build()
+        else:
+            assert config.feed_forward is not None
+            self.feed_forward = config.feed_forward.build()
+
+    def forward(self, x_BLD: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), attention_masks, positions)
+        ffn = self.moe if self.moe_enabled else self.feed_forward
+        return x_BLD + ffn(self.ffn_norm(x_BLD))
+
+
+class LamellaDecoder(Decoder):
+    """[B, L] token ids and positions -> [B, L, vocabulary] logits."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        sliding_window: int | None = None
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            """(parameters, training FLOPs per token); see `lamella.train.flops`."""
+            from lamella.train.flops import training_flops_per_token
+
+            return sum(p.numel() for p in model.parameters()), training_flops_per_token(model, self, seq_len)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.enable_weight_tying:
+            self.register_state_dict_post_hook(_drop_tied_head)
+
+    @property
+    def moe_layers(self) -> list[SlicedMoE]:
+        return [m for m in self.modules() if isinstance(m, SlicedMoE)]
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Tensor:
+        if attention_masks is None:
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            attention_masks = self.get_attention_masks(positions)
+        return super().forward(tokens, positions, attention_masks)
+
+    def get_attention_masks(self, positions: Tensor) -> Any:
+        attention = self.config.first_attention
+        if attention is not None and isinstance(attention.inner_attention, DocumentAttention.Config):
+            return document_mask(positions, self.config.sliding_window)
+        return super().get_attention_masks(positions)
+
+    def _create_flex_attention_mask(self, positions: Tensor, attn_config: Any, mask_mods: Any) -> Any:
+        window = self.config.sliding_window
+        if window is not None:
+            mask_mods = [*mask_mods, get_sliding_window_mask_mod(window)]
+        return super()._create_flex_attention_mask(positions, attn_config, mask_mods)
+
+
+def _drop_tied_head(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A tied head is one tensor under two names; checkpoints hold it once, as in transformers."""
+    state.pop(f"{prefix}lm_head.weight", None)
+
+
+def inner_attention(kind: str, sliding_window: int | None) -> Module.Config:
+    """`kind` is sdpa, flex or varlen."""
+    if kind == "sdpa":
+        return DocumentAttention.Config()
+    if kind == "flex":
+        return FlexAttention.Config()
+    return VarlenAttention.Config(window_size=(-1 if sliding_window is None else sliding_window - 1, 0))

@@ -1,0 +1,225 @@
+"""A training recipe: what a YAML file and `key=value` words say, checked. Imports no torch.
+
+Units are in the names: a step is an optimizer step, a sample is `seq_len` tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from lamella.config import ExpertPath
+from lamella.errors import UserError, did_you_mean
+
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class TwinShare(_Strict):
+    """The bias holds the twins at a share of the tokens, ramped up from none (the dense model exactly)."""
+
+    target: float = Field(default=0.5, ge=0, le=1)
+    ramp_steps: int = Field(default=0, ge=0)
+    """Steps until the target is reached."""
+
+    def at(self, step: int) -> float:
+        """The share wanted while optimizer step `step` (from 1) computes."""
+        return self.target * min(1.0, (step - 1) / self.ramp_steps) if self.ramp_steps else self.target
+
+
+class Recipe(_Strict):
+    """What to train, on what, how long, and where it is written."""
+
+    model: str = "artifacts/moe"
+    """Folder of a converted model (or of a dense one, with trains: all)."""
+    out: str = "artifacts/run"
+    """The run directory."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: an existing run directory of the same recipe and model is continued. never: it is an error."""
+
+    data: list[str] = ["python-docs", "stdlib-code"]
+    """Text to train on: stdlib-code, python-docs, a file or folder, or a `datasets` name."""
+    heldout_data: list[str] | None = None
+    """Text of the held-out loss; None is the held-out part of `data`."""
+    seq_len: PositiveInt = 2048
+    """Tokens per sample."""
+    samples_per_step: PositiveInt = 8
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    samples_per_micro_batch: PositiveInt = 1
+    """Samples that one rank computes at once; the rest of its share is accumulated."""
+    steps: PositiveInt = 1000
+    stop_at_step: PositiveInt | None = None
+    """Save and stop there, for a later call to continue; schedules still follow `steps`."""
+    seed: int = Field(default=0, ge=0)
+
+    trains: Literal["experts", "experts+router", "all"] = "experts+router"
+    """The frozen experts never train. all: attention, norms, embeddings and dense layers too."""
+    lr: float = Field(default=3e-4, gt=0)
+    router_lr_scale: float = Field(default=5.0, gt=0)
+    """Learning rate of the router over that of the experts."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of matrices; the router, norms and biases have none."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["linear", "sqrt", "cosine"] = "cosine"
+    decay_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Part of the steps, at the end, over which the rate decays; None decays from the end of the warmup on."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+    twin_share: Literal["free"] | TwinShare = "free"
+    """Twin routing. free: the router decides alone."""
+    bias_rate: float = Field(default=1e-3, ge=0)
+    """Flat routing: step of the balancing bias towards rarely chosen experts (arXiv 2408.15664)."""
+    router_init_std: float = Field(default=0.02, ge=0)
+    """Router rows are drawn with it when the model's are zero, as they are after conversion."""
+
+    heldout_every_steps: PositiveInt = 100
+    heldout_samples: int = Field(default=16, ge=0)
+    """Samples of the held-out loss, the same each time; 0 measures none."""
+    log_every_steps: PositiveInt = 1
+    save_every_steps: PositiveInt = 500
+    keep_checkpoints: int = Field(default=2, ge=0)
+    """The newest ones; 0 keeps all."""
+    tensorboard: bool = True
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; weights, sums over ranks and optimizer are float32. auto: bfloat16 where there is a GPU."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """auto: flex where there is a GPU, sdpa elsewhere."""
+    expert_path: ExpertPath = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: parameters, gradients and optimizer wait in main memory (GPU runs only)."""
+    threads_per_rank: int = Field(default=0, ge=0)
+    """Threads of one rank's computation; 0 shares the machine's cores among the local ranks."""
+    torchtitan: dict[str, Any] = {}
+    """Any other option of torchtitan's Trainer.Config, nested."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        problems = []
+        if self.samples_per_step % self.samples_per_micro_batch:
+            problems.append("samples_per_step must be a multiple of samples_per_micro_batch")
+        if self.warmup_steps > self.steps:
+            problems.append("warmup_steps is larger than steps")
+        if self.keep_checkpoints == 1:
+            problems.append("keep_checkpoints must be 0 (all) or at least 2: the newest may be half-written")
+        if not self.data:
+            problems.append("data names no text")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def check_world_size(self, num_ranks: int) -> None:
+        """UserError where the samples of a step cannot be shared out evenly."""
+        if self.samples_per_step % (self.samples_per_micro_batch * num_ranks):
+            unit = self.samples_per_micro_batch * num_ranks
+            below, above = self.samples_per_step // unit * unit, (self.samples_per_step // unit + 1) * unit
+            choices = " or ".join(str(n) for n in (below, above) if n)
+            raise UserError(
+                f"samples_per_step {self.samples_per_step} cannot be shared among {num_ranks} ranks in micro-batches of "
+                f"{self.samples_per_micro_batch}; set samples_per_step={choices}, or another number of ranks"
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+# Another value of these is no other run: they change what is kept and shown, not what is computed.
+HARMLESS = frozenset(
+    {"out", "resume", "stop_at_step", "heldout_every_steps", "log_every_steps", "save_every_steps", "keep_checkpoints",
+     "tensorboard", "threads_per_rank"}
+)  # fmt: skip
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """'key: old -> new' for every setting that makes it another run."""
+    a, b = old.model_dump(), new.model_dump()
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if key not in HARMLESS and a[key] != b[key]]
+
+
+def load_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in a YAML file (None: all defaults) with `key=value` words laid over it.
+
+    Raises:
+        UserError: all problems of the file and the words at once.
+    """
+    values = {} if path is None else parse_yaml(read_recipe_text(Path(path)), str(path))
+    for word in words:
+        set_by_word(values, word)
+    return make_recipe(values)
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Check plain values; UserError with one line for each problem."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("the recipe has errors:\n" + "\n".join(_lines(error))) from None
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        # The tag of a union's branch stands in the location of its errors; it is no key.
+        where = [str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "TwinShare"))]
+        key = ".".join(where)
+        if problem["type"] == "extra_forbidden":
+            known = TwinShare.model_fields if len(where) > 1 else Recipe.model_fields
+            lines.append(f"  unknown key {key!r}{did_you_mean(where[-1], known)}")
+        elif key:
+            lines.append(f"  {key}: {problem['msg']}, not {problem['input']!r}")
+        else:
+            lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
+    return lines
+
+
+def read_recipe_text(path: Path) -> str:
+    """The file's text; UserError where there is none, or too much, or no UTF-8."""
+    if not path.is_file():
+        raise UserError(f"there is no recipe {path}")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes; is it a recipe?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """A YAML mapping without aliases (small files of them grow without bound) and without Python objects."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{name} uses YAML aliases (*name); write the value out")
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{name} must be a mapping of keys to values")
+    return values
+
+
+def set_by_word(values: dict[str, Any], word: str) -> None:
+    """Lay 'a.b=value' over nested values; the value is read as YAML."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"{word!r} is no setting; write key=value, or give one recipe file")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {key} is not valid YAML: {error}") from None

@@ -1,0 +1,88 @@
+"""The two homes of the model give the same logits, for every family."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from titan_models import FAMILIES, load_titan, tiny_moe
+
+from lamella.errors import UserError
+from lamella.models.titan import document_mask
+from lamella.models.titan_config import decoder_config
+
+# fp32, logits of order 1 to 10, another order of summation in attention and experts
+FP32 = 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("routing", ["twin", "flat"])
+def test_logits_equal_those_of_transformers(family, routing, tmp_path):
+    hf = tiny_moe(family, tmp_path, routing=routing)
+    titan = load_titan(tmp_path)
+    tokens = torch.randint(hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = (titan(tokens) - hf(tokens).logits).abs().max()
+    assert difference < FP32
+
+
+def test_packed_documents_equal_documents_alone(tmp_path):
+    hf = tiny_moe("llama", tmp_path)
+    titan = load_titan(tmp_path)
+    a, b = torch.arange(3, 12)[None], torch.arange(20, 27)[None]
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = titan(torch.cat([a, b], dim=1), positions)
+        alone = torch.cat([hf(a).logits, hf(b).logits], dim=1)
+    assert (packed - alone).abs().max() < FP32
+
+
+def test_document_mask_has_window_and_documents():
+    mask = document_mask(torch.tensor([[0, 1, 2, 0, 1]]), window=2)[0, 0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+
+
+def test_tied_head_is_one_parameter_and_saved_once(tmp_path):
+    tiny_moe("llama", tmp_path)
+    titan = load_titan(tmp_path)
+    assert titan.lm_head.weight is titan.tok_embeddings.weight
+    assert "lm_head.weight" not in titan.state_dict()
+
+
+def test_statistics_are_gathered_in_training_only(tmp_path):
+    tiny_moe("llama", tmp_path)
+    titan = load_titan(tmp_path)
+    tokens = torch.arange(32).view(2, 16)
+    titan.eval()(tokens)
+    layer = titan.moe_layers[0]
+    assert layer.statistics.eq(0).all()
+    layer.next_share = 1.0
+    titan.train()(tokens)
+    E = layer.moe.num_experts
+    assert layer.statistics[:E].sum() == 32 * layer.moe.num_experts_per_tok
+    assert layer.statistics[E] == 32
+    assert torch.equal(layer.statistics[E + 1 :] / 32, torch.ones(layer.moe.num_frozen_experts))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lamella_gpt2"}, "model_type 'gpt2' cannot be trained"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ],
+)
+def test_other_architectures_are_refused(change, message, tmp_path):
+    tiny_moe("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        decoder_config(tmp_path)
+
+
+def test_a_window_of_some_layers_is_refused_for_longer_samples(tmp_path):
+    tiny_moe("qwen2", tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert decoder_config(tmp_path, seq_len=8).sliding_window is None
+    with pytest.raises(UserError, match="seq_len of at most 8"):
+        decoder_config(tmp_path, seq_len=16)

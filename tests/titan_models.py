@@ -1,0 +1,80 @@
+"""Tiny converted models for the tests of the torchtitan home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lamella.config import MoEConfig
+from lamella.models.hf import SLICED_MODELS
+from lamella.models.names import from_hf
+from lamella.models.titan_config import decoder_config
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # below the samples' length, so that the scaling shows
+}
+FAMILIES = {
+    "llama": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "attention_bias": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+}
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def tiny_moe(family: str, folder: Path, routing: str = "twin", slices: int = 4, random_router: bool = True, **changes):
+    """Save a tiny MoE with random weights and biases (layer 1 dense) to `folder`; return transformers' model of it."""
+    torch.manual_seed(0)
+    values = TINY | FAMILIES[family] | changes
+    moe = MoEConfig(
+        num_frozen_experts=slices,
+        num_trainable_experts=slices,
+        moe_intermediate_size=values["intermediate_size"] // slices,
+        num_experts_per_tok=slices,
+        moe_layers=[0, 2],
+        routing=routing,
+        route_scale=float(slices),
+    )
+    model_class = SLICED_MODELS[family]
+    model = model_class(model_class.config_class(**values, moe=moe.to_dict()))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+            elif "mlp" in name or "proj" in name:
+                tensor.normal_(std=0.2)
+        for layer in model.moe_layers:
+            if random_router:
+                layer.router.weight.normal_(std=0.3)
+                layer.router.selection_bias.normal_(std=0.1)
+            else:
+                layer.router.weight.zero_()
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load_titan(folder: Path):
+    """The torchtitan model of the folder, weights loaded, in evaluation mode."""
+    with torch.device("meta"):
+        model = decoder_config(folder).build()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights()
+    model.load_state_dict(from_hf(load_file(folder / "model.safetensors")), strict=False)
+    assert not any(t.isnan().any() for t in [*model.parameters(), *model.buffers()])
+    return model.eval()
