@@ -11,8 +11,11 @@ Shapes: D model width, F dense FFN width, S slices, f = F/S neurons per slice.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,3 +68,42 @@ def noise_generator(name: str, seed: int) -> torch.Generator:
     """A generator that depends on the tensor's name and the seed alone, so noise is the same in any order."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+NOISE_BLOCK = 1 << 16
+"""Elements per generator, so that any range of a matrix's noise can be drawn without the rest."""
+
+
+def gaussian_noise(name: str, seed: int, start: int, count: int) -> Tensor:
+    """Elements start .. start+count of the standard normal noise of the dense tensor `name`, float32, flattened.
+
+    A function of name, seed and position alone: how a matrix is cut, the order and the threads do not matter.
+    """
+    noise = torch.empty(count)
+    for block in range(start // NOISE_BLOCK, -(-(start + count) // NOISE_BLOCK)):
+        drawn = torch.empty(NOISE_BLOCK).normal_(generator=noise_generator(f"{name}#{block}", seed))
+        first = block * NOISE_BLOCK
+        begin, end = max(start, first), min(start + count, first + NOISE_BLOCK)
+        noise[begin - start : end - start] = drawn[begin - first : end - first]
+    return noise
+
+
+def add_noise(weights: Tensor, name: str, seed: int, std: float, start: int = 0) -> Tensor:
+    """float32 `weights`, the elements from `start` on of the flattened dense tensor `name`, plus noise of this std."""
+    return gaussian_noise(name, seed, start, weights.numel()).view_as(weights).mul_(std).add_(weights)
+
+
+def matrix_std(chunks: Iterable[Tensor]) -> float:
+    """Standard deviation of all elements of a matrix that comes in chunks (NaN if one of them is not finite).
+
+    Summed in float64 by numpy, in one thread: the last digit does not depend on the machine's cores.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for chunk in chunks:
+        values = chunk.double().numpy().ravel()
+        count += values.size
+        total += float(values.sum())
+        squares += float(np.square(values).sum())
+    if not math.isfinite(squares):
+        return math.nan
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
