@@ -233,6 +233,7 @@ class LamellaDecoder(Decoder):
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
         sliding_window: int | None = None
+        trains: str = "experts+router"
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """(parameters, training FLOPs per token); see `lamella.train.flops`."""

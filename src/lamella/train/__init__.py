@@ -1,0 +1,1 @@
+"""Training: a recipe becomes torchtitan's Trainer with our model, data, balancing and metrics."""

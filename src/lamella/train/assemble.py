@@ -1,0 +1,152 @@
+"""A recipe -> torchtitan's Trainer.Config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lamella.models.titan_device  # noqa: F401  first
+
+# isort: split
+import torch
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.protocols.model_spec import ModelSpec
+
+from lamella.errors import UserError
+from lamella.models.titan import LamellaDecoder
+from lamella.models.titan_config import decoder_config, read_hf_config
+from lamella.recipe import Recipe
+from lamella.run_dir import RunDir
+from lamella.train.data import MixedSamples, SampleLoader
+from lamella.train.metrics import LamellaMetrics
+from lamella.train.overlay import overlay
+from lamella.train.parallel import parallelize
+from lamella.train.state_dict import LamellaStateDictAdapter
+from lamella.train.trainer import LamellaTrainer, TokenisedAlready
+
+
+def has_gpu() -> bool:
+    return torch.accelerator.is_available()
+
+
+def model_config(recipe: Recipe) -> LamellaDecoder.Config:
+    """The torchtitan config of the recipe's model; UserError where the two do not fit."""
+    attention = recipe.attention
+    if attention == "auto":
+        attention = "flex" if has_gpu() else "sdpa"
+    if attention != "sdpa" and not has_gpu():
+        raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
+    config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
+    config.trains = recipe.trains
+    if recipe.seq_len > config.max_seq_len:
+        raise UserError(
+            f"seq_len {recipe.seq_len} is longer than the model's {config.max_seq_len} positions; lower seq_len"
+        )
+    if read_hf_config(recipe.model)[2] is None and recipe.trains != "all":
+        raise UserError(f"{recipe.model} is a dense model without experts; convert it first, or set trains: all")
+    return config
+
+
+def trainer_config(
+    recipe: Recipe, run: RunDir, model: LamellaDecoder.Config, train: MixedSamples, heldout: MixedSamples | None
+) -> LamellaTrainer.Config:
+    """torchtitan's config with the recipe's `torchtitan:` section laid over it."""
+    config = LamellaTrainer.Config(
+        recipe=recipe,
+        heldout=heldout,
+        model_spec=ModelSpec(
+            name="lamella",
+            flavor=Path(recipe.model).name,
+            model=model,
+            parallelize_fn=parallelize,
+            pipelining_fn=None,
+            post_optimizer_build_fn=None,
+            state_dict_adapter=LamellaStateDictAdapter,
+        ),
+        hf_assets_path=str(Path(recipe.model).resolve()),
+        dump_folder=str(run.path.resolve()),
+        tokenizer=TokenisedAlready.Config(),
+        loss=CrossEntropyLoss.Config(global_vocab_size=model.vocab_size),
+        dataloader=SampleLoader.Config(samples=train),
+        optimizer=optimizer_config(recipe),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=recipe.warmup_steps,
+            decay_ratio=recipe.decay_ratio,
+            decay_type=recipe.decay,
+            min_lr_factor=recipe.min_lr_ratio,
+        ),
+        training=training_config(recipe),
+        # plain tensors inside a module: the experts are no DTensor code
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        metrics=LamellaMetrics.Config(
+            log_freq=recipe.log_every_steps,
+            enable_tensorboard=recipe.tensorboard,
+            save_tb_folder="tensorboard",
+            disable_color_printing=True,
+        ),
+        checkpoint=checkpoint_config(recipe),
+        activation_checkpoint=activation_checkpoint(recipe),
+        # a saving rank or a busy machine must not look like a hang
+        comm=CommConfig(
+            init_timeout_seconds=1800,
+            train_timeout_seconds=900,
+            trace_buf_size=20000 if has_gpu() else 0,
+            save_traces_folder="log",
+        ),
+        debug=DebugConfig(seed=recipe.seed, enable_structured_logging=False),
+    )
+    return overlay(config, recipe.torchtitan)
+
+
+def training_config(recipe: Recipe) -> TrainingConfig:
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bfloat16" if has_gpu() else "float32"
+    return TrainingConfig(
+        local_batch_size=recipe.samples_per_micro_batch,
+        global_batch_size=recipe.samples_per_step,
+        seq_len=recipe.seq_len,
+        max_norm=recipe.max_grad_norm,
+        steps=recipe.steps,
+        enable_cpu_offload=recipe.offload == "cpu",
+        disable_cuda_graphs=True,  # the expert paths synchronise with the host
+        mixed_precision_param=precision,
+    )
+
+
+def checkpoint_config(recipe: Recipe) -> CheckpointManager.Config:
+    return CheckpointManager.Config(
+        enable=True,
+        folder="checkpoints",
+        interval=recipe.save_every_steps,
+        keep_latest_k=recipe.keep_checkpoints,
+        initial_load_path=str(Path(recipe.model).resolve()),
+        initial_load_in_hf=True,
+        last_save_model_only=False,  # or the last checkpoint could not be resumed
+    )
+
+
+def activation_checkpoint(recipe: Recipe) -> Any:
+    return {"none": lambda: None, "selective": SelectiveAC.Config, "full": FullAC.Config}[
+        recipe.activation_checkpointing
+    ]()
+
+
+def optimizer_config(recipe: Recipe) -> OptimizersContainer.Config:
+    """AdamW in parameter groups: the router at its own rate, vectors without decay, the rest."""
+    common = {"betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
+
+    def group(pattern: str, lr: float, weight_decay: float) -> ParamGroupConfig:
+        kwargs = {"lr": lr, "weight_decay": weight_decay} | common
+        return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=kwargs)
+
+    groups = []
+    if recipe.trains == "all":
+        groups.append(group(r"norm\.weight$|\.bias$", recipe.lr, 0.0))
+    if recipe.trains != "experts" and read_hf_config(recipe.model)[2] is not None:
+        groups.append(group(r"\.router\.weight$", recipe.lr * recipe.router_lr_scale, 0.0))
+    return OptimizersContainer.Config(param_groups=[*groups, group(".*", recipe.lr, recipe.weight_decay)])

@@ -1,0 +1,127 @@
+"""Once per optimizer step: sum the routing statistics over ranks and micro-batches, move the biases, keep a report.
+
+Shapes: E experts, S pairs, N MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lamella.config import DENSE_BIAS
+from lamella.models.titan import LamellaDecoder, SlicedMoE
+from lamella.moe.balancing import max_violation, routing_entropy, sign_update
+from lamella.moe.slicing import noise_generator
+from lamella.recipe import Recipe, TwinShare
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """Of one optimizer step, per MoE layer."""
+
+    twin_share: list[float]
+    """Share of the routed rows that trainable experts computed."""
+    max_vio: list[float]
+    """(max count - mean) / mean."""
+    router_entropy: list[float]
+    """Entropy of the load over log E: 1 is even."""
+    dead_experts: int
+    """Experts, over all layers, that no token chose."""
+
+
+class Balance:
+    """Owner of the selection biases during training."""
+
+    def __init__(self, model: LamellaDecoder, recipe: Recipe, mesh: Any):
+        """`mesh`: the device mesh over which batches differ; None on one rank."""
+        self.layers = model.moe_layers
+        self.recipe, self.mesh = recipe, mesh
+        self.summed: list[Tensor] = []
+
+    def aim(self, step: int) -> None:
+        """Before optimizer step `step`: what share the update after it should reach, in step + 1."""
+        share = self.recipe.twin_share
+        for layer in self.layers:
+            held = isinstance(share, TwinShare) and layer.moe.routing == "twin"
+            layer.next_share = share.at(step + 1) if held and isinstance(share, TwinShare) else None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After the backward passes of a step, before the optimizer."""
+        if not self.layers:
+            return
+        all_statistics = torch.cat([layer.statistics for layer in self.layers])
+        if self.mesh is not None:
+            torch.distributed.all_reduce(all_statistics, group=self.mesh.get_group())
+        self.summed = list(all_statistics.split([len(layer.statistics) for layer in self.layers]))
+        for layer, statistics in zip(self.layers, self.summed, strict=True):
+            self._move_bias(layer, statistics)
+            layer.statistics.zero_()
+
+    def _move_bias(self, layer: SlicedMoE, statistics: Tensor) -> None:
+        E = layer.moe.num_experts
+        bias = layer.router.selection_bias
+        if layer.moe.routing == "flat":
+            bias.copy_(sign_update(bias, statistics[:E], self.recipe.bias_rate))
+        elif layer.next_share is not None:
+            bias.copy_(statistics[E + 1 :] / statistics[E])
+
+    def report(self) -> RoutingReport:
+        """Of the latest step; copies a few numbers per layer to the host."""
+        counts = [s[: layer.moe.num_experts].cpu() for layer, s in zip(self.layers, self.summed, strict=True)]
+        frozen = [layer.moe.num_frozen_experts for layer in self.layers]
+        return RoutingReport(
+            twin_share=[float(c[S:].sum() / c.sum()) for c, S in zip(counts, frozen, strict=True)],
+            max_vio=[float(max_violation(c)) for c in counts],
+            router_entropy=[float(routing_entropy(c)) for c in counts],
+            dead_experts=sum(int((c == 0).sum()) for c in counts),
+        )
+
+
+@torch.no_grad()
+def start_routing(model: LamellaDecoder, recipe: Recipe) -> bool:
+    """Give a model that comes from conversion (all router rows zero) its routing; False leaves a trained router alone.
+
+    Rows are drawn from a generator seeded by name, so they are the same on all ranks and on any number of them.
+    """
+    rows = [_full(layer.router.weight) for layer in model.moe_layers]
+    if any(bool(r.any()) for r in rows):
+        return False
+    for index, (layer, row) in enumerate(zip(model.moe_layers, rows, strict=True)):
+        drawn = torch.empty(row.shape).normal_(
+            std=recipe.router_init_std, generator=noise_generator(f"router.{index}", recipe.seed)
+        )
+        _fill(layer.router.weight, drawn)
+        held = layer.moe.routing == "twin" and isinstance(recipe.twin_share, TwinShare)
+        layer.router.selection_bias.fill_(_first_bias(recipe) if held else 0.0)
+    return True
+
+
+def _first_bias(recipe: Recipe) -> float:
+    """No margins are known before the first step: all slices, all twins, or the router's own choice."""
+    assert isinstance(recipe.twin_share, TwinShare)
+    share = recipe.twin_share.at(1)
+    return DENSE_BIAS if share <= 0 else -DENSE_BIAS if share >= 1 else 0.0
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fill(target: Tensor, values: Tensor) -> None:
+    values = values.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        # every rank holds the same values: no source rank, no communication
+        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(values)
+
+
+def assert_loaded(model: LamellaDecoder) -> None:
+    """A NaN is a weight that the checkpoint did not fill."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        assert not (local.is_floating_point() and bool(local.isnan().any())), f"{name} was not loaded, or is NaN"

@@ -1,0 +1,41 @@
+"""The held-out loss: the training loss over a fixed set of samples, shared out among the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lamella.models.titan_device  # noqa: F401  first
+
+# isort: split
+import torch
+from torchtitan.distributed.utils import dist_sum
+from torchtitan.tools.utils import device_type
+
+from lamella.data.packing import IGNORE_INDEX, Sample
+from lamella.models.titan import LamellaDecoder
+from lamella.train.data import blank, collate
+
+
+class HeldOut:
+    """Rank r of W takes samples r, r + W, ...; every rank runs as many forwards (FSDP's are collective)."""
+
+    def __init__(self, samples: list[Sample], rank: int, world_size: int, per_batch: int, mesh: Any):
+        self.mesh = mesh
+        rounds = -(-len(samples) // (world_size * per_batch))
+        mine = samples[rank::world_size]
+        mine += [blank(samples[0])] * (rounds * per_batch - len(mine))
+        self.batches = [collate(mine[i : i + per_batch]) for i in range(0, len(mine), per_batch)]
+
+    @torch.no_grad()
+    def loss(self, model: LamellaDecoder, loss_fn: Any) -> float:
+        """Nats per token."""
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=device_type)
+        count = torch.zeros((), dtype=torch.float64, device=device_type)
+        for inputs, labels in self.batches:
+            labels = labels.to(device_type)
+            logits = model(inputs["input"].to(device_type), inputs["positions"].to(device_type))
+            total += loss_fn(logits, labels)[0].double()
+            count += (labels != IGNORE_INDEX).sum()
+        model.train()
+        return dist_sum(total, self.mesh) / dist_sum(count, self.mesh)

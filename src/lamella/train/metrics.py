@@ -1,0 +1,115 @@
+"""What a run reports: one JSON line per logged step, TensorBoard, and a line of progress for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lamella.models.titan_device  # noqa: F401  first
+
+# isort: split
+import torch
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed.utils import dist_max, dist_sum
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type, get_peak_flops
+
+from lamella.run_dir import RunDir
+from lamella.train.balance import RoutingReport
+from lamella.train.progress import Progress
+
+A100_PEAK_FLOPS = 312e12
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """bf16 peak, or None where torchtitan does not know the device (and would take an A100's)."""
+    if device_type == "cpu":
+        return None
+    peak = get_peak_flops(device_name)
+    return None if peak == A100_PEAK_FLOPS and "A100" not in device_name else peak
+
+
+class LamellaMetrics(MetricsProcessor):
+    """torchtitan's bookkeeping of tokens and memory; what is written is ours."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    def __init__(self, config: Config, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
+        self.is_rank0 = torch.distributed.get_rank() == 0
+        self.line: dict[str, Any] = {}
+
+    def attach(self, run: RunDir, progress: Progress, routing: Callable[[], RoutingReport]) -> None:
+        """What only the trainer knows."""
+        self.run, self.progress, self.routing = run, progress, routing
+
+    def pause(self, seconds: float) -> None:
+        """Leave time out of the tokens per second: evaluating, saving."""
+        self.time_last_log += seconds
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Called by torchtitan's train_step on every rank; the line is written by `finish_step`."""
+        extra = extra_metrics or {}
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        tokens = dist_sum(torch.tensor(float(self.ntokens_since_last_log), device=device_type), mesh)
+        wall_s = time.perf_counter() - self.time_last_log
+        memory = self.device_memory_monitor.get_peak_stats()
+        peak_gib = dist_max(torch.tensor(memory.max_active_gib, device=device_type), mesh)
+        tokens_per_s = tokens / wall_s
+        rates = {name.split("/")[-1]: value for name, value in extra.items() if name.startswith("lr/")}
+        num_ranks = 1 if mesh is None else mesh.size()
+        mfu = (
+            None if self.peak_flops is None else self.num_flops_per_token * tokens_per_s / (num_ranks * self.peak_flops)
+        )
+        self.line = {
+            "loss": global_avg_loss,
+            "grad_norm": grad_norm,
+            "lr": min(rates.values()),
+            "router_lr": max(rates.values()) if len(rates) > 1 else None,
+            "tokens": int(extra["n_tokens_seen"]),
+            "tokens_per_s": tokens_per_s,
+            "mfu": mfu,
+            "peak_gib": peak_gib,
+            **asdict(self.routing()),
+        }
+        logger.info(f"step {step}: loss {global_avg_loss:.5f}, grad_norm {grad_norm:.4f}, {tokens_per_s:.0f} tokens/s")
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def finish_step(self, step: int, heldout_loss: float | None) -> None:
+        """Write what was measured of this step, if anything."""
+        if heldout_loss is not None:
+            self.line["heldout_loss"] = heldout_loss
+        if self.line and self.is_rank0:
+            line = {"step": step, "time": time.time(), "heldout_loss": None} | self.line
+            with self.run.metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.logger.log(scalars(line), step)
+            self.progress.show(line)
+        self.line = {}
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The line for TensorBoard: per-layer lists become their mean, absent values are left out."""
+    values: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, list) and value:
+            values[f"routing/{name}"] = sum(value) / len(value)
+        elif isinstance(value, int | float) and name not in ("step", "time"):
+            values[name] = float(value)
+    return values

@@ -1,0 +1,91 @@
+"""Lay the recipe's `torchtitan:` mapping over torchtitan's config dataclasses, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lamella.errors import UserError, did_you_mean
+
+# What a recipe key already says; two places for one setting would contradict each other.
+OWNED = {
+    "training.steps": "steps",
+    "training.seq_len": "seq_len",
+    "training.local_batch_size": "samples_per_micro_batch",
+    "training.global_batch_size": "samples_per_step",
+    "training.max_norm": "max_grad_norm",
+    "training.enable_cpu_offload": "offload",
+    "training.mixed_precision_param": "precision",
+    "dump_folder": "out",
+    "hf_assets_path": "model",
+    "debug.seed": "seed",
+    "lr_scheduler": "warmup_steps, decay, decay_ratio and min_lr_ratio",
+    "checkpoint.enable": "save_every_steps",
+    "checkpoint.interval": "save_every_steps",
+    "checkpoint.keep_latest_k": "keep_checkpoints",
+    "checkpoint.initial_load_path": "model",
+    "metrics.log_freq": "log_every_steps",
+    "metrics.enable_tensorboard": "tensorboard",
+    "dataloader": "data",
+    "validator": "heldout_every_steps",
+    "model_spec": "model",
+    "recipe": "the other keys of the recipe",
+}
+# Known not to work with this model yet.
+REFUSED = {
+    "parallelism.tensor_parallel_degree": (1,),
+    "parallelism.pipeline_parallel_degree": (1,),
+    "parallelism.context_parallel_degree": (1,),
+    "parallelism.expert_parallel_degree": (1,),
+    "parallelism.spmd_backend": ("partial_dtensor",),
+    "compile.enable": (False,),
+}
+
+
+def overlay(config: Any, values: dict[str, Any]) -> Any:
+    """A copy of the dataclass tree with nested `values` laid over it.
+
+    Raises:
+        UserError: all unknown keys, wrong types, and keys that a recipe setting owns, at once.
+    """
+    problems: list[str] = []
+    result = _overlay(config, values, "", problems)
+    if problems:
+        raise UserError("the recipe's torchtitan section has errors:\n" + "\n".join(f"  {p}" for p in problems))
+    return result
+
+
+def _overlay(config: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(config) if not f.name.startswith("_")}
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in fields:
+            problems.append(f"unknown key {path!r}{did_you_mean(str(key), fields)}")
+        elif path in OWNED:
+            problems.append(f"{path} is set by the recipe: use {OWNED[path]}")
+        elif path in REFUSED and value not in REFUSED[path]:
+            problems.append(f"{path}={value!r} does not work with this model; it must be {REFUSED[path][0]!r}")
+        else:
+            changes[key] = _field(getattr(config, key), hints[key], value, path, problems)
+    if problems:
+        return config
+    try:
+        return dataclasses.replace(config, **changes)
+    except (ValueError, AssertionError) as error:
+        problems.append(f"{prefix.rstrip('.') or 'torchtitan'}: {error}")
+        return config
+
+
+def _field(current: Any, hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(current) and isinstance(value, dict):
+        return _overlay(current, value, f"{path}.", problems)
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        problems.append(f"{path}: {error.errors()[0]['msg']}, not {value!r}")
+        return current

@@ -1,0 +1,161 @@
+"""torchtitan's Trainer with our start of a run, balancing, held-out loss, status and a clean stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import lamella.models.titan_device  # noqa: F401  first
+
+# isort: split
+import torch
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.distributed.utils import dist_max, set_pg_timeouts
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from lamella.models.titan import LamellaDecoder
+from lamella.recipe import Recipe
+from lamella.run_dir import RunDir, State
+from lamella.train.balance import Balance, assert_loaded, start_routing
+from lamella.train.data import MixedSamples, spread
+from lamella.train.heldout import HeldOut
+from lamella.train.metrics import LamellaMetrics
+from lamella.train.progress import Progress
+
+
+class TokenisedAlready(BaseTokenizer):
+    """torchtitan wants a tokenizer; the samples are token ids already."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any):
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        raise NotImplementedError
+
+
+class LamellaTrainer(Trainer):
+    """One training run in one run directory; `train` continues it where its newest checkpoint stands."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        recipe: Any = None
+        heldout: Any = None  # MixedSamples, or None
+        stream: Any = None  # where people look, on rank 0
+
+    config: Config
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.recipe: Recipe = config.recipe
+        self.run = RunDir(Path(config.dump_folder))
+        self.is_rank0 = torch.distributed.get_rank() == 0
+        self.last_step = min(self.recipe.steps, self.recipe.stop_at_step or self.recipe.steps)
+        self.mesh = self.parallel_dims.get_optional_mesh("loss")
+        self.balance = Balance(self.model, self.recipe, self.mesh)
+        self.optimizers.register_step_pre_hook(lambda *_: self.balance.update())
+        self.heldout = self._open_heldout(config.heldout)
+        self.stop_requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request_stop)
+
+    @property
+    def model(self) -> LamellaDecoder:
+        return cast(LamellaDecoder, self.model_parts[0])
+
+    @property
+    def metrics(self) -> LamellaMetrics:
+        return cast(LamellaMetrics, self.metrics_processor)
+
+    def _open_heldout(self, samples: MixedSamples | None) -> HeldOut | None:
+        if samples is None or self.recipe.heldout_samples == 0:
+            return None
+        rank, size = (0, 1) if self.mesh is None else (self.mesh.get_local_rank(), self.mesh.size())
+        return HeldOut(
+            spread(samples, self.recipe.heldout_samples), rank, size, self.recipe.samples_per_micro_batch, self.mesh
+        )
+
+    def _request_stop(self, *_: Any) -> None:
+        self.stop_requested = True
+
+    def train(self) -> State:
+        """Train to the last step, or until a signal asks to stop; returns the state of the run."""
+        self.restore()
+        first_step = self.step
+        progress = Progress(self.config.stream if self.is_rank0 else None, first_step, self.recipe.steps)
+        self.metrics.attach(self.run, progress, self.balance.report)
+        self.write_status("running")
+        if first_step == 0:
+            self.metrics.finish_step(0, self.heldout_loss())
+        data = self.batch_generator(self.dataloader)
+        state: State = "running"
+        self.metrics.time_last_log = time.perf_counter()
+        while state == "running":
+            self.step += 1
+            self.gc_handler.run(self.step)
+            self.train_step(data)
+            state = self.state_after_step()
+            self.metrics.finish_step(self.step, self.heldout_loss() if self.measures_heldout() else None)
+            self.save(state)
+            if self.step - first_step == 1:
+                self.shorten_timeouts()
+        progress.close()
+        return state
+
+    def train_step(self, data_iterator: Any) -> None:
+        self.balance.aim(self.step)
+        super().train_step(data_iterator)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint or, in a fresh run, the model."""
+        self.checkpointer.load(step=self.config.checkpoint.load_step)
+        assert_loaded(self.model)
+        if self.step == 0 and start_routing(self.model, self.recipe):
+            logger.info("Router rows were drawn: the model comes from conversion")
+
+    def measures_heldout(self) -> bool:
+        return self.step % self.recipe.heldout_every_steps == 0 or self.step == self.recipe.steps
+
+    def heldout_loss(self) -> float | None:
+        if self.heldout is None:
+            return None
+        start = time.perf_counter()
+        loss = self.heldout.loss(self.model, self.loss_fn)
+        self.metrics.pause(time.perf_counter() - start)
+        return loss
+
+    def state_after_step(self) -> State:
+        """The same on every rank: a signal to one of them stops all after the same step."""
+        asked = torch.tensor(float(self.stop_requested), device=self.device)
+        if dist_max(asked, self.mesh) > 0 and self.step < self.last_step:
+            return "preempted"
+        if self.step < self.last_step:
+            return "running"
+        return "finished" if self.step == self.recipe.steps else "stopped"
+
+    def save(self, state: State) -> None:
+        start = time.perf_counter()
+        self.checkpointer.save(self.step, last_step=state != "running")
+        self.write_status(state)
+        self.metrics.pause(time.perf_counter() - start)
+
+    def write_status(self, state: State, reason: str = "") -> None:
+        if self.is_rank0:
+            self.run.write_status(state, self.step, self.recipe.steps, reason)
+
+    def shorten_timeouts(self) -> None:
+        set_pg_timeouts(timedelta(seconds=self.config.comm.train_timeout_seconds), self.parallel_dims)

@@ -1,0 +1,183 @@
+"""What each rank runs: `torchrun ... -m lamella.train.worker [RECIPE.yaml] [key=value ...]` (train.py is the same).
+
+All that a person may have got wrong is found before the ranks meet, and said once, by rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lamella.errors import UserError
+from lamella.recipe import Recipe
+from lamella.run_dir import RunDir
+from lamella.train.launch import arguments, default_threads, prepare_recipe
+
+if TYPE_CHECKING:
+    from lamella.train.trainer import LamellaTrainer
+
+EXIT_BAD_INPUT = 2
+
+
+def main(words: list[str] | None = None) -> None:
+    """Train; exits 2 on bad input and 1 when the training fails."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        recipe = prepare_recipe(*arguments(sys.argv[1:] if words is None else words))
+        recipe.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
+        _alone_without_torchrun()
+        config = prepare(recipe, rank)
+    except UserError as error:
+        _refuse(error, rank)
+    if config is None:
+        return
+    with redirected_output(RunDir(Path(recipe.out)).log_file(rank)) as terminal:
+        config.stream = terminal
+        _train(config, recipe, rank, terminal)
+
+
+def _refuse(error: UserError, rank: int) -> None:
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun ends all ranks when one ends: rank 0 must have spoken
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _alone_without_torchrun() -> None:
+    """`python train.py` is a run of one rank."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
+    """Check the recipe against model, data, machine and run directory; None where the run is finished."""
+    run = RunDir(Path(recipe.out))
+    model_folder = _model_folder(recipe, rank)
+    if run.exists():
+        if recipe.resume == "never":
+            raise UserError(
+                f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
+            )
+        run.check_same_run(recipe, model_folder)
+        if run.status()["state"] == "finished":
+            if rank == 0:
+                print(f"{run.path} is finished: {recipe.steps} steps. Set out= to another folder for a new run.")
+            return None
+    elif run.path.exists() and any(run.path.iterdir()) and not (run.path / "log").exists():
+        raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
+    config = _trainer_config(recipe, run, rank)
+    if rank == 0 and not run.exists():
+        run.create(recipe, model_folder)
+    run.log.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def _model_folder(recipe: Recipe, rank: int) -> Path:
+    folder = Path(recipe.model)
+    if (folder / "config.json").is_file():
+        return folder
+    if recipe.model != Recipe.model_fields["model"].default:
+        raise UserError(f"there is no model {folder}; make it with `uv run convert_by_slicing.py --out {folder}`")
+    if rank == 0:
+        from lamella.convert import convert
+
+        print(f"There is no {folder} yet: converting the embedded model first.", flush=True)
+        convert(out=folder)
+    while not (folder / "config.json").is_file():
+        time.sleep(0.2)  # rank 0 writes it; torchrun ends this rank if rank 0 fails
+    return folder
+
+
+def _trainer_config(recipe: Recipe, run: RunDir, rank: int) -> LamellaTrainer.Config:
+    import torch
+
+    torch.set_num_threads(recipe.threads_per_rank or default_threads())
+    from lamella.train.assemble import has_gpu, model_config, trainer_config
+    from lamella.train.data import open_samples
+
+    if recipe.offload == "cpu" and not has_gpu():
+        raise UserError(
+            "offload: cpu moves a GPU's weights to main memory, and there is no GPU here; set offload: none"
+        )
+    model = model_config(recipe)
+    tokens = recipe.steps * recipe.samples_per_step * (recipe.seq_len + 1)
+    common = (Path(recipe.model), recipe.seq_len)
+    train = open_samples(recipe.data, "train", *common, recipe.seed, tokens, model.vocab_size)
+    heldout = None
+    if recipe.heldout_samples:
+        names = recipe.heldout_data or recipe.data
+        tokens = recipe.heldout_samples * (recipe.seq_len + 1)
+        heldout = open_samples(names, "heldout", *common, None, tokens, model.vocab_size)
+    return trainer_config(recipe, run, model, train, heldout)
+
+
+@contextmanager
+def redirected_output(log_file: Path) -> Iterator[TextIO]:
+    """Everything printed goes to the log file, by C++ libraries too; yields the terminal that was there."""
+    terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    saved = os.dup(1), os.dup(2)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+
+
+def _train(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal: TextIO) -> None:
+    import torch
+
+    run = RunDir(Path(recipe.out))
+    finished = False
+    trainer: LamellaTrainer | None = None
+    try:
+        trainer = config.build()
+        state = trainer.train()
+        finished = True
+    finally:
+        if not finished:
+            _report_failure(run, recipe, rank, terminal, trainer.step if trainer is not None else 0)
+        if trainer is not None:
+            trainer.close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"{state}: {run.path} at step {trainer.step} of {recipe.steps}", file=terminal, flush=True)
+
+
+def _report_failure(run: RunDir, recipe: Recipe, rank: int, terminal: TextIO, step: int) -> None:
+    """The exception goes on; here it is only said where people and programs look."""
+    error = sys.exc_info()[1]
+    lines = traceback.format_exception_only(error)
+    print(f"rank {rank} failed: {''.join(lines).strip()}\n(more in {run.log_file(rank)})", file=terminal, flush=True)
+    traceback.print_exc()
+    if rank == 0:
+        run.write_status("failed", step, recipe.steps, "".join(lines).strip())
+
+
+if __name__ == "__main__":
+    main()
