@@ -75,7 +75,8 @@ def _check(folder: Path, temporary: Path, to: str) -> float:
 def _card(folder: Path, to: str, plan: Plan) -> str:
     architecture = plan.config["architectures"][0]
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {folder.resolve().name}, as {architecture}\n\n"
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+        f"# {folder.resolve().name}, as {architecture}\n\n"
         f"Exported by lamella to `{to}`: a stock `{architecture}`, no custom code.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'

@@ -36,7 +36,7 @@ from lamella.moe.slicing import Experts
 class PackedExperts(nn.Module):
     """Parameters only: frozen and trainable experts, apart, so that an optimizer never sees the frozen ones."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig):
+    def __init__(self, hidden_size: int, config: MoEConfig, init_std: float = 0.02):
         super().__init__()
         D, f = hidden_size, config.moe_intermediate_size
         S, R = config.num_frozen_experts, config.num_trainable_experts
@@ -44,6 +44,8 @@ class PackedExperts(nn.Module):
         self.frozen_down_proj = nn.Parameter(torch.empty(S, D, f), requires_grad=False)
         self.trainable_gate_up_proj = nn.Parameter(torch.empty(R, 2 * f, D))
         self.trainable_down_proj = nn.Parameter(torch.empty(R, D, f))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=init_std)
 
     @property
     def frozen(self) -> Experts:
@@ -67,10 +69,10 @@ class Router(nn.Module):
 class SlicedMoE(nn.Module):
     """Takes the place of a decoder layer's `mlp`: [..., D] -> [..., D]."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig):
+    def __init__(self, hidden_size: int, config: MoEConfig, init_std: float = 0.02):
         super().__init__()
         self.config = config
-        self.experts = PackedExperts(hidden_size, config)
+        self.experts = PackedExperts(hidden_size, config, init_std)
         self.router = Router(hidden_size, config)
         self.mode: Mode = "routed"
         self.path: ExpertPath = "auto"
@@ -96,8 +98,7 @@ class _SlicedForCausalLM(PreTrainedModel):
         super().__init__(config)
         moe = MoEConfig.from_dict(config.moe)
         for index in moe.moe_layers:
-            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe)
-        self.post_init()  # again, now that the MoE layers stand
+            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe, config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

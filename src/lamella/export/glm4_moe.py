@@ -1,0 +1,144 @@
+"""Stock `Glm4MoeForCausalLM`: sigmoid scores, a selection bias, renormalised weights and a scale, as they are here.
+
+Twin routing becomes plain top-k there: a pair's frozen slice gets the gate row -w and the bias -b, its copy w and b
+(lamella.moe.routing says why that picks one of each pair). Frozen experts come first. The file holds one tensor per
+expert and matrix, the layout that other loaders read as well.
+
+Shapes: E experts, f neurons per expert, D model width, S pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamella.config import MoEConfig
+from lamella.convert.plan import OutputTensor, Plan, Run, Runs, Sink, Values
+from lamella.convert.slice import ffn_prefix
+from lamella.convert.tensors import SourceTensor
+from lamella.errors import UserError
+from lamella.export.dense import dense_config, sliced_family
+
+ARCHITECTURE = "Glm4MoeForCausalLM"
+# Of the dense config; the rest is GLM's own or follows from the experts.
+_KEPT_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """[S, ...] -> [2S, ...]: the negative rows, then the rows themselves."""
+
+    source: SourceTensor
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        rows = self.source.read(0, self.source.numel).to(dtype)
+        sink.append(-rows)
+        sink.append(rows)
+
+
+def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
+    """Tensors and config of the stock model; UserError where the class cannot hold this one exactly."""
+    moe = MoEConfig.from_dict(config["moe"])
+    _check_fits(config, moe)
+    tensors = []
+    for name, source in sources.items():
+        if ".mlp.experts." not in name and ".mlp.router." not in name:
+            tensors.append(OutputTensor(name, source.dtype, source.shape, Runs.copy(source)))
+    for layer in moe.moe_layers:
+        tensors += _layer_tensors(ffn_prefix(layer), sources, moe)
+    if "lm_head.weight" not in sources:  # tied; some servers have no path for that in this class
+        head = sources["model.embed_tokens.weight"]
+        tensors.append(OutputTensor("lm_head.weight", head.dtype, head.shape, Runs.copy(head)))
+    return Plan(tensors, stock_config(config, moe))
+
+
+def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig) -> list[OutputTensor]:
+    tensors = []
+    for kind, first in (("frozen", 0), ("trainable", moe.num_frozen_experts)):
+        gate_up = sources[f"{prefix}experts.{kind}_gate_up_proj"]
+        down = sources[f"{prefix}experts.{kind}_down_proj"]
+        D, f = down.shape[1:]
+        for i in range(down.shape[0]):
+            expert = f"{prefix}experts.{first + i}."
+            halves = (("gate_proj", 2 * i), ("up_proj", 2 * i + 1))
+            tensors += [_part(f"{expert}{part}.weight", gate_up, half, (f, D)) for part, half in halves]
+            tensors.append(_part(f"{expert}down_proj.weight", down, i, (D, f)))
+    weight, bias = sources[f"{prefix}router.weight"], sources[f"{prefix}router.selection_bias"]
+    for name, source in (("gate.weight", weight), ("gate.e_score_correction_bias", bias)):
+        piece = Mirrored(source) if moe.routing == "twin" else Runs.copy(source)
+        tensors.append(OutputTensor(prefix + name, source.dtype, (moe.num_experts, *source.shape[1:]), piece))
+    return tensors + _zero_shared_expert(prefix, weight, moe)
+
+
+def _part(name: str, packed: SourceTensor, index: int, shape: tuple[int, int]) -> OutputTensor:
+    """The `index`-th matrix of this shape within a packed tensor, where they lie one after another."""
+    count = shape[0] * shape[1]
+    return OutputTensor(name, packed.dtype, shape, Runs((Run(packed, index * count, count),)))
+
+
+def _zero_shared_expert(prefix: str, router: SourceTensor, moe: MoEConfig) -> list[OutputTensor]:
+    """The class always adds a shared expert and some servers demand one: all zeros, it adds exactly nothing."""
+    D, f = router.width, moe.moe_intermediate_size
+    shapes = {"gate_proj": (f, D), "up_proj": (f, D), "down_proj": (D, f)}
+    return [
+        OutputTensor(f"{prefix}shared_experts.{part}.weight", router.dtype, shape, Values((0.0,) * shape[0], shape[1]))
+        for part, shape in shapes.items()
+    ]
+
+
+def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
+    """config.json of the stock class."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"})
+    if "rope_theta" not in rope:
+        rope["rope_theta"] = config.get("rope_theta", 10000.0)
+    heads = config["num_attention_heads"]
+    return {
+        **{key: config[key] for key in _KEPT_KEYS if key in config},
+        "architectures": [ARCHITECTURE],
+        "model_type": "glm4_moe",
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        # GLM rotates half of each head unless told otherwise.
+        "rope_parameters": rope | {"partial_rotary_factor": 1.0},
+        "partial_rotary_factor": 1.0,
+        "attention_bias": has_qkv_bias(config),
+        "use_qk_norm": sliced_family(config).qk_norm,
+        "tie_word_embeddings": False,
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": moe.moe_layers[0],
+        "norm_topk_prob": moe.norm_topk_prob,
+        "routed_scaling_factor": moe.route_scale,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def has_qkv_bias(config: dict[str, Any]) -> bool:
+    family = sliced_family(config)
+    return family.qkv_bias or (family.optional_bias and bool(config.get("attention_bias")))
+
+
+def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
+    problems = []
+    if moe.gate != "sigmoid":
+        problems.append(f"its gate is sigmoid, this model's is {moe.gate}; convert with --gate sigmoid")
+    if not moe.moe_layers or moe.moe_layers != tuple(range(moe.moe_layers[0], config["num_hidden_layers"])):
+        problems.append("its dense layers can only come first, this model's moe_layers have gaps")
+    if has_qkv_bias(config) and not sliced_family(config).qkv_bias:
+        problems.append("it has no bias on the attention's output projection, this model has (attention_bias)")
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):
+        problems.append(f"it has no sliding window, this model has one of {window} tokens")
+    dense_config(config)
+    if problems:
+        raise UserError(f"glm4-moe cannot hold this model exactly: {'; '.join(problems)}; possible here: dense")
