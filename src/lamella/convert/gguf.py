@@ -69,7 +69,7 @@ def open_gguf(path: Path) -> Checkpoint:
     architecture = _text(reader, "general.architecture")
     _refuse_rope_scaling(reader, path, architecture)
     with tempfile.TemporaryDirectory() as folder:
-        _save_config(path, Path(folder))
+        _save_config(path, Path(folder), reader, architecture)
         config = read_config(Path(folder))
     family = family_of(config)
     heads = (config["num_attention_heads"], config["num_key_value_heads"]) if architecture == "llama" else (0, 0)
@@ -118,7 +118,7 @@ def _tensor(entry: Any, path: Path, heads: tuple[int, int]) -> GgufTensor:
     return GgufTensor(name, "F32", shape, path, begin, entry.tensor_type, interleaved)
 
 
-def _save_config(path: Path, folder: Path) -> None:
+def _save_config(path: Path, folder: Path, reader: Any, architecture: str | None) -> None:
     from transformers import AutoConfig
 
     try:
@@ -128,6 +128,9 @@ def _save_config(path: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # dequantised here
     config.architectures, config.dtype = None, "float32"
+    # Not read by transformers for every family, which then takes the family's default.
+    if head_dim := _text(reader, f"{architecture}.attention.key_length"):
+        config.head_dim = int(head_dim)
     config.save_pretrained(folder)
 
 
