@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +30,11 @@ LLAMA3_8B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 CHUNK_BYTES = 16 << 20
-# Prints the peak memory of an interpreter that only imports torch, and that of one which converts.
-IMPORT_ONLY = "import torch; from lamella.convert import peak_rss_mib; print(peak_rss_mib())"
+IMPORT_ONLY = "import torch"
 CONVERT = (
     "import sys, torch; from lamella.convert import convert\n"
     "report = convert(sys.argv[1], sys.argv[2])\n"
-    "print(report.peak_rss_mib, report.bytes_written)"
+    "print(report.bytes_written)"
 )
 
 
@@ -72,23 +69,27 @@ def _write_random(path: Path, tensors: list[tuple[str, tuple[int, ...]]]) -> Non
             left -= words.nbytes
 
 
+# A child inherits the peak of the process it was forked from, so a bare interpreter stands between this one and it.
+MEASURE = (
+    "import json, resource, subprocess, sys, time\n"
+    "began = time.perf_counter()\n"
+    "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True, check=True)\n"
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+    "row = {'wall_s': time.perf_counter() - began, 'cpu_s': used.ru_utime + used.ru_stime}\n"
+    "print(json.dumps([row | {'peak_rss_mib': used.ru_maxrss / 1024}, done.stdout]))"
+)
+
+
 def measured(command: list[str]) -> tuple[dict[str, Any], str]:
-    """({wall_s, cpu_s, peak_rss_mib}, stdout) of a child process."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{command[:3]} ended with {child.returncode}")
-    row = {"wall_s": time.perf_counter() - began, "cpu_s": usage.ru_utime + usage.ru_stime}
-    return row | {"peak_rss_mib": usage.ru_maxrss / 1024}, output
+    """({wall_s, cpu_s, peak_rss_mib}, stdout) of a process; CalledProcessError if it fails."""
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=True)
+    row, output = json.loads(done.stdout)
+    return row, output
 
 
 def convert_once(dense: Path, work: Path) -> dict[str, Any]:
     row, output = measured([sys.executable, "-c", CONVERT, str(dense), str(work / "moe")])
-    row["bytes_written"] = int(output.split()[1])
+    row["bytes_written"] = int(output)
     return row
 
 

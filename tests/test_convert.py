@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, LLAMA3_ROPE, tiny_checkpoint
 
 from lamella.config import DENSE_BIAS
 from lamella.convert import SliceOptions, convert, plan_conversion
-from lamella.convert.plan import parse_layers
+from lamella.convert.options import parse_layers
 from lamella.errors import UserError
 from lamella.export.dense import to_dense
 from lamella.models.hf import load

@@ -199,6 +199,23 @@ def test_hub_name_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tree(tmp_path) == {}
 
 
+def test_a_hub_model_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own cache layout, as a download leaves it; without a network."""
+    import huggingface_hub.constants
+
+    commit, cache = "0123456789" * 4, tmp_path / "hub/models--tiny--llama"
+    tiny_checkpoint(cache / "snapshots" / commit, sharded=True)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    convert("tiny/llama", tmp_path / "moe", SliceOptions(slices=4))
+    assert json.loads((tmp_path / "moe/lamella.json").read_text())["source"]["model"] == f"tiny/llama@{commit}"
+    change_config(model_type="gpt2")(cache / "snapshots" / commit)
+    with pytest.raises(UserError, match="unknown architecture 'gpt2'"):
+        convert("tiny/llama", tmp_path / "moe2")
+
+
 def test_a_weights_file_is_no_model(tmp_path: Path) -> None:
     dense = tiny_checkpoint(tmp_path / "dense")
     with pytest.raises(UserError, match="give the folder"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.plan import Plan, SliceOptions
+from lamella.convert.options import SliceOptions
+from lamella.convert.plan import Plan
 from lamella.convert.sidecars import write_sidecars
 from lamella.convert.slice import plan_slices
 from lamella.convert.write import appearing_folder, check_output, write_tensors

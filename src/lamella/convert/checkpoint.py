@@ -30,7 +30,7 @@ class Checkpoint:
     """A dense model that can be sliced: everything is checked, nothing is read."""
 
     name: str
-    """As a person would call it: the hub name, the path that was given, or the embedded model's name."""
+    """As a person would call it: NAME@COMMIT of the hub, the path that was given, or the embedded model's name."""
     family: Family
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
@@ -59,7 +59,10 @@ class Checkpoint:
             raise UserError(
                 f"{model} is a file; give the folder that holds config.json and the safetensors, or a .gguf file"
             )
-        return cls._from_folder(path if path.is_dir() else download(str(model)), str(model))
+        if path.is_dir():
+            return cls._from_folder(path, str(model))
+        folder = download(str(model))
+        return cls._from_folder(folder, f"{model}@{folder.name}")
 
     @classmethod
     def _from_folder(cls, folder: Path, name: str, licence: str | None = None) -> Checkpoint:
@@ -166,16 +169,21 @@ def card_licence(folder: Path) -> str | None:
 
 
 def download(name: str) -> Path:
-    """Folder of a hub model's config, safetensors and tokenizer, in the hub's own cache; UserError if there is none."""
+    """A hub model's config, safetensors and tokenizer, in the hub's own cache; UserError if there are none.
+
+    The folder's name is the commit.
+    """
     if not re.fullmatch(r"[\w\-.]+(/[\w\-.]+)?", name) or name.startswith("."):
         raise UserError(f"no such model: {name} is no folder here, and cannot be a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["config.json", "*.safetensors", INDEX_FILE, "README.md", *SIDECARS]
+    wanted = ["*.safetensors", INDEX_FILE, "README.md", *SIDECARS]
+    # Some repositories hold the weights a second time, in another format, in a subfolder or as "consolidated".
+    unwanted = ["*/*", "consolidated*"]
     try:
-        # Some repositories hold the weights a second time, in another format, in a subfolder or as "consolidated".
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+        family_of(read_config(Path(snapshot_download(name, allow_patterns=["config.json"]))))  # before the large files
+        return Path(snapshot_download(name, allow_patterns=["config.json", *wanted], ignore_patterns=unwanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no such model: {name} is no folder here, and the hub did not give it ({reason})") from None

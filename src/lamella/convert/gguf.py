@@ -77,6 +77,7 @@ def open_gguf(path: Path) -> Checkpoint:
         tensor.name: tensor for entry in reader.tensors if (tensor := _tensor(entry, path, heads))
     }
     check_dense(tensors, config, family, path.name)
+    _check_kinds(tensors, path)
     return Checkpoint(
         path.name, family, config, tensors, _text(reader, "general.license"), lambda out: _save_sidecars(path, out)
     )
@@ -89,6 +90,17 @@ def _reader(path: Path) -> Any:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:  # what it raises on truncated or foreign files
         raise UserError(f"{path} is truncated or not a GGUF file ({error}); download it again") from None
+
+
+def _check_kinds(tensors: dict[str, SourceTensor], path: Path) -> None:
+    """Dequantise a row of each kind of quantisation."""
+    for kind, tensor in {tensor.kind: tensor for tensor in tensors.values() if isinstance(tensor, GgufTensor)}.items():
+        try:
+            tensor.read(0, 1)
+        except NotImplementedError:
+            raise UserError(
+                f"{path.name} holds {kind.name} weights, which the gguf package cannot dequantise"
+            ) from None
 
 
 def _text(reader: Any, key: str) -> str | None:

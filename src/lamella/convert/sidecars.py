@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lamella import __version__
 from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.plan import Plan, SliceOptions
+from lamella.convert.options import SliceOptions
+from lamella.convert.plan import Plan
 from lamella.convert.slice import REMOTE_CODE
 from lamella.convert.write import write_json
 

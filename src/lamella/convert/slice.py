@@ -12,19 +12,9 @@ from typing import Any
 from lamella.config import DENSE_BIAS, MoEConfig
 from lamella.convert.checkpoint import Checkpoint
 from lamella.convert.families import SLICED_PREFIX, Family, Shapes, dense_tensors, ffn_tensors
-from lamella.convert.plan import (
-    DTYPE_NAMES,
-    Noise,
-    OutputTensor,
-    Piece,
-    Plan,
-    Run,
-    Runs,
-    SliceOptions,
-    SplitColumns,
-    Values,
-    parse_layers,
-)
+from lamella.convert.options import DTYPE_NAMES, SliceOptions, parse_layers
+from lamella.convert.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
+from lamella.convert.plan import OutputTensor, Plan
 from lamella.convert.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.moe.slicing import check_slices

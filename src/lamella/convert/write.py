@@ -117,7 +117,11 @@ def _run(jobs: list[tuple[OutputTensor, FileSink]]) -> dict[str, str]:
             raise
 
     with one_torch_thread(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return dict(pool.map(make, jobs))
+        try:
+            return dict(pool.map(make, jobs))
+        except BaseException:  # Ctrl-C as well: what is queued must not run on
+            failed.set()
+            raise
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 from lamella.config import MoEConfig
 from lamella.convert.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
 from lamella.convert.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of, may_be_stored
-from lamella.convert.plan import JoinColumns, OutputTensor, Piece, Plan, Run, Runs
+from lamella.convert.pieces import JoinColumns, Piece, Run, Runs
+from lamella.convert.plan import OutputTensor, Plan
 from lamella.convert.slice import ffn_prefix, moe_tensors
 from lamella.convert.tensors import SourceTensor
 from lamella.convert.write import appearing_folder, check_output, write_json, write_tensors

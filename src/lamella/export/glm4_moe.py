@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lamella.config import MoEConfig
-from lamella.convert.plan import OutputTensor, Plan, Run, Runs, Sink, Values
+from lamella.convert.pieces import Run, Runs, Sink, Values
+from lamella.convert.plan import OutputTensor, Plan
 from lamella.convert.slice import ffn_prefix
 from lamella.convert.tensors import SourceTensor
 from lamella.errors import UserError

@@ -1,0 +1,69 @@
+"""How to slice, as a person says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from lamella.config import GateKind, RoutingKind
+from lamella.errors import UserError, did_you_mean
+
+# config.json's names -> safetensors' codes.
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class SliceOptions:
+    """How to slice; the `recipe` of the manifest."""
+
+    slices: int = 8
+    """Parts that each FFN is cut into; must divide its width."""
+    noise: float = 0.05
+    """Standard deviation of what is added to the copies, in units of the dense matrix's own."""
+    seed: int = 0
+    layers: str = "all"
+    """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""
+    routing: RoutingKind = "twin"
+    gate: GateKind = "sigmoid"
+    top_k: int | None = None
+    """Experts per token; None: as many as slices."""
+    dtype: str | None = None
+    """"float32", "bfloat16" or "float16"; None: that of the source, tensor by tensor."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("routing", get_args(RoutingKind)),
+            ("gate", get_args(GateKind)),
+            ("dtype", (*DTYPE_NAMES, None)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                known = [choice for choice in choices if choice]
+                raise UserError(
+                    f"{name} is {value!r}; it must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
+                )
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise UserError(f"noise is {self.noise}; it must be 0 or a positive number")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layers that "all", "every:N" or a list such as "0,3,5-9" names, ascending; a UserError if not there."""
+    if text == "all":
+        return tuple(range(num_layers))
+    if match := re.fullmatch(r"every:([1-9]\d*)", text):
+        return tuple(range(0, num_layers, int(match[1])))
+    layers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)):
+            raise UserError(f"layers is {text!r}; write all, every:N, or a list such as 0,3,5-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise UserError(f"layers names {part}, but the model has the layers 0-{num_layers - 1}")
+        layers |= set(range(first, last + 1))
+    return tuple(sorted(layers))
