@@ -360,6 +360,41 @@ def test_back_to_dense_after_training(tmp_path: Path) -> None:
         assert torch.equal(back[name], source[name] if ".mlp." in name else source[name] + 1), name
 
 
+def test_the_command_reports_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lamella.convert.command import run
+
+    dense, out = tiny_checkpoint(tmp_path / "dense"), tmp_path / "moe"
+    run(str(dense), out, {"slices": 4, "layers": "1"}, dry_run=True)
+    plan = capsys.readouterr().out
+    assert not out.exists()
+    run(str(dense), out, {"slices": 4, "layers": "1"})
+    assert "4 frozen slices and 4 trainable copies" in capsys.readouterr().out
+    moe = read_all(out)
+    listed = {line.split()[0]: line for line in plan.splitlines() if line.startswith("  ")}
+    assert listed.keys() == moe.keys()
+    assert all(str(list(tensor.shape)) in listed[name] for name, tensor in moe.items())
+    assert f"{len(moe)} tensors, {sum(t.numel() for t in moe.values()):,} parameters" in plan
+    assert "1 of 3 layers with 4 slices" in plan
+
+
+def test_interrupted_or_full_disk_keeps_nothing(tmp_path: Path) -> None:
+    import errno
+
+    dense = tiny_checkpoint(tmp_path / "dense")
+
+    def full(count: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def interrupted(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="became full; nothing was kept"):
+        convert(dense, tmp_path / "a/moe", SliceOptions(slices=4), on_bytes=full)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "moe", SliceOptions(slices=4), on_bytes=interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
     counts: list[int] = []
     report = convert(
