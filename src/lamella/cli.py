@@ -78,5 +78,22 @@ def convert_by_slicing(
     run(model, out, options | {"top_k": top_k, "dtype": dtype}, overwrite=overwrite, dry_run=dry_run)
 
 
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: the embedded demo."),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks on this machine.", show_default="GPUs; on CPU 3 for the demo, else 1")
+    ] = None,
+) -> None:
+    """Train a converted model: check the recipe, then start torchrun."""
+    from lamella.train.launch import default_nproc, launch
+
+    if code := launch(words or [], default_nproc(words or []) if nproc is None else nproc):
+        raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     main()

@@ -125,8 +125,8 @@ class Recipe(_Strict):
             below, above = self.samples_per_step // unit * unit, (self.samples_per_step // unit + 1) * unit
             choices = " or ".join(str(n) for n in (below, above) if n)
             raise UserError(
-                f"samples_per_step {self.samples_per_step} cannot be shared among {num_ranks} ranks in micro-batches of "
-                f"{self.samples_per_micro_batch}; set samples_per_step={choices}, or another number of ranks"
+                f"samples_per_step {self.samples_per_step} cannot be shared among {num_ranks} ranks in micro-batches "
+                f"of {self.samples_per_micro_batch}; set samples_per_step={choices}, or another number of ranks"
             )
 
     def to_yaml(self) -> str:

@@ -26,6 +26,8 @@ from lamella.errors import UserError
 from lamella.recipe import Recipe, differences, make_recipe, parse_yaml
 
 State = Literal["starting", "running", "stopped", "preempted", "finished", "failed"]
+# Made before config.yaml: a folder with nothing else in it is a run that did not start.
+OWN_NAMES = frozenset({"log", "checkpoints", "tensorboard", "model"})
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
@@ -121,7 +123,7 @@ class RunDir:
 
 
 def model_fingerprint(model: Path) -> str:
-    """Changes with the model's config and weights: its manifest's tensor hashes, or names, sizes and times of the files."""
+    """Changes with the model's config and weights: its manifest's hashes, or names, sizes, times of the files."""
     digest = hashlib.sha256((model / "config.json").read_bytes())
     manifest = model / "lamella.json"
     if manifest.is_file():

@@ -42,14 +42,15 @@ def install() -> None:
     """Import `torchtitan.tools.utils` with the answer "cpu", unless there is an accelerator."""
     if torch.accelerator.is_available():
         return
-    ask_type, ask_module = torch._utils._get_available_device_type, torch._utils._get_device_module
+    asked: Any = torch._utils
+    ask_type, ask_module = asked._get_available_device_type, asked._get_device_module
     cpu = cpu_device_module()
-    torch._utils._get_available_device_type = lambda: "cpu"
-    torch._utils._get_device_module = lambda device_type: cpu if device_type == "cpu" else ask_module(device_type)
+    asked._get_available_device_type = lambda: "cpu"
+    asked._get_device_module = lambda device_type: cpu if device_type == "cpu" else ask_module(device_type)
     try:
         import torchtitan.tools.utils  # noqa: F401
     finally:
-        torch._utils._get_available_device_type, torch._utils._get_device_module = ask_type, ask_module
+        asked._get_available_device_type, asked._get_device_module = ask_type, ask_module
 
 
 install()

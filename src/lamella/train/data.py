@@ -15,7 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
+import lamella.models.hf  # else loading the tokenizer asks to trust the folder's code
+import lamella.models.titan_device  # noqa: F401  before torchtitan
 
 # isort: split
 import numpy as np
@@ -76,7 +77,7 @@ def open_samples(
 
 
 def spread(samples: MixedSamples, count: int) -> list[Sample]:
-    """`count` samples (or all, if there are fewer) at even distances: a fixed held-out set with a part of each source."""
+    """`count` samples (or all, if there are fewer) at even distances: a fixed set with a part of each source."""
     count = min(count, len(samples))
     return [samples.sample(i * len(samples) // count) for i in range(count)]
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
+from lamella.data.sources import open_source
 from lamella.errors import UserError
 from lamella.recipe import Recipe, load_recipe, make_recipe, set_by_word
+from lamella.run_dir import OWN_NAMES, RunDir
+
+# Where rank 0 writes what is wrong with the input, instead of printing it amid torchrun's own words.
+REFUSAL_FILE = "LAMELLA_REFUSAL_FILE"
 
 
 def arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -44,26 +51,73 @@ def torchrun_command(nproc: int, words: Sequence[str]) -> list[str]:
     return [*torchrun, "-m", "lamella.train.worker", *words]
 
 
-def launch(words: Sequence[str], nproc: int, quiet: bool = False) -> int:
-    """Check the recipe, then train with `nproc` ranks on this machine; torchrun's exit code.
-
-    Raises:
-        UserError: the recipe has errors, or cannot be shared among the ranks; nothing was started.
-    """
+def check(words: Sequence[str], nproc: int) -> Recipe:
+    """All that can be checked without torch; UserError before anything is started."""
     recipe = prepare_recipe(*arguments(words))
     if nproc < 1:
         raise UserError(f"nproc is {nproc}; it must be at least 1")
     recipe.check_world_size(nproc)
-    _check_model(recipe)
+    for source in [*recipe.data, *(recipe.heldout_data or [])]:
+        open_source(source)
+    model = Path(recipe.model)
+    if (model / "config.json").is_file():
+        check_run_dir(recipe, model)
+    elif recipe.model != Recipe.model_fields["model"].default:
+        raise UserError(f"there is no model {model}; make it with `uv run convert_by_slicing.py --out {model}`")
+    return recipe
+
+
+def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
+    """The recipe's run directory, new or holding the same run; else UserError."""
+    run = RunDir(Path(recipe.out))
+    if run.exists():
+        if recipe.resume == "never":
+            raise UserError(
+                f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
+            )
+        run.check_same_run(recipe, model)
+    elif run.path.is_file() or (run.path.is_dir() and any(p.name not in OWN_NAMES for p in run.path.iterdir())):
+        raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
+    return run
+
+
+def default_nproc(words: Sequence[str]) -> int:
+    """A rank per GPU; on CPU 3 for the embedded recipe, which is made for them, and 1 for others."""
+    num_gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
+    return num_gpus or (1 if arguments(words)[0] else 3)
+
+
+def launch(words: Sequence[str], nproc: int, quiet: bool = False) -> int:
+    """Check the recipe, then train with `nproc` ranks on this machine; torchrun's exit code.
+
+    What torchrun itself says is shown only when the training fails.
+
+    Raises:
+        UserError: bad input, whether found here or by the ranks.
+    """
+    recipe = check(words, nproc)
     threads = recipe.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // nproc)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run(torchrun_command(nproc, words), env=environment, stdout=output, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        refusal, said = Path(folder) / "refusal", Path(folder) / "stderr"
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), REFUSAL_FILE: str(refusal)}
+        with said.open("w") as errors:
+            output = subprocess.DEVNULL if quiet else None
+            process = subprocess.Popen(torchrun_command(nproc, words), env=environment, stdout=output, stderr=errors)
+            code = _wait(process)
+        if refusal.is_file():
+            raise UserError(refusal.read_text())
+        if code:
+            print(said.read_text(), file=sys.stderr)
+    return code
 
 
-def _check_model(recipe: Recipe) -> None:
-    default = Recipe.model_fields["model"].default
-    if recipe.model != default and not (Path(recipe.model) / "config.json").is_file():
-        raise UserError(
-            f"there is no model {recipe.model}; make it with `uv run convert_by_slicing.py --out {recipe.model}`"
-        )
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Hand signals on: torchrun gives its ranks time to save, and must not be left behind."""
+    previous = {
+        n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -39,6 +39,9 @@ class LamellaMetrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         pass
 
+    ntokens_since_last_log: int
+    time_last_log: float
+
     def __init__(self, config: Config, **kwargs: Any):
         super().__init__(config, **kwargs)
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from lamella.errors import UserError
 from lamella.recipe import Recipe
-from lamella.run_dir import RunDir
-from lamella.train.launch import arguments, default_threads, prepare_recipe
+from lamella.run_dir import RunDir, write_atomic
+from lamella.train.launch import REFUSAL_FILE, arguments, check_run_dir, default_threads, prepare_recipe
 
 if TYPE_CHECKING:
     from lamella.train.trainer import LamellaTrainer
@@ -45,7 +45,9 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _refuse(error: UserError, rank: int) -> None:
-    if rank == 0:
+    if rank == 0 and REFUSAL_FILE in os.environ:
+        write_atomic(Path(os.environ[REFUSAL_FILE]), str(error))
+    elif rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # torchrun ends all ranks when one ends: rank 0 must have spoken
@@ -65,24 +67,17 @@ def _alone_without_torchrun() -> None:
 
 def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
     """Check the recipe against model, data, machine and run directory; None where the run is finished."""
-    run = RunDir(Path(recipe.out))
     model_folder = _model_folder(recipe, rank)
-    if run.exists():
-        if recipe.resume == "never":
-            raise UserError(
-                f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
-            )
-        run.check_same_run(recipe, model_folder)
-        if run.status()["state"] == "finished":
-            if rank == 0:
-                print(f"{run.path} is finished: {recipe.steps} steps. Set out= to another folder for a new run.")
-            return None
-    elif run.path.exists() and any(run.path.iterdir()) and not (run.path / "log").exists():
-        raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
-    config = _trainer_config(recipe, run, rank)
+    run = check_run_dir(recipe, model_folder)
+    if run.exists() and run.status()["state"] == "finished":
+        if rank == 0:
+            print(f"{run.path} is finished: {recipe.steps} steps. Set out= to another folder for a new run.")
+        return None
+    config = _trainer_config(recipe, run)
     if rank == 0 and not run.exists():
         run.create(recipe, model_folder)
-    run.log.mkdir(parents=True, exist_ok=True)
+    while not run.exists():
+        time.sleep(0.05)  # rank 0 makes it
     return config
 
 
@@ -102,9 +97,10 @@ def _model_folder(recipe: Recipe, rank: int) -> Path:
     return folder
 
 
-def _trainer_config(recipe: Recipe, run: RunDir, rank: int) -> LamellaTrainer.Config:
+def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     import torch
 
+    _check_gpus(torch.cuda.device_count())
     torch.set_num_threads(recipe.threads_per_rank or default_threads())
     from lamella.train.assemble import has_gpu, model_config, trainer_config
     from lamella.train.data import open_samples
@@ -123,6 +119,12 @@ def _trainer_config(recipe: Recipe, run: RunDir, rank: int) -> LamellaTrainer.Co
         tokens = recipe.heldout_samples * (recipe.seq_len + 1)
         heldout = open_samples(names, "heldout", *common, None, tokens, model.vocab_size)
     return trainer_config(recipe, run, model, train, heldout)
+
+
+def _check_gpus(count: int) -> None:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < count < ranks:
+        raise UserError(f"{ranks} ranks on this machine, but it has {count} GPUs; start at most {count} ranks here")
 
 
 @contextmanager

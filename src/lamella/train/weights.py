@@ -1,0 +1,121 @@
+"""The weights of a training run as a transformers folder, read by one process without a process group."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lamella.errors import UserError
+from lamella.models.names import hf_name
+from lamella.run_dir import RunDir
+
+MAX_SHARD_BYTES = 5_000_000_000
+# What torchtitan saves beside the model, by the prefix of its names.
+OTHER_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+FLOAT32_ALWAYS = ".selection_bias"
+
+
+def materialise(run_dir: str | Path, step: int | None = None, dtype: torch.dtype | None = None) -> Path:
+    """The HF-format lamella folder of a checkpoint, `run_dir/hf/step-N/` (`step-N-DTYPE/`); written once.
+
+    Args:
+        step: of the checkpoint; None takes the newest.
+        dtype: of the weights; None takes the model's own, in which frozen tensors have the bytes they had before
+            training. The selection bias stays float32.
+
+    Raises:
+        UserError: no run directory, no checkpoint, or none of this step.
+    """
+    run = RunDir(Path(run_dir))
+    step = _checkpoint_step(run, step)
+    folder = run.hf(step)
+    if dtype is not None and dtype != model_dtype(run.model):
+        folder = folder.with_name(f"{folder.name}-{str(dtype).removeprefix('torch.')}")
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write_weights(run.checkpoint(step), temporary, dtype or model_dtype(run.model))
+        for file in run.model.iterdir():
+            if file.name != "fingerprint.json":
+                shutil.copyfile(file, temporary / file.name)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def model_dtype(folder: Path) -> torch.dtype:
+    """The dtype named in config.json; float32 where none is."""
+    config = json.loads((folder / "config.json").read_text())
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
+
+
+def _checkpoint_step(run: RunDir, step: int | None) -> int:
+    if not run.exists():
+        raise UserError(f"{run.path} is no run directory: it holds no config.yaml")
+    steps = run.steps()
+    if not steps:
+        raise UserError(f"{run.path} has no checkpoint yet; train until step {run.recipe().save_every_steps}")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"{run.path} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return step
+
+
+def _write_weights(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    """Shards of at most 5 GB, one in memory at a time."""
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    model = {
+        name: entry
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHER_STATE)
+    }
+    shards = _shards(model, dtype)
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for file, shard in zip(names, shards, strict=True):
+        state = {name: torch.empty(model[name].size, dtype=model[name].properties.dtype) for name in shard}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        hf = {hf_name(name): _cast(name, tensor, dtype) for name, tensor in state.items()}
+        save_file(hf, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(hf, file)
+        total_bytes += sum(t.nbytes for t in hf.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if name.endswith(FLOAT32_ALWAYS) else tensor.to(dtype)
+
+
+def _shards(model: dict[str, TensorStorageMetadata], dtype: torch.dtype) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in model.items():
+        num_bytes = entry.size.numel() * dtype.itemsize
+        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return shards
