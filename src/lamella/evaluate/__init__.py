@@ -1,0 +1,1 @@
+"""Is it the same model, and how good is it: logit match, perplexity, routing controls."""

@@ -1,0 +1,104 @@
+"""Open what a command was given, or say in one line why not; write its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lamella.embedded import embedded_model
+from lamella.errors import UserError, did_you_mean
+from lamella.models.hf import load
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+EMBEDDED = "embedded"
+
+
+def model_path(name: str | Path) -> str:
+    """The folder or hub name that `name` stands for; "embedded" is the embedded dense model."""
+    if str(name) == EMBEDDED:
+        return str(embedded_model())
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{path} holds no config.json; pass the folder of a model, or {EMBEDDED!r}")
+    if path.is_file() or (not path.exists() and (path.is_absolute() or str(name).count("/") != 1)):
+        raise UserError(f"no such model: {name}; pass the folder of a model, a hub name, or {EMBEDDED!r}")
+    return str(path) if path.exists() else str(name)
+
+
+def open_checkpoint(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A dense or converted model, evaluating, without gradients.
+
+    Args:
+        name: see `model_path`.
+        dtype: torch dtype or a name in DTYPES.
+
+    Raises:
+        UserError: no such model, unknown dtype or device, tensors that do not fit the config.
+    """
+    path = model_path(name)
+    try:
+        model = load(path, parse_dtype(dtype), parse_device(device))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load the model {name}: {reason}") from error
+    return model.requires_grad_(False)
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A torch dtype or "auto"; UserError for an unknown name."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+def parse_device(device: str) -> str:
+    """ "auto" is the GPU where there is one; UserError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r}; it must be auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU; use --device cpu")
+    return device
+
+
+def is_sliced(model: PreTrainedModel) -> bool:
+    """Whether the model has MoE layers of lamella."""
+    return bool(getattr(model, "moe_layers", None))
+
+
+def check_same_text_interface(dense: PreTrainedModel, moe: PreTrainedModel) -> None:
+    """UserError unless both are of one shape, as a dense model and its conversion are."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        ours, theirs = getattr(moe.config, name), getattr(dense.config, name)
+        if ours != theirs:
+            raise UserError(
+                f"{name} is {ours} in the MoE and {theirs} in the dense model; compare it with the model it was made of"
+            )
+
+
+def check_json_path(path: Path | None) -> None:
+    """UserError now rather than after the work, if a report could not be written to `path`."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a report in one piece: a temporary file beside it, then rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f"{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
+    os.chmod(temporary, 0o644)  # mkstemp's is for the owner alone
+    os.replace(temporary, path)

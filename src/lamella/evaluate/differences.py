@@ -1,0 +1,124 @@
+"""How far two models' logits lie apart, and how far a model lies from itself when its sums take another order.
+
+Shapes: L tokens of a window, V vocabulary, D model width, F dense FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Difference:
+    """Between reference logits and others, over all tokens seen."""
+
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    sum_kl: float = 0.0
+    same_top1: int = 0
+    tokens: int = 0
+    vocabulary: int = 0
+    max_logit: float = 0.0
+    """Largest |logit| of the reference: the scale that a rounding error is relative to."""
+
+    def add(self, reference_LV: Tensor, other_LV: Tensor) -> None:
+        reference_LV, other_LV = reference_LV.float(), other_LV.float()
+        apart_LV = (reference_LV - other_LV).abs()
+        self.max_abs = max(self.max_abs, apart_LV.max().item())
+        self.sum_abs += apart_LV.sum(dtype=torch.float64).item()
+        self.sum_kl += kl_divergence(reference_LV, other_LV)
+        self.same_top1 += int((reference_LV.argmax(-1) == other_LV.argmax(-1)).sum())
+        self.tokens += len(reference_LV)
+        self.vocabulary = reference_LV.shape[-1]
+        self.max_logit = max(self.max_logit, reference_LV.abs().max().item())
+
+    @property
+    def mean_abs(self) -> float:
+        return self.sum_abs / (self.tokens * self.vocabulary)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(reference || other) per token, nats."""
+        return self.sum_kl / self.tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens with the same most likely next token."""
+        return self.same_top1 / self.tokens
+
+
+def kl_divergence(reference_LV: Tensor, other_LV: Tensor) -> float:
+    """Sum over tokens of KL(reference || other), nats; float64, for in float32 rounding hides values below 1e-7."""
+    p_LV, q_LV = (F.log_softmax(x.double(), dim=-1) for x in (reference_LV, other_LV))
+    return F.kl_div(q_LV, p_LV, reduction="sum", log_target=True).item()
+
+
+@torch.inference_mode()
+def compare(reference: Any, other: Any, windows: Iterable[Tensor]) -> Difference:
+    """Run both models on each window [L] of token ids."""
+    difference = Difference()
+    for ids_L in windows:
+        ids_1L = ids_L[None].to(reference.device)
+        difference.add(*(model(ids_1L, use_cache=False).logits[0] for model in (reference, other)))
+    return difference
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt_L: Tensor, count: int) -> tuple[list[int], Tensor]:
+    """`count` most likely tokens one after another, end-of-text included, and the logits [count, V] of each choice."""
+    ids_1L, cache, tokens, logits = prompt_L[None].to(model.device), None, [], []
+    for _ in range(count):
+        output = model(ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits.append(output.logits[0, -1].float())
+        ids_1L = logits[-1].argmax().view(1, 1)
+        tokens.append(int(ids_1L))
+    return tokens, torch.stack(logits)
+
+
+class ReorderedFFN(nn.Module):
+    """A gated FFN summed over `slices` groups of its neurons, drawn at random: the same function."""
+
+    def __init__(self, dense: Any, slices: int, generator: torch.Generator):
+        super().__init__()
+        self.dense = dense
+        order_F = torch.randperm(dense.gate_proj.weight.shape[0], generator=generator)
+        self.groups = order_F.to(dense.gate_proj.weight.device).chunk(slices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_FD, up_FD, down_DF = (getattr(self.dense, f"{name}_proj").weight for name in ("gate", "up", "down"))
+        parts = (F.linear(F.silu(F.linear(x, gate_FD[g])) * F.linear(x, up_FD[g]), down_DF[:, g]) for g in self.groups)
+        return sum(parts, torch.zeros_like(x))
+
+
+@contextmanager
+def reordered_ffns(model: Any, slices: int, layers: Iterable[int], seed: int) -> Iterator[None]:
+    """Inside, the FFNs of these layers of a dense model are summed in another order; weights are shared, not copied."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {i: model.model.layers[i].mlp for i in layers}
+    try:
+        for i, mlp in kept.items():
+            model.model.layers[i].mlp = ReorderedFFN(mlp, slices, generator)
+        yield
+    finally:
+        for i, mlp in kept.items():
+            model.model.layers[i].mlp = mlp
+
+
+def compare_reordered(model: Any, slices: int, layers: list[int], windows: list[Tensor], seed: int) -> Difference:
+    """A dense model against itself with its FFNs summed in another order: the floor of any such comparison."""
+    difference = Difference()
+    for ids_L in windows:
+        ids_1L = ids_L[None].to(model.device)
+        with torch.inference_mode():
+            reference_LV = model(ids_1L, use_cache=False).logits[0]
+            with reordered_ffns(model, slices, layers, seed):
+                difference.add(reference_LV, model(ids_1L, use_cache=False).logits[0])
+    return difference

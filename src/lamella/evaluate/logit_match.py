@@ -1,0 +1,215 @@
+"""Does a conversion give the dense model's logits? Figures, each with a bound that has a reason.
+
+fp32. Slicing changes nothing but the order in which the F terms of each FFN output are added. A sum of F rounded terms
+is off by about u sqrt(F) of its size (u = 2^-24, roundings as a random walk), the errors of N layers add up like
+another random walk, and the output head keeps the relative error: |difference| <= u sqrt(F N) max|logit|. For
+SmolLM2 that is 5.5e-4; an error in the conversion shows as more than 1e-1. Never more than 1e-3 is let through.
+
+bf16. u is 2^-9, and one rounding can flip a later one, so no formula of this kind is tight. The floor is measured
+instead, on the same tokens: the dense model against itself with its FFNs summed over as many groups of neurons as the
+MoE has slices, the neurons drawn at random. The MoE may lie FLOOR_FACTOR times as far from the dense model.
+
+Greedy tokens must be the same. In bf16 two tokens can be tied within the rounding: a departure passes there if the
+dense logits of the two tokens lie within twice the bound on the logit difference (each may move by that bound).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lamella.errors import UserError
+from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, model_path, open_checkpoint
+from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy
+from lamella.evaluate.perplexity import text_samples
+from lamella.evaluate.routing_controls import copies_without_noise, mode
+
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = 64
+FLOOR_SEEDS = (0, 1)
+# The maximum is over millions of logits and the floor over two draws: two runs of one model differ by up to 1.5.
+FLOOR_FACTOR = 2.0
+FP32_LIMIT = 1e-3
+MODES = ("dense", "routed", "random, no noise")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: `figure` must be at most `bound` (or at least, if `at_least`)."""
+
+    dtype: str
+    what: str
+    """Which two models: a mode of the MoE against the dense model, or the floor."""
+    name: str
+    figure: float
+    bound: float | None = None
+    """None: for information."""
+    at_least: bool = False
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.bound is None:
+            return True
+        # A NaN passes neither way.
+        return self.figure >= self.bound if self.at_least else self.figure <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    max_abs: float
+    mean_abs: float
+    kl: float
+    top1: float
+    reason: str
+
+
+def fp32_bounds(ffn_width: int, layers: int, max_logit: float) -> Bounds:
+    """See the module's docstring. KL of small differences d is about d^2 / 2; a flipped top-1 needs a tie."""
+    u = torch.finfo(torch.float32).eps / 2
+    max_abs = min(FP32_LIMIT, u * math.sqrt(ffn_width * layers) * max_logit)
+    return Bounds(max_abs, max_abs, max(max_abs**2, 1e-9), 0.999, "2^-24 sqrt(F N) max|logit|, at most 1e-3")
+
+
+def floor_bounds(floors: list[Difference]) -> Bounds:
+    """FLOOR_FACTOR times the largest floor; KL grows with the square of the difference."""
+    top1 = min(f.top1_agreement for f in floors)
+    # Flipped tokens are counted, so their number has the spread of a Poisson count: three standard deviations more.
+    flips = FLOOR_FACTOR * (1 - top1) * floors[0].tokens
+    allowed = (flips + 3 * math.sqrt(max(flips, 1))) / floors[0].tokens
+    return Bounds(
+        FLOOR_FACTOR * max(f.max_abs for f in floors),
+        FLOOR_FACTOR * max(f.mean_abs for f in floors),
+        FLOOR_FACTOR**2 * max(f.kl for f in floors),
+        1 - allowed,
+        f"{FLOOR_FACTOR:g}x the floor",
+    )
+
+
+def logit_match(
+    dense_name: str,
+    moe_name: str,
+    *,
+    data: str = "python-docs",
+    tokens: dict[str, int] | None = None,
+    seq_len: int = 256,
+    device: str = "cpu",
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
+    """Every check, for each dtype in `tokens` ({"float32": 1024, "bfloat16": 256}: tokens of held-out text).
+
+    Args:
+        dense_name, moe_name: see `lamella.evaluate.checkpoints.model_path`.
+        on_step: told what is being measured.
+
+    Raises:
+        UserError: no such model or data; `moe_name` is no conversion, or one of another model.
+    """
+    tokens = {"float32": 1024, "bfloat16": 256} if tokens is None else tokens
+    windows = {}
+    for dtype, count in tokens.items():
+        samples = text_samples(data, "heldout", model_path(moe_name), seq_len, None)
+        windows[dtype] = [samples.sample(i).input_ids_L for i in range(min(len(samples), max(1, count // seq_len)))]
+    checks: list[Check] = []
+    for dtype, ids in windows.items():
+        on_step(f"{dtype}: loading both models")
+        dense, moe = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
+        if not is_sliced(moe):
+            raise UserError(
+                f"{moe_name} is a dense model; pass a converted one (uv run convert_by_slicing.py makes it)"
+            )
+        check_same_text_interface(dense, moe)
+        on_step(f"{dtype}: dense against transformers")
+        checks.append(_sanity(dense, dense_name, dtype, ids[:1]))
+        checks += _dtype_checks(dense, moe, dtype, ids, on_step)
+    return checks
+
+
+def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
+    """What this package loaded, against the architecture's own class in transformers: the same bits."""
+    cls = getattr(transformers, dense.config.architectures[0])
+    plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
+    figure = compare(plain, dense, windows).max_abs
+    return Check(dtype, f"dense, {cls.__name__}", "max |logit difference|", figure, 0.0, reason="the same computation")
+
+
+def _dtype_checks(
+    dense: Any, moe: Any, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
+) -> Iterator[Check]:
+    config, slices = moe.moe_layers[0].config, moe.moe_layers[0].config.num_frozen_experts
+    floors = []
+    for seed in FLOOR_SEEDS:
+        on_step(f"{dtype}: floor {seed + 1} of {len(FLOOR_SEEDS)}")
+        floors.append(compare_reordered(dense, slices, list(config.moe_layers), windows, seed))
+    floor = max(floors, key=lambda f: f.max_abs)
+    yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
+    if dtype == "float32":
+        bounds = fp32_bounds(dense.config.intermediate_size, len(config.moe_layers), floor.max_logit)
+    else:
+        bounds = floor_bounds(floors)
+    on_step(f"{dtype}: greedy tokens of the dense model")
+    prompt = windows[0][:PROMPT_TOKENS]
+    expected = greedy(dense, prompt, GREEDY_TOKENS)
+    for what in checked_modes(moe):
+        on_step(f"{dtype}: {what}")
+        with _as(moe, what):
+            yield from _rows(dtype, what, compare(dense, moe, windows), bounds)
+            yield _greedy_check(dtype, what, expected, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
+
+
+def checked_modes(moe: Any) -> list[str]:
+    """The modes in which this model must be the dense one.
+
+    "routed" only before training (rows of the router are zero); "random" only where every slice is drawn once (twin).
+    """
+    modes = ["dense"]
+    if not any(layer.router.weight.any() for layer in moe.moe_layers):
+        modes.append("routed")
+    if moe.moe_layers[0].config.routing == "twin":
+        modes.append("random, no noise")
+    return modes
+
+
+def _as(moe: Any, what: str) -> AbstractContextManager:
+    stack = ExitStack()
+    stack.enter_context(mode(moe, what.partition(",")[0]))  # type: ignore[arg-type]
+    if what == "random, no noise":
+        stack.enter_context(copies_without_noise(moe))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(0)
+    return stack
+
+
+def _rows(dtype: str, what: str, difference: Difference, bounds: Bounds | None) -> Iterator[Check]:
+    figures = {
+        "max |logit difference|": ("max_abs", difference.max_abs),
+        "mean |logit difference|": ("mean_abs", difference.mean_abs),
+        "KL, nats per token": ("kl", difference.kl),
+        "top-1 agreement": ("top1", difference.top1_agreement),
+    }
+    for name, (field, figure) in figures.items():
+        bound = None if bounds is None else getattr(bounds, field)
+        yield Check(dtype, what, name, figure, bound, field == "top1", bounds.reason if bounds else "")
+
+
+def _greedy_check(
+    dtype: str, what: str, expected: tuple[list[int], Tensor], tokens: list[int], bounds: Bounds
+) -> Check:
+    wanted, logits_LV = expected
+    same = next((i for i, (a, b) in enumerate(zip(wanted, tokens, strict=True)) if a != b), len(wanted))
+    needed, reason = len(wanted), "the same text"
+    if same < len(wanted) and dtype != "float32":
+        apart = (logits_LV[same, wanted[same]] - logits_LV[same, tokens[same]]).item()
+        if apart <= 2 * bounds.max_abs:
+            needed, reason = same, f"then a tie: {apart:.2g} apart, within 2x the bound"
+    return Check(dtype, what, f"greedy tokens equal, of {len(wanted)}", same, needed, True, reason)

@@ -1,0 +1,125 @@
+"""Perplexity on a text: contiguous windows of the token stream, each token scored once.
+
+Windows do not overlap, so the first tokens of each are scored with little context: figures are a little higher than
+with a sliding window, alike for every model. Attention is plain causal over the window, across the documents in it;
+only the label that leads from one document into the next is left out.
+
+Shapes: B windows, L tokens per window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lamella.config import Mode
+from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
+from lamella.data.sources import Split
+from lamella.errors import UserError
+from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, model_path, open_checkpoint
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    """Over the UTF-8 bytes of the scored text: comparable between tokenizers."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    wall_s: float
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel, samples: PackedSamples, tokenizer: Any, max_tokens: int | None = None
+) -> Perplexity:
+    """Token-weighted over the first windows of `samples`, at most `max_tokens` tokens of text (at least one window).
+
+    Args:
+        samples: in file order (no seed).
+        tokenizer: decodes the scored tokens, to count their bytes.
+    """
+    start = time.perf_counter()
+    count = num_windows(samples, max_tokens)
+    nats, scored = 0.0, []
+    for i in range(count):
+        ids_L, labels_L, _ = samples.sample(i)
+        logits_LV = model(ids_L[None].to(model.device), use_cache=False).logits[0]
+        nats += summed_nats(logits_LV, labels_L.to(model.device))
+        scored.append(labels_L[labels_L != IGNORE_INDEX])
+    ids = torch.cat(scored)
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    num_bytes, mean = len(text.encode()), nats / len(ids)
+    bits_per_byte = nats / math.log(2) / max(num_bytes, 1)
+    return Perplexity(mean, math.exp(mean), bits_per_byte, len(ids), num_bytes, time.perf_counter() - start)
+
+
+def summed_nats(logits_LV: Tensor, labels_L: Tensor) -> float:
+    """Cross entropy, summed; float32 whatever the model's dtype."""
+    return F.cross_entropy(logits_LV.float(), labels_L, ignore_index=IGNORE_INDEX, reduction="sum").item()
+
+
+def num_windows(samples: PackedSamples, max_tokens: int | None) -> int:
+    """Windows within `max_tokens` tokens of text, at least one."""
+    return len(samples) if max_tokens is None else min(len(samples), max(1, max_tokens // samples.seq_len))
+
+
+def text_samples(data: str, split: Split | None, tokenizer: str, seq_len: int, max_tokens: int | None) -> PackedSamples:
+    """The windows of `data` in file order; of a streamed source, as much as `max_tokens` need."""
+    from lamella.data.sources import open_source
+
+    limit = None
+    if open_source(data).is_streamed:
+        if max_tokens is None:
+            raise UserError(f"{data} is streamed; say how many tokens to score")
+        limit = max_tokens + 1
+    return PackedSamples(token_file(data, split, tokenizer, max_tokens=limit), seq_len)
+
+
+def evaluate(
+    folder: str,
+    data: str = "python-docs",
+    dense: str | None = None,
+    *,
+    split: Split | None = "heldout",
+    max_tokens: int | None = 8192,
+    seq_len: int = 1024,
+    mode: Mode | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> dict[str, Perplexity]:
+    """The perplexity of a model, and of a dense one on the same tokens: {"model": ..., "dense": ...}.
+
+    Args:
+        folder, dense: see `lamella.evaluate.checkpoints.model_path`.
+        mode: what the MoE layers compute; None: as the model stands ("routed").
+
+    Raises:
+        UserError: no such model or data, text shorter than a window, a mode for a model without experts.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"{max_tokens} tokens cannot be scored; ask for at least 2")
+    seq_len = min(seq_len, max_tokens or seq_len)
+    path = model_path(folder)
+    samples = text_samples(data, split, path, seq_len, max_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model: Any = open_checkpoint(path, dtype, device)
+    if mode is not None:
+        if not is_sliced(model):
+            raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
+        model.set_mode(mode)
+    results = {"model": perplexity(model, samples, tokenizer, max_tokens)}
+    if dense is not None:
+        baseline = open_checkpoint(dense, dtype, device)
+        check_same_text_interface(baseline, model)
+        results["dense"] = perplexity(baseline, samples, tokenizer, max_tokens)
+    return results

@@ -1,0 +1,169 @@
+"""Run: uv run tests/moe_logit_match.py [--dense D --moe M]      (pytest collects the tests below)
+
+Does the converted model give the dense model's logits? Exit code 0 if so, 1 if not, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import torch
+import typer
+from tiny import save_llama
+
+from lamella.cli import run_command
+from lamella.convert import SliceOptions, convert
+from lamella.embedded import embedded_model
+from lamella.errors import UserError
+from lamella.evaluate.commands import verify
+from lamella.evaluate.logit_match import Check, logit_match
+from lamella.models.hf import load
+
+TINY_TOKENS = {"float32": 512, "bfloat16": 512}
+
+
+def main(
+    dense: Annotated[str | None, typer.Option(help="Dense model.", show_default="the embedded SmolLM2-135M")] = None,
+    moe: Annotated[
+        str | None, typer.Option(help="Converted model.", show_default="artifacts/moe, made if missing")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
+    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 1024,
+    bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+) -> None:
+    """Compare the logits of a dense model and its conversion."""
+    passed = verify(
+        dense, moe, data=data, tokens=tokens, bf16_tokens=bf16_tokens, ratios=False, device=device, json_path=json
+    )
+    raise typer.Exit(0 if passed else 1)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("dense") / "model")
+
+
+def converted(dense: Path, folder: Path, **options) -> Path:
+    convert(dense, folder, SliceOptions(slices=4, **options))
+    return folder
+
+
+def failed(checks: list[Check]) -> list[Check]:
+    return [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"routing": "flat"}, {"gate": "softmax"}, {"layers": "1"}, {"noise": 0.5}], ids=str
+)
+def test_a_conversion_has_the_dense_logits(dense, tmp_path, options):
+    checks = logit_match(str(dense), str(converted(dense, tmp_path / "moe", **options)), tokens=TINY_TOKENS)
+    assert failed(checks) == []
+    modes = {check.what for check in checks if check.bound is not None}
+    assert {"dense", "routed"} <= modes
+    assert ("random, no noise" in modes) == (options.get("routing") != "flat")
+    greedy = [check.figure for check in checks if check.name.startswith("greedy") and check.dtype == "float32"]
+    assert greedy == [64] * len(greedy)
+    assert len(greedy) >= 2
+    # The bf16 bound is no bound if the floor it comes from is nothing, or as large as the logits.
+    floors = [check for check in checks if check.what.startswith("floor") and check.name.startswith("max")]
+    assert [check.dtype for check in floors] == ["float32", "bfloat16"]
+    assert 1e-3 < floors[1].figure < 1
+    assert floors[0].figure < 1e-4
+
+
+@pytest.mark.parametrize("damage", ["frozen_down_proj", "frozen_gate_up_proj", "norm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_tensor_is_seen(dense, tmp_path, damage, dtype):
+    """One slice of one layer half as large, or one norm: every mode fails, in both dtypes."""
+    moe = converted(dense, tmp_path / "moe")
+    model = load(moe)
+    with torch.no_grad():
+        if damage == "norm":
+            model.model.layers[1].input_layernorm.weight *= 1.5
+        else:
+            getattr(model.model.layers[1].mlp.experts, damage)[2] *= 0.5
+    model.save_pretrained(moe)
+    checks = failed(logit_match(str(dense), str(moe), tokens={dtype: 512}))
+    assert {check.what for check in checks} == {"dense", "routed", "random, no noise"}
+
+
+def test_a_trained_router_is_checked_without_it(dense, tmp_path):
+    moe = converted(dense, tmp_path / "moe")
+    model = load(moe)
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.weight += 0.1
+    model.save_pretrained(moe)
+    checks = logit_match(str(dense), str(moe), tokens={"float32": 512})
+    assert failed(checks) == []
+    assert {check.what for check in checks if check.bound} == {"dense", "random, no noise"}
+
+
+def test_other_models_are_refused(dense, tmp_path):
+    moe = converted(dense, tmp_path / "moe")
+    other = save_llama(tmp_path / "other", layers=3)
+    with pytest.raises(UserError, match="num_hidden_layers is 2 in the MoE and 3 in the dense model"):
+        logit_match(str(other), str(moe), tokens={"float32": 512})
+    with pytest.raises(UserError, match="is a dense model; pass a converted one"):
+        logit_match(str(dense), str(dense), tokens={"float32": 512})
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=600)
+
+
+def test_the_script(dense, tmp_path):
+    moe, report = converted(dense, tmp_path / "moe"), tmp_path / "report.json"
+    pair = ("--dense", str(dense), "--moe", str(moe), "--tokens", "512", "--json", str(report))
+    done = run_script(*pair)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "matches" in done.stdout
+    values = json.loads(report.read_text())
+    assert values["passed"] is True
+    assert len(values["checks"]) > 20
+
+    model = load(moe)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.frozen_down_proj[2] *= 0.5
+    model.save_pretrained(moe)
+    done = run_script(*pair)
+    assert done.returncode == 1
+    assert "does NOT match" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--moe", "/missing/moe"), "no such model: /missing/moe"),
+        (("--json", "/missing/folder/report.json"), "cannot write /missing/folder/report.json"),
+        (("--tokens", "10"), "10 and 256 tokens in windows of 256"),
+        (("--device", "tpu"), "device is 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, dense):
+    with_moe = arguments if "--moe" in arguments else ("--moe", str(dense), *arguments)
+    done = run_script("--dense", str(dense), *with_moe)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_embedded_model(tmp_path):
+    """SmolLM2-135M, float32: the issue's bound of 1e-3 and 64 of 64 greedy tokens."""
+    convert(None, tmp_path / "moe")
+    checks = logit_match(str(embedded_model()), str(tmp_path / "moe"), tokens={"float32": 256})
+    assert failed(checks) == []
+    matched = [check for check in checks if check.bound is not None and not check.what.startswith("dense, ")]
+    assert max(check.figure for check in matched if check.name.startswith("max")) <= 1e-3
+    assert [check.figure for check in matched if check.name.startswith("greedy")] == [64, 64, 64]
+
+
+if __name__ == "__main__":
+    run_command(main)
