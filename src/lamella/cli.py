@@ -79,6 +79,49 @@ def convert_by_slicing(
 
 
 @app.command()
+def verify(
+    dense: Annotated[str | None, typer.Option(help="Dense model.", show_default="the embedded SmolLM2-135M")] = None,
+    moe: Annotated[
+        str | None, typer.Option(help="Converted model.", show_default="artifacts/moe, made if missing")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
+    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 1024,
+    bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+) -> None:
+    """Compare the logits of a dense model and its conversion, and what random routing does to it."""
+    from lamella.evaluate.commands import verify as run
+
+    if not run(dense, moe, data=data, tokens=tokens, bf16_tokens=bf16_tokens, device=device, json_path=json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model's folder, a run directory, or a hub name.")],
+    data: Annotated[
+        str, typer.Option(help="stdlib-code, python-docs, a file or folder, or a `datasets` name.")
+    ] = "python-docs",
+    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
+    dense: Annotated[
+        str | None, typer.Option(help="A dense model to measure beside it; 'embedded' is SmolLM2.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of text to score.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    mode: Annotated[str | None, typer.Option(help="routed, dense, learned or random.", show_default="routed")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the file's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+) -> None:
+    """Perplexity of a model on a text, with a dense model beside it."""
+    from lamella.evaluate.commands import evaluate_and_print
+
+    options = {"data": data, "dense": dense, "split": None if split == "all" else split, "max_tokens": tokens}
+    evaluate_and_print(folder, json, **options, seq_len=seq_len, mode=mode, dtype=dtype, device=device)
+
+
+@app.command()
 def train(
     words: Annotated[
         list[str] | None,
@@ -93,6 +136,36 @@ def train(
 
     if code := launch(words or [], default_nproc(words or []) if nproc is None else nproc):
         raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory or a converted model.")],
+    to: Annotated[str, typer.Option(help="glm4-moe (stock Glm4MoeForCausalLM) or dense.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    step: Annotated[
+        int | None, typer.Option(help="Of a run directory's checkpoints.", show_default="the newest")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Reload in plain transformers and compare logits.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Write a stock architecture, without custom code, or the dense model again."""
+    from lamella.export.command import run
+
+    run(source, to, out, step=step, check=check, overwrite=overwrite)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("artifacts/demo"),
+    ranks: Annotated[int, typer.Option(help="Training processes.")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 30,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds something else.")] = False,
+) -> None:
+    """Convert, compare, train, resume and export a real model; one table, report.json and a picture."""
+    from lamella.demo import run_demo
+
+    run_demo(out, ranks=ranks, steps=steps, overwrite=overwrite)
 
 
 if __name__ == "__main__":

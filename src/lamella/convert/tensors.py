@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from lamella.errors import UserError
@@ -52,6 +53,14 @@ class SourceTensor:
         dtype = DTYPES[self.dtype]
         raw = read_bytes(self.path, self.begin + start * dtype.itemsize, count * dtype.itemsize)
         return torch.from_numpy(raw).view(dtype)
+
+    def xxh3_128(self) -> str:
+        """Hash of the tensor's bytes, as the manifest has it."""
+        digest = xxhash.xxh3_128()
+        size = self.numel * DTYPES[self.dtype].itemsize
+        for begin, count in spans(self.begin, size, CHUNK_ELEMENTS):
+            digest.update(read_bytes(self.path, begin, count).data)
+        return digest.hexdigest()
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, count) of consecutive chunks that cover the tensor."""

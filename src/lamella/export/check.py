@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def check_reloaded(source: Path, exported: Path, mode: Mode = "routed") -> float
         UserError: tensors missing or left over, or a difference over MAX_LOGIT_DIFFERENCE.
     """
     ids_1L = _token_ids(source)
-    model = load(source, dtype=torch.float32)
+    model: Any = load(source, dtype=torch.float32)
     model.set_mode(mode)
     expected = _logits(model, ids_1L)
     del model

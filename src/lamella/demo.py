@@ -1,0 +1,264 @@
+"""Run: uv run lamella demo
+
+The whole way on the embedded model: dense, convert, compare, train on 3 ranks, resume, export; one table, one JSON
+report, one picture. Every figure is measured in this run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lamella.errors import UserError
+from lamella.run_dir import RunDir
+
+Report = dict[str, dict[str, Any]]
+TEXT = "python-docs"
+
+
+@dataclass
+class Demo:
+    """Folders and settings of one demo, and what has been measured so far."""
+
+    out: Path
+    ranks: int = 3
+    steps: int = 30
+    tokens: int = 2048
+    """Tokens of held-out text for each perplexity."""
+    report: Report = field(default_factory=dict)
+    console: Console = field(default_factory=Console)
+
+    moe = property(lambda self: self.out / "moe")
+    run = property(lambda self: self.out / "run")
+    resumed = property(lambda self: self.out / "run-resumed")
+    exported = property(lambda self: self.out / "glm4-moe")
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Say what is being done, and how long it took."""
+        began = time.perf_counter()
+        with self.console.status(title):
+            yield
+        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
+
+
+def run_demo(out: Path, *, ranks: int = 3, steps: int = 30, overwrite: bool = False) -> Report:
+    """Do all of it under `out`; writes report.json and training.png there.
+
+    Raises:
+        UserError: `out` exists and may not be replaced, or a stage refused its input.
+    """
+    if steps < 2:
+        raise UserError(f"{steps} training steps cannot be cut in two; ask for at least 2")
+    if out.exists():
+        if not overwrite and not (out / "report.json").is_file():
+            raise UserError(f"{out} exists and is no demo; pass --overwrite to replace it, or another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    began = time.perf_counter()
+    demo = Demo(out, ranks, steps)
+    convert(demo)
+    compare(demo)
+    train(demo)
+    resume(demo)
+    export(demo)
+    demo.report["demo"] = {"wall_s": time.perf_counter() - began}
+    draw(demo.run, out / "training.png")
+    temporary = out / ".report.json"
+    temporary.write_text(json.dumps(demo.report, indent=1) + "\n")
+    temporary.rename(out / "report.json")
+    show(demo)
+    return demo.report
+
+
+def convert(demo: Demo) -> None:
+    from lamella.embedded import embedded_model
+
+    with demo.stage("the embedded model, SmolLM2-135M"):
+        embedded_model()
+    with demo.stage("convert: 8 frozen slices and 8 noisy copies per layer"), _fresh_process() as pool:
+        # In a process of its own, so that the peak memory is the conversion's.
+        result = pool.submit(_convert, demo.moe).result()
+    demo.report["convert"] = result
+
+
+def _convert(out: Path) -> dict[str, Any]:
+    from lamella.convert import convert, peak_rss_mib
+
+    before = peak_rss_mib()
+    result = convert(out=out)
+    return {
+        "wall_s": result.wall_s,
+        "peak_rss_mib": result.peak_rss_mib,
+        "peak_rss_over_imports_mib": result.peak_rss_mib - before,
+        "bytes_written": result.bytes_written,
+    }
+
+
+@contextmanager
+def _fresh_process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def compare(demo: Demo) -> None:
+    """Logits against the dense model's, and what random routing does to twin and to flat."""
+    from transformers import AutoTokenizer
+
+    from lamella.embedded import embedded_model
+    from lamella.evaluate.checkpoints import open_checkpoint
+    from lamella.evaluate.logit_match import logit_match
+    from lamella.evaluate.perplexity import perplexity, text_samples
+    from lamella.evaluate.routing_controls import routing_controls
+
+    dense, moe = str(embedded_model()), str(demo.moe)
+    with demo.stage("compare: logits and 64 greedy tokens with the dense model"):
+        checks = [c for c in logit_match(dense, moe, tokens={"float32": 512}) if c.bound is not None]
+    in_modes = [c for c in checks if c.what in ("dense", "routed")]
+    demo.report["parity"] = {
+        "max_abs_logit_diff": max(c.figure for c in in_modes if c.name == "max |logit difference|"),
+        "max_abs_logit_diff_random_routing": max(
+            c.figure for c in checks if c.name == "max |logit difference|" and c.what.startswith("random")
+        ),
+        "greedy_tokens_equal": int(min(c.figure for c in checks if c.name.startswith("greedy"))),
+        "checks_passed": all(c.passed for c in checks),
+    }
+    with demo.stage("compare: perplexity, dense and under random routing"):
+        samples, tokenizer = text_samples(TEXT, "heldout", moe, 512, None), AutoTokenizer.from_pretrained(moe)
+        measured = perplexity(open_checkpoint(dense), samples, tokenizer, demo.tokens)
+        controls = routing_controls(open_checkpoint(moe), samples, tokenizer, demo.tokens, measured.perplexity)
+    demo.report["dense"] = {"perplexity": measured.perplexity, "tokens": measured.tokens}
+    demo.report["routed"] = {"twin_ppl_ratio": controls.twin_ppl_ratio, "flat_ppl_ratio": controls.flat_ppl_ratio}
+
+
+def train(demo: Demo) -> None:
+    began = time.perf_counter()
+    demo.console.print(f"train: {demo.ranks} ranks, {demo.steps} steps")
+    _launch(demo, demo.run)
+    lines = list(RunDir(demo.run).metrics())
+    heldout = [line["heldout_loss"] for line in lines if line["heldout_loss"] is not None]
+    with demo.stage("check: the frozen experts, bit for bit"):
+        unchanged = frozen_unchanged(demo)
+    demo.report["train"] = {
+        "ranks": demo.ranks,
+        "steps": lines[-1]["step"],
+        "heldout_loss_before": heldout[0],
+        "heldout_loss_after": heldout[-1],
+        "tokens_per_s": lines[-1]["tokens_per_s"],
+        "frozen_unchanged": unchanged,
+        "wall_s": time.perf_counter() - began,
+    }
+
+
+def _launch(demo: Demo, out: Path) -> None:
+    from lamella.train.launch import launch
+
+    half = demo.steps // 2
+    words = [f"model={demo.moe}", f"out={out}", f"steps={demo.steps}", f"save_every_steps={half}"]
+    words += [f"samples_per_step={demo.ranks}", f"heldout_every_steps={half}"]
+    if code := launch(words, demo.ranks):
+        raise UserError(f"the training ended with exit code {code}; {RunDir(out).log} says why")
+
+
+def frozen_unchanged(demo: Demo) -> bool:
+    """Whether every frozen tensor of the trained model has the hash that the conversion's manifest gives it."""
+    from lamella.convert.checkpoint import read_folder
+    from lamella.train.weights import materialise
+
+    manifest = json.loads((demo.moe / "lamella.json").read_text())["tensors"]
+    trained = {name: tensor for name, tensor in read_folder(materialise(demo.run)).items() if ".frozen_" in name}
+    assert trained
+    return all(tensor.xxh3_128() == manifest[name]["xxh3_128"] for name, tensor in trained.items())
+
+
+def resume(demo: Demo) -> None:
+    """Continue a copy of the run from its middle checkpoint, in new processes; the losses must be the same bits."""
+    half = demo.steps // 2
+    demo.console.print(f"resume: from step {half}, in new processes")
+    shutil.copytree(demo.run, demo.resumed, ignore=shutil.ignore_patterns("hf", f"step-{demo.steps}", "tensorboard"))
+    RunDir(demo.resumed).write_status("stopped", half, demo.steps)
+    RunDir(demo.resumed).metrics_file.unlink()
+    _launch(demo, demo.resumed)
+    whole = {line["step"]: line["loss"] for line in RunDir(demo.run).metrics() if line["step"] > half}
+    again = {line["step"]: line["loss"] for line in RunDir(demo.resumed).metrics() if line["step"] > half}
+    demo.report["train"]["resume_bit_equal"] = whole == again and len(whole) == demo.steps - half
+    shutil.rmtree(demo.resumed)
+
+
+def export(demo: Demo) -> None:
+    from lamella.export import export
+    from lamella.train.weights import materialise
+
+    with demo.stage("export: stock GLM4-MoE, reloaded in plain transformers"):
+        result = export(materialise(demo.run), "glm4-moe", demo.exported)
+    demo.report["export"] = {
+        "architecture": result.architecture,
+        "max_abs_logit_diff": result.max_abs_logit_diff,
+        "bytes_written": result.bytes_written,
+    }
+
+
+def draw(run: Path, path: Path) -> None:
+    """The loss, and the share of the tokens that the twins get, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = list(RunDir(run).metrics())
+    trained = [line for line in lines if line.get("loss") is not None]
+    heldout = [line for line in lines if line["heldout_loss"] is not None]
+    shared = [line for line in trained if line.get("twin_share")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([x["step"] for x in trained], [x["loss"] for x in trained], label="training")
+    left.plot([x["step"] for x in heldout], [x["heldout_loss"] for x in heldout], "o-", label="held out")
+    left.set(xlabel="optimizer step", ylabel="loss, nats per token", title="Loss")
+    left.legend()
+    steps = [x["step"] for x in shared]
+    right.fill_between(
+        steps, [min(x["twin_share"]) for x in shared], [max(x["twin_share"]) for x in shared], alpha=0.3,
+        label="range over the layers",
+    )  # fmt: skip
+    right.plot(steps, [sum(x["twin_share"]) / len(x["twin_share"]) for x in shared], label="mean")
+    right.set(xlabel="optimizer step", ylabel="share of the tokens", title="Twin share", ylim=(0, 1))
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show(demo: Demo) -> None:
+    r = demo.report
+    table = Table(title="lamella demo: SmolLM2-135M", title_justify="left")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    table.add_column("remark", style="dim")
+    rows = [
+        ("dense perplexity", f"{r['dense']['perplexity']:.2f}", f"{r['dense']['tokens']} tokens of {TEXT}"),
+        ("conversion", f"{r['convert']['wall_s']:.1f} s", f"{r['convert']['bytes_written'] / 1e6:,.0f} MB"),
+        ("  peak memory", f"{r['convert']['peak_rss_mib']:.0f} MiB", "of the whole process"),
+        ("max |logit difference|", f"{r['parity']['max_abs_logit_diff']:.1e}", "to dense, fp32, as converted"),
+        ("greedy tokens equal", f"{r['parity']['greedy_tokens_equal']} of 64", "also under random routing"),
+        ("twin, random 50/50", f"{r['routed']['twin_ppl_ratio']:.4f}x", "dense perplexity, no noise"),
+        ("flat, random 8 of 16", f"{r['routed']['flat_ppl_ratio']:,.1f}x", "dense perplexity, no noise"),
+        ("held-out loss before", f"{r['train']['heldout_loss_before']:.4f}", "nats per token"),
+        ("held-out loss after", f"{r['train']['heldout_loss_after']:.4f}",
+         f"{r['train']['steps']} steps, {r['train']['ranks']} ranks, {r['train']['tokens_per_s']:.0f} tokens/s"),
+        ("frozen experts unchanged", str(r["train"]["frozen_unchanged"]), "bit for bit"),
+        ("resumed run equal", str(r["train"]["resume_bit_equal"]), "losses bit for bit"),
+        ("exported", r["export"]["architecture"], f"max |logit difference| {r['export']['max_abs_logit_diff']:.1e}"),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    demo.console.print(table)
+    demo.console.print(f"{demo.out / 'report.json'}, {demo.out / 'training.png'}  ({r['demo']['wall_s']:.0f} s)")
