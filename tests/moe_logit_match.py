@@ -115,7 +115,7 @@ def test_other_models_are_refused(dense, tmp_path):
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=900)
 
 
 def test_the_script(dense, tmp_path):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lamella.embedded import embedded_model
 from lamella.errors import UserError, did_you_mean
 from lamella.models.hf import load
+from lamella.run_dir import RunDir
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -25,10 +26,17 @@ EMBEDDED = "embedded"
 
 
 def model_path(name: str | Path) -> str:
-    """The folder or hub name that `name` stands for; "embedded" is the embedded dense model."""
+    """The folder or hub name that `name` stands for; "embedded" is the embedded dense model.
+
+    Of a training run it is the newest checkpoint, written as a folder inside the run directory on first use.
+    """
     if str(name) == EMBEDDED:
         return str(embedded_model())
     path = Path(name).expanduser()
+    if RunDir(path).exists():
+        from lamella.train.weights import materialise
+
+        return str(materialise(path))
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{path} holds no config.json; pass the folder of a model, or {EMBEDDED!r}")
     if path.is_file() or (not path.exists() and (path.is_absolute() or str(name).count("/") != 1)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +134,7 @@ def _perplexity_table(results: dict[str, Perplexity]) -> Table:
 def _console() -> Console:
     """Wide where the output is no terminal: a log should not be wrapped at 80 columns."""
     console = Console()
-    return console if console.is_terminal else Console(width=int(os.environ.get("COLUMNS", 160)))
+    return console if console.is_terminal else Console(width=160)
 
 
 def _quiet_transformers() -> None:
