@@ -63,6 +63,7 @@ def nan_in_a_matrix(tensors: dict[str, torch.Tensor]) -> None:
 Q = "model.layers.1.self_attn.q_proj.weight"
 ROPE = {"rope_type": "spiral", "rope_theta": 1e4}
 OVERLAP = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}).encode()
+WRONG = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}).encode()
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown architecture": (
         change_config(model_type="lama"),
@@ -76,6 +77,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown rope": (change_config(rope_parameters=ROPE), "unknown rope type 'spiral'"),
     "unknown older rope": (change_config(rope_parameters=None, rope_scaling={"type": "spiral"}), "unknown rope type"),
     "config lacks a key": (change_config(hidden_size=None), "config.json lacks hidden_size"),
+    "no heads": (change_config(num_attention_heads=0), "lacks num_attention_heads"),
+    "head_dim is a word": (change_config(head_dim="x"), "lacks head_dim"),
+    "rope is a list": (change_config(rope_parameters=[1]), "not an object"),
+    "endless layers": (change_config(num_hidden_layers=1 << 70), "at most 10000"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
@@ -91,6 +96,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (replace_weights(b""), "truncated or not a safetensors file"),
     "trailing bytes": (resize(8), "longer than its header says"),
     "header is no JSON": (replace_weights(b"\x08\0\0\0\0\0\0\0notjson!"), "broken safetensors header"),
+    "wrong byte range": (replace_weights(len(WRONG).to_bytes(8, "little") + WRONG + bytes(8)), "not those of F32"),
+    "header entry is a number": (replace_weights(b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}'), "broken safetensors header"),
     "gap in the file": (replace_weights(len(OVERLAP).to_bytes(8, "little") + OVERLAP + bytes(8)), "follows a gap"),
     "not a number": (change_tensors(nan_in_a_matrix), "NaN"),
 }

@@ -52,6 +52,8 @@ SLICED_PREFIX = "lamella_"
 # transformers' names (modeling_rope_utils); any other would be computed as something else or not at all.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_MAX_LAYERS = 10_000  # a damaged number must not be counted up to
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -66,11 +68,7 @@ def family_of(config: dict[str, Any]) -> Family:
         raise UserError(
             f"the architecture is {architectures}; only {family.architecture} of {family.name} can be sliced"
         )
-    missing = [key for key in _REQUIRED_KEYS if not isinstance(config.get(key), int)]
-    if missing:
-        raise UserError(
-            f"config.json lacks {', '.join(missing)} (whole numbers); copy it again from the model's source"
-        )
+    _check_sizes(config)
     if config.get("quantization_config"):
         raise UserError("the model is quantised; convert its unquantised original, or a GGUF file of it")
     if config.get("mlp_bias"):
@@ -95,8 +93,25 @@ def _known_family(config: dict[str, Any]) -> Family:
     raise UserError(f"unknown architecture {model_type!r}{hint}; those that can be sliced: {', '.join(FAMILIES)}")
 
 
+def _check_sizes(config: dict[str, Any]) -> None:
+    wrong = [key for key in _REQUIRED_KEYS if not _is_size(config.get(key))]
+    wrong += [key for key in _OPTIONAL_SIZES if config.get(key) is not None and not _is_size(config[key])]
+    if wrong:
+        raise UserError(f"config.json lacks {', '.join(wrong)} (whole numbers); copy it again from the model's source")
+    if config["num_hidden_layers"] > _MAX_LAYERS:
+        raise UserError(f"config.json says num_hidden_layers {config['num_hidden_layers']}; at most {_MAX_LAYERS}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _check_rope(config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(
+            f"the rope parameters of config.json are {rope!r}, not an object; copy it again from its source"
+        )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise UserError(

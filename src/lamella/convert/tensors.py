@@ -110,7 +110,7 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
 def _entry(path: Path, name: str, data_start: int, fields: dict) -> tuple[SourceTensor, int]:
     """(tensor, offset of its end)."""
     shape, (begin, end) = tuple(fields["shape"]), fields["data_offsets"]
-    tensor = SourceTensor(name, fields["dtype"], shape, path, data_start + begin)
+    tensor = SourceTensor(name, str(fields["dtype"]), shape, path, data_start + begin)
     if tensor.dtype in DTYPES and end - begin != tensor.numel * DTYPES[tensor.dtype].itemsize:
         raise UserError(
             f"{path}: {name} has {end - begin} bytes, not those of {tensor.dtype} {list(shape)}; download it again"
