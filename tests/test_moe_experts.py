@@ -134,3 +134,15 @@ def test_learned_mode_runs_the_copies_alone():
     y_TD, _, _ = moe_ffn(x_TD, torch.zeros(S, D), torch.zeros(S), frozen, trainable, config, "learned", "batched")
     swapped = fixed_routing(T, "dense", config, torch.device("cpu"))
     torch.testing.assert_close(y_TD, PATHS["loop"](x_TD, swapped, trainable, frozen), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("load", LOADS)
+def test_a_single_token_agrees_with_the_loop(load, dtype):
+    """Without a gradient, 'auto' decodes one token by matrix-vector products on a CPU."""
+    x_1D, ids_1K = random(1, D, seed=1, dtype=dtype), make_ids(load)[:1]
+    routing = Routing(ids_1K, random(1, S, seed=4).sigmoid())
+    frozen, trainable = make_experts(10, dtype, trains=False), make_experts(20, dtype, trains=False)
+    with torch.no_grad():
+        expected, actual = (apply_experts(x_1D, routing, frozen, trainable, path) for path in ("loop", "auto"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * expected.abs().max().item())

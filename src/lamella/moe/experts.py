@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.config import ExpertPath, Mode, MoEConfig
+from lamella.moe.decode import decode_path
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.slicing import Experts
 from lamella.moe.tiled import tiled_path
@@ -44,9 +45,12 @@ def apply_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, path: ExpertPath = "auto"
 ) -> Tensor:
     """[T, D] -> [T, D] by the named path; 'auto' chooses by device and shape."""
-    if path == "auto":
-        path = "tiled" if x_TD.device.type == "cpu" else "grouped" if _grouped_fits(x_TD, frozen) else "batched"
-    return PATHS[path](x_TD, routing, frozen, trainable)
+    if path != "auto":
+        return PATHS[path](x_TD, routing, frozen, trainable)
+    if x_TD.device.type == "cpu":
+        single = x_TD.shape[0] == 1 and not torch.is_grad_enabled()
+        return (decode_path if single else tiled_path)(x_TD, routing, frozen, trainable)
+    return (grouped_path if _grouped_fits(x_TD, frozen) else batched_path)(x_TD, routing, frozen, trainable)
 
 
 def gated_ffn(x_ND: Tensor, gate_up_2fD: Tensor, down_Df: Tensor) -> Tensor:
