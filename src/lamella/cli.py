@@ -85,7 +85,7 @@ def verify(
         str | None, typer.Option(help="Converted model.", show_default="artifacts/moe, made if missing")
     ] = None,
     data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
-    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 512,
     bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,

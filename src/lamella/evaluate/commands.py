@@ -29,7 +29,7 @@ def verify(
     moe: str | None,
     *,
     data: str = "python-docs",
-    tokens: int = 1024,
+    tokens: int = 512,
     bf16_tokens: int = 256,
     seq_len: int = 256,
     ratios: bool = True,

@@ -61,12 +61,17 @@ def kl_divergence(reference_LV: Tensor, other_LV: Tensor) -> float:
 
 
 @torch.inference_mode()
-def compare(reference: Any, other: Any, windows: Iterable[Tensor]) -> Difference:
-    """Run both models on each window [L] of token ids."""
+def logits_of(model: Any, windows: Iterable[Tensor]) -> list[Tensor]:
+    """Logits [L, V] of each window [L] of token ids, in the model's dtype and on its device."""
+    return [model(ids_L[None].to(model.device), use_cache=False).logits[0] for ids_L in windows]
+
+
+@torch.inference_mode()
+def compare(references: list[Tensor], model: Any, windows: Iterable[Tensor]) -> Difference:
+    """The model's logits on each window against reference logits [L, V]."""
     difference = Difference()
-    for ids_L in windows:
-        ids_1L = ids_L[None].to(reference.device)
-        difference.add(*(model(ids_1L, use_cache=False).logits[0] for model in (reference, other)))
+    for reference_LV, ids_L in zip(references, windows, strict=True):
+        difference.add(reference_LV, logits_of(model, [ids_L])[0])
     return difference
 
 
@@ -112,13 +117,9 @@ def reordered_ffns(model: Any, slices: int, layers: Iterable[int], seed: int) ->
             model.model.layers[i].mlp = mlp
 
 
-def compare_reordered(model: Any, slices: int, layers: list[int], windows: list[Tensor], seed: int) -> Difference:
-    """A dense model against itself with its FFNs summed in another order: the floor of any such comparison."""
-    difference = Difference()
-    for ids_L in windows:
-        ids_1L = ids_L[None].to(model.device)
-        with torch.inference_mode():
-            reference_LV = model(ids_1L, use_cache=False).logits[0]
-            with reordered_ffns(model, slices, layers, seed):
-                difference.add(reference_LV, model(ids_1L, use_cache=False).logits[0])
-    return difference
+def compare_reordered(
+    references: list[Tensor], model: Any, slices: int, layers: list[int], windows: list[Tensor], seed: int
+) -> Difference:
+    """A dense model against its own logits, its FFNs summed in another order: the floor of any such comparison."""
+    with reordered_ffns(model, slices, layers, seed):
+        return compare(references, model, windows)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, model_path, open_checkpoint
-from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy
+from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
 
@@ -106,7 +106,7 @@ def logit_match(
     device: str = "cpu",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
-    """Every check, for each dtype in `tokens` ({"float32": 1024, "bfloat16": 256}: tokens of held-out text).
+    """Every check, for each dtype in `tokens` ({"float32": 512, "bfloat16": 256}: tokens of held-out text).
 
     Args:
         dense_name, moe_name: see `lamella.evaluate.checkpoints.model_path`.
@@ -115,7 +115,7 @@ def logit_match(
     Raises:
         UserError: no such model or data; `moe_name` is no conversion, or one of another model.
     """
-    tokens = {"float32": 1024, "bfloat16": 256} if tokens is None else tokens
+    tokens = {"float32": 512, "bfloat16": 256} if tokens is None else tokens
     windows = {}
     for dtype, count in tokens.items():
         samples = text_samples(data, "heldout", model_path(moe_name), seq_len, None)
@@ -139,7 +139,7 @@ def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
     """What this package loaded, against the architecture's own class in transformers: the same bits."""
     cls = getattr(transformers, dense.config.architectures[0])
     plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
-    figure = compare(plain, dense, windows).max_abs
+    figure = compare(logits_of(plain, windows), dense, windows).max_abs
     return Check(dtype, f"dense, {cls.__name__}", "max |logit difference|", figure, 0.0, reason="the same computation")
 
 
@@ -147,10 +147,12 @@ def _dtype_checks(
     dense: Any, moe: Any, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
 ) -> Iterator[Check]:
     config, slices = moe.moe_layers[0].config, moe.moe_layers[0].config.num_frozen_experts
+    on_step(f"{dtype}: logits of the dense model")
+    references = logits_of(dense, windows)
     floors = []
     for seed in FLOOR_SEEDS:
         on_step(f"{dtype}: floor {seed + 1} of {len(FLOOR_SEEDS)}")
-        floors.append(compare_reordered(dense, slices, list(config.moe_layers), windows, seed))
+        floors.append(compare_reordered(references, dense, slices, list(config.moe_layers), windows, seed))
     floor = max(floors, key=lambda f: f.max_abs)
     yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
     if dtype == "float32":
@@ -163,7 +165,7 @@ def _dtype_checks(
     for what in checked_modes(moe):
         on_step(f"{dtype}: {what}")
         with _as(moe, what):
-            yield from _rows(dtype, what, compare(dense, moe, windows), bounds)
+            yield from _rows(dtype, what, compare(references, moe, windows), bounds)
             yield _greedy_check(dtype, what, expected, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
 
 
