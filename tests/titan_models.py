@@ -78,3 +78,21 @@ def load_titan(folder: Path):
     model.load_state_dict(from_hf(load_file(folder / "model.safetensors")), strict=False)
     assert not any(t.isnan().any() for t in [*model.parameters(), *model.buffers()])
     return model.eval()
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of single bytes and an end-of-text token: 257 ids, which no number of ranks divides."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def trainable_moe(folder: Path, routing: str = "twin") -> None:
+    """A tiny Llama MoE as conversion leaves it (router rows zero), with its tokenizer."""
+    tiny_moe("llama", folder, routing, random_router=False, vocab_size=257)
+    byte_tokenizer(folder)

@@ -41,7 +41,8 @@ def main(words: list[str] | None = None) -> None:
         return
     with redirected_output(RunDir(Path(recipe.out)).log_file(rank)) as terminal:
         config.stream = terminal
-        _train(config, recipe, rank, terminal)
+        train_run(config, recipe, rank, terminal)
+        _leave_group()
 
 
 def _refuse(error: UserError, rank: int) -> None:
@@ -150,9 +151,8 @@ def redirected_output(log_file: Path) -> Iterator[TextIO]:
             os.dup2(original, descriptor)
 
 
-def _train(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal: TextIO) -> None:
-    import torch
-
+def train_run(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal: TextIO) -> None:
+    """Build the trainer, train, and say how it ended."""
     run = RunDir(Path(recipe.out))
     finished = False
     trainer: LamellaTrainer | None = None
@@ -165,10 +165,15 @@ def _train(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal: T
             _report_failure(run, recipe, rank, terminal, trainer.step if trainer is not None else 0)
         if trainer is not None:
             trainer.close()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
     if rank == 0:
         print(f"{state}: {run.path} at step {trainer.step} of {recipe.steps}", file=terminal, flush=True)
+
+
+def _leave_group() -> None:
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def _report_failure(run: RunDir, recipe: Recipe, rank: int, terminal: TextIO, step: int) -> None:

@@ -1,0 +1,176 @@
+"""Recipes, the run directory and the launcher: strict, and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lamella.errors import UserError
+from lamella.recipe import HARMLESS, Recipe, differences, load_recipe, make_recipe
+from lamella.run_dir import RunDir, model_fingerprint
+from lamella.train.launch import arguments, check, prepare_recipe
+
+RECIPES = sorted(Path(__file__).parents[1].glob("launch/recipes/*.yaml"))
+
+
+def test_recipe_and_launcher_import_no_torch():
+    code = "import sys, lamella.recipe, lamella.run_dir, lamella.train.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_errors_come_at_once():
+    values = {"stepz": 3, "lr": "fast", "twin_share": {"targt": 0.5}, "samples_per_step": 0}
+    with pytest.raises(UserError) as raised:
+        make_recipe(values)
+    text = str(raised.value)
+    assert "unknown key 'stepz' (did you mean 'steps'?)" in text
+    assert "unknown key 'twin_share.targt' (did you mean 'target'?)" in text
+    assert "lr: " in text
+    assert "samples_per_step: " in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples_per_step": 3, "samples_per_micro_batch": 2}, "multiple of samples_per_micro_batch"),
+        ({"steps": 5, "warmup_steps": 6}, "warmup_steps is larger than steps"),
+        ({"keep_checkpoints": 1}, "at least 2"),
+        ({"data": []}, "names no text"),
+        ({"trains": "everything"}, "trains: "),
+        ({"twin_share": 0.5}, "twin_share: "),
+    ],
+)
+def test_impossible_recipes_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: &x [1]\nb: *x\n", "YAML aliases"),
+        (b"x: !!python/object:os.system {}\n", "not valid YAML"),
+        (b"- 1\n- 2\n", "must be a mapping"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"#" * 1_000_001, "larger than"),
+        (b"{", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipes_are_refused(content, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_words_lie_over_the_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 5\nlr: 1e-4\ntorchtitan: {training: {gc_freq: 7}}\n")
+    recipe = load_recipe(path, ["steps=9", "twin_share.target=0.7", "torchtitan.training.gc_debug=true", "data=[a, b]"])
+    assert (recipe.steps, recipe.lr, recipe.data) == (9, 1e-4, ["a", "b"])
+    assert recipe.twin_share.target == 0.7
+    assert recipe.torchtitan == {"training": {"gc_freq": 7, "gc_debug": True}}
+
+
+def test_arguments():
+    assert arguments(["r.yaml", "a=1"]) == ("r.yaml", ["a=1"])
+    with pytest.raises(UserError, match="one recipe"):
+        arguments(["a.yaml", "b.yaml"])
+    with pytest.raises(UserError, match="there is no recipe"):
+        prepare_recipe("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_shipped_recipes_are_valid_and_yaml_survives(path):
+    recipe = load_recipe(path)
+    assert make_recipe(__import__("yaml").safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_demo_recipe_is_for_three_ranks_and_the_same_in_both_places():
+    demo = prepare_recipe(None, [])
+    demo.check_world_size(3)
+    assert demo == load_recipe(next(p for p in RECIPES if p.name == "demo.yaml"))
+
+
+def test_world_sizes_that_do_not_divide_are_refused():
+    Recipe(samples_per_step=12, samples_per_micro_batch=2).check_world_size(3)
+    with pytest.raises(UserError, match="samples_per_step=10 or 20"):
+        Recipe(samples_per_step=12, samples_per_micro_batch=2).check_world_size(5)
+
+
+def fake_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"1234")
+    return folder
+
+
+def test_run_directory_keeps_what_it_is_given(tmp_path):
+    model, run = fake_model(tmp_path / "model"), RunDir(tmp_path / "run")
+    assert not run.exists()
+    assert run.status()["state"] == "none"
+    run.create(Recipe(steps=9), model)
+    assert run.recipe() == Recipe(steps=9)
+    assert sorted(p.name for p in run.model.iterdir()) == ["config.json", "fingerprint.json", "tokenizer.json"]
+    run.write_status("running", 3, 9)
+    assert run.status()["step"] == 3
+    run.metrics_file.write_text(
+        "".join(json.dumps({"step": s, "loss": x}) + "\n" for s, x in [(1, 1.0), (2, 2.0), (2, 3.0)])
+    )
+    assert [line["loss"] for line in run.metrics()] == [1.0, 3.0]  # a resumed run logged step 2 again
+    for step in (2, 10):
+        run.checkpoint(step).mkdir()
+    (run.checkpoint(10) / ".metadata").touch()
+    assert run.steps() == [10]  # step 2 was never finished
+
+
+def test_another_recipe_or_model_is_refused(tmp_path):
+    model, run = fake_model(tmp_path / "model"), RunDir(tmp_path / "run")
+    run.create(Recipe(), model)
+    run.check_same_run(Recipe(log_every_steps=7, stop_at_step=3), model)
+    with pytest.raises(UserError, match=r"(?s)seed: 0 -> 4.*lr: 0.0003 -> 0.1"):
+        run.check_same_run(Recipe(lr=0.1, seed=4), model)
+    fingerprint = model_fingerprint(model)
+    (model / "model.safetensors").write_bytes(b"12345")
+    assert model_fingerprint(model) != fingerprint
+    with pytest.raises(UserError, match="the weights or the config"):
+        run.check_same_run(Recipe(), model)
+
+
+def test_harmless_settings_exist():
+    assert set(Recipe.model_fields) >= HARMLESS
+    assert differences(Recipe(), Recipe(out="elsewhere")) == []
+
+
+def bad_runs(tmp_path: Path) -> dict[str, list[str]]:
+    model = fake_model(tmp_path / "model")
+    RunDir(tmp_path / "run").create(Recipe(model=str(model), data=["python-docs"]), model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").touch()
+    base = [f"model={model}", "data=[python-docs]"]
+    return {
+        "there is no model": [f"model={tmp_path / 'nothing'}"],
+        "holds another run": [*base, f"out={tmp_path / 'run'}", "lr=9"],
+        "holds a run already": [*base, f"out={tmp_path / 'run'}", "resume=never"],
+        "is no run directory": [*base, f"out={tmp_path / 'other'}"],
+        "cannot be shared": [*base, "samples_per_step=4"],
+        "pass stdlib-code": [*base[:1], f"data=[{tmp_path / 'nothing.txt'}]"],
+    }
+
+
+def test_the_launcher_refuses_before_anything_starts(tmp_path):
+    for message, words in bad_runs(tmp_path).items():
+        with pytest.raises(UserError, match=message):
+            check([str(RECIPES[0]), *words], 3)
+
+
+def test_bad_input_exits_with_2(tmp_path):
+    command = [sys.executable, "-m", "lamella.cli", "train", "stepz=4", "--nproc", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the recipe has errors:\n  unknown key 'stepz' (did you mean 'steps'?)\n"
