@@ -114,7 +114,7 @@ def _check_table(checks: list[Check]) -> Table:
     table.add_column("verdict")
     table.add_column("because")
     for check in checks:
-        bound = "" if check.bound is None else f"{'>=' if check.at_least else '<='} {check.bound:.4g}"
+        bound = "" if check.bound is None else f"{'>=' if check.at_least else '<='} {check.bound:.5g}"
         verdict = "" if check.bound is None else "[green]pass" if check.passed else "[bold red]FAIL"
         table.add_row(check.dtype, check.what, check.name, f"{check.figure:.6g}", bound, verdict, check.reason)
     return table
