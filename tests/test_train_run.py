@@ -41,13 +41,15 @@ COMMON = {
 # fp32: another number of ranks or micro-batches adds the same terms in another order; 5e-7 was seen after 12 steps
 REORDERED = 2e-5
 RUNS_ON_3 = {
-    "whole": {"tensorboard": "true"},
+    "whole": {"tensorboard": "true", "torchtitan.debug.print_config": "true"},
     "accumulated": {"samples_per_micro_batch": 1},
     "held": {"twin_share": "{target: 0.5, ramp_steps: 6}", "lr": 1e-3},
     "experts": {"trains": "experts", "activation_checkpointing": "full", "steps": 4},
     "all": {"trains": "all", "activation_checkpointing": "selective", "weight_decay": 0.1},
     "full_ac": {"activation_checkpointing": "full"},
     "flat": {"model": "flat-model", "bias_rate": 0.05},
+    "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: expert matrices are cut across, not along
+    "uneven": {"model": "uneven-model", "steps": 4},  # and where the ranks do not divide them, padded
     "flat_unbalanced": {"model": "flat-model", "bias_rate": 0.0},
 }
 
@@ -77,11 +79,14 @@ def runs(tmp_path_factory):
     trainable_moe(folder / "twin-model")
     trainable_moe(folder / "flat-model", routing="flat")
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
+    trainable_moe(folder / "two-slices", slices=2, hidden_size=48, intermediate_size=96)
+    trainable_moe(folder / "uneven-model", slices=2)
     jobs = [words(folder, name) for name in RUNS_ON_3]
     jobs += [words(folder, "resumed", stop_at_step=6), words(folder, "resumed")]
     jobs += [words(folder, "moved", stop_at_step=6)]
     run_many(folder, 3, jobs)
-    run_many(folder, 1, [words(folder, "alone"), words(folder, "moved")])
+    alone = [words(folder, name, out=f"{name}-alone") for name in ("two_slices", "uneven")]
+    run_many(folder, 1, [words(folder, "alone"), words(folder, "moved"), *alone])
     return folder
 
 
@@ -112,6 +117,7 @@ def test_losses_fall_and_everything_is_reported(runs):
     assert list((run.tensorboard).rglob("events*"))
     assert (run.model / "tokenizer.json").is_file()
     assert "Trainer is initialized" in run.log_file(1).read_text()
+    assert '"pipeline_parallel_degree": 1' in run.log_file(0).read_text()  # torchtitan.debug.print_config
 
 
 @torch.no_grad()
@@ -153,6 +159,13 @@ def test_resume_is_bit_equal(runs):
 def test_the_same_global_batch_gives_the_same_losses(runs, other):
     """Micro-batches, 1 rank in place of 3, from 3 ranks to 1 in the middle, recomputed activations."""
     assert losses(runs, other) == pytest.approx(losses(runs, "whole"), abs=REORDERED)
+
+
+@pytest.mark.parametrize("name", ["two_slices", "uneven"])
+def test_more_ranks_than_slices(runs, name):
+    assert losses(runs, name) == pytest.approx(losses(runs, f"{name}-alone"), abs=REORDERED)
+    log = RunDir(runs / name).log_file(0).read_text()
+    assert ("expert shards are padded" in log) == (name == "uneven")
 
 
 @pytest.mark.parametrize("name", ["whole", "all", "held", "flat"])

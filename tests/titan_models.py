@@ -92,7 +92,7 @@ def byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
-def trainable_moe(folder: Path, routing: str = "twin") -> None:
+def trainable_moe(folder: Path, routing: str = "twin", slices: int = 4, **changes) -> None:
     """A tiny Llama MoE as conversion leaves it (router rows zero), with its tokenizer."""
-    tiny_moe("llama", folder, routing, random_router=False, vocab_size=257)
+    tiny_moe("llama", folder, routing, slices, random_router=False, vocab_size=257, **changes)
     byte_tokenizer(folder)

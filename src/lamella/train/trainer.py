@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import lamella.models.titan_device  # noqa: F401  first
 
 # isort: split
 import torch
+from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed.utils import dist_max, set_pg_timeouts
+from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -56,6 +59,14 @@ class LamellaTrainer(Trainer):
         recipe: Any = None
         heldout: Any = None  # MixedSamples, or None
         stream: Any = None  # where people look, on rank 0
+
+        def to_dict(self) -> dict[str, Any]:
+            """For torchtitan's own record of the config, which is JSON."""
+            this: Any = self
+            plain = dataclasses.replace(
+                this, recipe=None, heldout=None, stream=None, dataloader=BaseDataLoader.Config()
+            )
+            return Trainer.Config.to_dict(plain)
 
     config: Config
 
@@ -101,19 +112,26 @@ class LamellaTrainer(Trainer):
         self.write_status("running")
         if first_step == 0:
             self.metrics.finish_step(0, self.heldout_loss())
+        with self.config.profiler.build(global_step=self.step, base_folder=self.config.dump_folder) as profiler:
+            state = self.train_steps(first_step, profiler)
+        progress.close()
+        return state
+
+    def train_steps(self, first_step: int, profiler: Any) -> State:
         data = self.batch_generator(self.dataloader)
         state: State = "running"
         self.metrics.time_last_log = time.perf_counter()
         while state == "running":
             self.step += 1
+            structured_logger.set_step(self.step, relative_step=self.step - first_step)
             self.gc_handler.run(self.step)
             self.train_step(data)
             state = self.state_after_step()
             self.metrics.finish_step(self.step, self.heldout_loss() if self.measures_heldout() else None)
             self.save(state)
+            profiler.step()
             if self.step - first_step == 1:
                 self.shorten_timeouts()
-        progress.close()
         return state
 
     def train_step(self, data_iterator: Any) -> None:

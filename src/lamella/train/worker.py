@@ -153,7 +153,12 @@ def redirected_output(log_file: Path) -> Iterator[TextIO]:
 
 def train_run(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal: TextIO) -> None:
     """Build the trainer, train, and say how it ended."""
+    from torchtitan.observability import structured_logger
+
     run = RunDir(Path(recipe.out))
+    structured_logger.init_structured_logger(
+        source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
+    )
     finished = False
     trainer: LamellaTrainer | None = None
     try:
