@@ -5,6 +5,7 @@ All that a person may have got wrong is found before the ranks meet, and said on
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lamella.train.trainer import LamellaTrainer
 
 EXIT_BAD_INPUT = 2
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def main(words: list[str] | None = None) -> None:
@@ -102,6 +104,7 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     import torch
 
     _check_gpus(torch.cuda.device_count())
+    return_freed_memory()
     torch.set_num_threads(recipe.threads_per_rank or default_threads())
     from lamella.train.assemble import has_gpu, model_config, trainer_config
     from lamella.train.data import open_samples
@@ -120,6 +123,17 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
         tokens = recipe.heldout_samples * (recipe.seq_len + 1)
         heldout = open_samples(names, "heldout", *common, None, tokens, model.vocab_size)
     return trainer_config(recipe, run, model, train, heldout)
+
+
+def return_freed_memory(threshold_bytes: int = 16 << 20) -> None:
+    """Make glibc give freed blocks of this size back to the system.
+
+    It keeps those under 32 MB in its heap, where FSDP's gathered layers, freed and gathered again, leave holes: ranks
+    training SmolLM2 on CPU grew to 4 GiB, and stay at 2.6 GiB with this.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, threshold_bytes)
 
 
 def _check_gpus(count: int) -> None:
