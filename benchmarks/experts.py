@@ -144,7 +144,7 @@ def torchtitan_block(layer: Layer) -> Implementation:
     """torchtitan's MoE, which computes its experts in bf16 whatever the parameters' dtype."""
     from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
 
-    from lamella.train import device  # noqa: F401  lets torchtitan run without an accelerator
+    import lamella.models.titan_device  # noqa: F401  lets torchtitan run without an accelerator
 
     D, f = layer.x_TD.shape[1], layer.config.moe_intermediate_size
     init = {"weight": nn.init.zeros_}
@@ -252,11 +252,15 @@ def run(
 def show(shape: tuple[int, int, int], rows: list[dict], dtype: torch.dtype) -> None:
     T, D, F_ = shape
     flops = 6 * T * D * F_
-    title = f"T {T}, D {D}, F {F_}, {str(dtype).removeprefix('torch.')}; dense forward {flops / rows[0]['forward_s'] / 1e9:,.0f} GFLOP/s; floor of forward+backward 0.83x"
+    title = (
+        f"T {T}, D {D}, F {F_}, {str(dtype).removeprefix('torch.')}; dense forward "
+        f"{flops / rows[0]['forward_s'] / 1e9:,.0f} GFLOP/s; floor of forward+backward 0.83x"
+    )
     table = [
         [
             r["impl"], f"{r['forward_s'] * 1e3:.1f}", f"{r['forward_over_dense']:.2f}x", f"{r['forward_spread']:.0%}",
-            f"{r['forward_backward_s'] * 1e3:.1f}", f"{r['forward_backward_over_dense']:.2f}x", f"{r['forward_backward_spread']:.0%}",
+            f"{r['forward_backward_s'] * 1e3:.1f}", f"{r['forward_backward_over_dense']:.2f}x",
+            f"{r['forward_backward_spread']:.0%}",
             f"{r['peak_bytes'] / 2**20:.0f}", f"{r['peak_memory_over_dense']:.2f}x",
             "-" if r["relative_error"] is None else f"{r['relative_error']:.0e}",
         ]

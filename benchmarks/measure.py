@@ -68,7 +68,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes held at once beyond what was there before: activations, gradients, workspaces (CUDA: the allocator's)."""
+    """Most bytes held at once beyond what was there before: activations, gradients, workspaces."""
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)

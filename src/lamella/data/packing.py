@@ -114,6 +114,8 @@ class DocumentTokenizer:
     def __init__(self, name: str | Path):
         from transformers import AutoTokenizer
 
+        import lamella.models.hf  # noqa: F401  else a converted folder's tokenizer asks to trust the folder's code
+
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(name))
         except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging
 
 from lamella.config import DENSE_BIAS, ExpertPath, Mode, MoEConfig
 from lamella.errors import UserError
@@ -198,7 +199,13 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "c
     Raises:
         UserError: tensors of the architecture are missing from the file (transformers would draw them at random).
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the commands have a display of their own
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model, info = loaded
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:

@@ -52,7 +52,7 @@ class _Tiled(torch.autograd.Function):
         ids_N = expert_ids_TK.flatten()
         order_N = ids_N.argsort(stable=True)
         token_N = order_N.div(expert_ids_TK.shape[1], rounding_mode="floor")
-        weights_N = weights_TK.flatten()[order_N]
+        weights_N = weights_TK.flatten().index_select(0, order_N)
         counts_E = torch.bincount(ids_N, minlength=len(frozen_down) + len(trainable_down)).tolist()
         f = trainable_down.shape[-1] if len(trainable_down) else frozen_down.shape[-1]
 
@@ -61,7 +61,7 @@ class _Tiled(torch.autograd.Function):
         for rows in _experts_with_rows(counts_E, len(frozen_down)):
             gate_up, down = _weights(rows, frozen, trainable)
             token_n = token_N[rows.span]
-            x_nD = x_TD[token_n]
+            x_nD = x_TD.index_select(0, token_n)
             gate_nf, up_nf = torch.mm(x_nD, gate_up.t(), out=gate_up_N2f[rows.span]).chunk(2, dim=-1)
             hidden_nf = F.silu(gate_nf).mul_(up_nf).mul_(weights_N[rows.span, None])
             y_TD.index_add_(0, token_n, torch.mm(hidden_nf, down.t(), out=x_nD))
@@ -84,7 +84,7 @@ class _Tiled(torch.autograd.Function):
             dgate_up, ddown = grads[2:] if rows.trains else grads[:2]
             token_n, w_n1 = token_N[rows.span], weights_N[rows.span, None]
             gate_nf, up_nf = gate_up_N2f[rows.span].chunk(2, dim=-1)
-            dy_nD = dy_TD[token_n]
+            dy_nD = dy_TD.index_select(0, token_n)
             dhidden_nf = dy_nD @ down
             silu_nf = F.silu(gate_nf)
             hidden_nf = silu_nf * up_nf
@@ -93,7 +93,7 @@ class _Tiled(torch.autograd.Function):
                 torch.mm(dy_nD.t(), hidden_nf.mul_(w_n1), out=ddown[rows.expert])
             dgate_up_n2f = _gate_up_gradient(dhidden_nf.mul_(w_n1), gate_nf, up_nf, silu_nf)
             if dgate_up is not None:
-                torch.mm(dgate_up_n2f.t(), x_TD[token_n], out=dgate_up[rows.expert])
+                torch.mm(dgate_up_n2f.t(), x_TD.index_select(0, token_n), out=dgate_up[rows.expert])
             dx_TD.index_add_(0, token_n, torch.mm(dgate_up_n2f, gate_up, out=dy_nD))
         dweights_TK = torch.empty_like(dweights_N).index_copy_(0, order_N, dweights_N).view(ctx.weights_shape)
         return dx_TD, dweights_TK, None, *grads

@@ -15,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import lamella.models.hf  # else loading the tokenizer asks to trust the folder's code
 import lamella.models.titan_device  # noqa: F401  before torchtitan
 
 # isort: split
