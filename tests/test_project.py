@@ -49,7 +49,7 @@ def words_of(command: str, folder: Path) -> list[str]:
 # What a command gets on top here: the real model on a reduced size.
 REDUCED = {
     "uv run lamella demo": ["--steps", "2"],
-    "uv run torchrun --nproc-per-node=3 train.py": ["steps=2", "seq_len=64", "heldout_samples=3"],
+    "uv run torchrun --nproc-per-node=3 train.py": ["steps=2", "warmup_steps=1", "seq_len=64", "heldout_samples=3"],
 }
 CONTEXT = ["seq_len=64", "heldout_samples=3"]  # the tiny model's context is short
 

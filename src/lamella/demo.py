@@ -166,7 +166,7 @@ def _launch(demo: Demo, out: Path) -> None:
 
     half = demo.steps // 2
     words = [f"model={demo.moe}", f"out={out}", f"steps={demo.steps}", f"save_every_steps={half}"]
-    words += [f"samples_per_step={demo.ranks}", f"heldout_every_steps={half}"]
+    words += [f"samples_per_step={demo.ranks}", f"heldout_every_steps={half}", f"warmup_steps={min(3, half)}"]
     if code := launch(words, demo.ranks):
         raise UserError(f"the training ended with exit code {code}; {RunDir(out).log} says why")
 

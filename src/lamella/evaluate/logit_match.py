@@ -31,6 +31,7 @@ from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, m
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
+from lamella.models.hf import quiet_loading
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 64
@@ -142,7 +143,8 @@ def logit_match(
 def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
     """What this package loaded, against the architecture's own class in transformers: the same bits."""
     cls = getattr(transformers, dense.config.architectures[0])
-    plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
+    with quiet_loading():
+        plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
     figure = compare(logits_of(plain, windows), dense, windows).max_abs
     return Check(dtype, f"dense, {cls.__name__}", "max |logit difference|", figure, 0.0, reason="the same computation")
 

@@ -6,6 +6,8 @@ this module registers the models with transformers' Auto classes. The maths is i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -189,6 +191,18 @@ for _model in SLICED_MODELS.values():
     AutoModelForCausalLM.register(_model.config_class, _model)
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Inside, transformers draws no progress bars: the commands have a display of their own."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", **kwargs: Any) -> PreTrainedModel:
     """A dense or converted checkpoint as an evaluating transformers model.
 
@@ -199,13 +213,8 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "c
     Raises:
         UserError: tensors of the architecture are missing from the file (transformers would draw them at random).
     """
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the commands have a display of their own
-    try:
+    with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, info = loaded
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:
