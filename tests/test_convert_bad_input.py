@@ -276,10 +276,9 @@ def test_to_dense_wants_a_whole_converted_checkpoint(tmp_path: Path) -> None:
 ROOT = Path(__file__).parent.parent
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "convert_by_slicing.py"), *arguments], capture_output=True, text=True, check=False
-    )
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(ROOT / "convert_by_slicing.py"), *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -316,3 +315,19 @@ def test_the_command_converts_once_and_says_what_next(tmp_path: Path) -> None:
     again = command("--model", str(dense), "--out", str(out), "--slices", "4")
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
+
+
+def test_the_default_folder_is_kept_where_it_holds_this_conversion(tmp_path: Path) -> None:
+    """Training and verifying make it as well, so the commands work in any order; another conversion is refused."""
+    dense = tiny_checkpoint(tmp_path / "dense")
+    words = ["--model", str(dense), "--slices", "4"]
+    first = command(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    made = tree(tmp_path)
+    again = command(*words, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "holds this conversion already" in again.stdout
+    other = command(*words, "--seed", "1", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "--overwrite" in other.stderr
+    assert tree(tmp_path) == made

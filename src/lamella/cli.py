@@ -57,7 +57,7 @@ def convert_by_slicing(
     model: Annotated[
         str | None, typer.Option(help="Folder, .gguf file or hub name.", show_default="the embedded SmolLM2-135M")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path("artifacts/moe"),
+    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="artifacts/moe")] = None,
     slices: Annotated[int, typer.Option(help="Parts that each FFN is cut into; must divide its width.")] = 8,
     noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of each matrix.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,

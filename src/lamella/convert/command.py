@@ -10,17 +10,26 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lamella.convert import ConversionReport, SliceOptions, convert, plan_conversion
+from lamella.convert import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
 from lamella.convert.checkpoint import Checkpoint
 from lamella.convert.plan import Plan
+from lamella.convert.sidecars import holds_conversion
 from lamella.convert.write import check_output
 
 
 def run(
-    model: str | None, out: Path, options: dict[str, Any], *, overwrite: bool = False, dry_run: bool = False
+    model: str | None, out: Path | None, options: dict[str, Any], *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
-    """Convert, or with `dry_run` print the plan. UserError before anything is written."""
+    """Convert, or with `dry_run` print the plan. UserError before anything is written.
+
+    `out` None is the default folder, which other commands make too: holding this very conversion, it is kept.
+    """
     chosen = SliceOptions(**options)
+    if out is None:
+        out = DEFAULT_OUT
+        if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), "slice", chosen):
+            print(f"{out} holds this conversion already. Next: uv run tests/moe_logit_match.py")
+            return
     if dry_run:
         source, plan = plan_conversion(model, chosen)
         check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in source.tensors.values()})

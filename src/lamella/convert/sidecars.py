@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lamella import __version__
-from lamella.convert.checkpoint import Checkpoint
+from lamella.convert.checkpoint import Checkpoint, read_json
 from lamella.convert.options import SliceOptions
 from lamella.convert.plan import Plan
 from lamella.convert.slice import REMOTE_CODE
@@ -58,6 +58,12 @@ def write_sidecars(
 
 def manifest(source: Checkpoint, plan: Plan, method: str, options: SliceOptions, hashes: dict[str, str]) -> dict:
     """No time and no output path: equal inputs give equal files."""
+    tensors = {t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": hashes[t.name]} for t in plan.tensors}
+    return provenance(source, method, options) | {"tensors": tensors}
+
+
+def provenance(source: Checkpoint, method: str, options: SliceOptions) -> dict:
+    """What a conversion is made of: two that agree in it have the same tensors."""
     files = {tensor.path.name: tensor.path.stat().st_size for tensor in source.tensors.values()}
     return {
         "lamella_version": __version__,
@@ -68,10 +74,15 @@ def manifest(source: Checkpoint, plan: Plan, method: str, options: SliceOptions,
             "files": files,
         },
         "recipe": {"method": method} | options.to_dict(),
-        "tensors": {
-            t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": hashes[t.name]} for t in plan.tensors
-        },
     }
+
+
+def holds_conversion(folder: Path, source: Checkpoint, method: str, options: SliceOptions) -> bool:
+    """Whether the folder's manifest says that it is this conversion of this model."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    found = read_json(folder / MANIFEST, "")
+    return all(found.get(key) == value for key, value in provenance(source, method, options).items())
 
 
 def model_card(source: Checkpoint, plan: Plan, method: str, options: SliceOptions) -> str:
