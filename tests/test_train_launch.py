@@ -11,6 +11,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
 from titan_models import trainable_moe
 
 from lamella.run_dir import RunDir
@@ -68,14 +69,25 @@ def test_signal_saves_and_resume_finishes(setting):
     assert [line["step"] for line in run.metrics()] == list(range(stop + 1))
 
 
-def test_what_only_the_ranks_find_is_one_line_too(setting):
+ONLY_THE_RANKS_FIND = {
+    "torchtitan.training.gc_freqq=3": (
+        "error: the recipe's torchtitan section has errors:\n"
+        "  unknown key 'training.gc_freqq' (did you mean 'gc_freq'?)\n"
+    ),
+    "offload=cpu": (
+        "error: offload: cpu moves a GPU's weights to main memory, and there is no GPU here; set offload: none\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", ONLY_THE_RANKS_FIND)
+def test_what_only_the_ranks_find_is_one_line_too(setting, bad):
+    if bad == "offload=cpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU to offload from")
     folder, words, environment = setting
-    words = [*words, f"out={folder / 'other'}", "torchtitan.training.gc_freqq=3"]
+    words = [*words, f"out={folder / 'other'}", bad]
     command = [sys.executable, "-m", "lamella.cli", "train", "--nproc", "3", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: the recipe's torchtitan section has errors:\n"
-        "  unknown key 'training.gc_freqq' (did you mean 'gc_freq'?)\n"
-    )
+    assert done.stderr == ONLY_THE_RANKS_FIND[bad]
     assert not (folder / "other").exists()

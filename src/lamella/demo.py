@@ -33,7 +33,7 @@ class Demo:
 
     out: Path
     ranks: int = 3
-    steps: int = 20
+    steps: int = 12
     tokens: int = 2048
     """Tokens of held-out text for each perplexity."""
     report: Report = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Demo:
         self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
-def run_demo(out: Path, *, ranks: int = 3, steps: int = 20, overwrite: bool = False) -> Report:
+def run_demo(out: Path, *, ranks: int = 3, steps: int = 12, overwrite: bool = False) -> Report:
     """Do all of it under `out`; writes report.json and training.png there.
 
     Raises:
