@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from tiny import save_llama
 
+from lamella.demo import check_arguments, run_demo
+from lamella.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -114,3 +117,13 @@ def test_every_requirement_names_a_test_or_command_that_exists() -> None:
         assert (ROOT / path).exists(), path
         if function:
             assert re.search(rf"def {function}\b", (ROOT / path).read_text()), f"{path}::{function}"
+
+
+def test_the_demo_refuses_before_it_removes_anything(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_arguments(tmp_path, 3, 12)  # broken off: only its own
+    (tmp_path / "precious.txt").touch()
+    for ranks, steps, message in ((3, 12, "something else"), (0, 12, "at least 1"), (3, 1, "at least 2")):
+        with pytest.raises(UserError, match=message):
+            run_demo(tmp_path, ranks=ranks, steps=steps)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious.txt", "run"]

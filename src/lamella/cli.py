@@ -160,12 +160,11 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("artifacts/demo"),
     ranks: Annotated[int, typer.Option(help="Training processes.")] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 12,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds something else.")] = False,
 ) -> None:
     """Convert, compare, train, resume and export a real model; one table, report.json and a picture."""
     from lamella.demo import run_demo
 
-    run_demo(out, ranks=ranks, steps=steps, overwrite=overwrite)
+    run_demo(out, ranks=ranks, steps=steps)
 
 
 if __name__ == "__main__":

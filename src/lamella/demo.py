@@ -53,18 +53,27 @@ class Demo:
         self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
-def run_demo(out: Path, *, ranks: int = 3, steps: int = 12, overwrite: bool = False) -> Report:
-    """Do all of it under `out`; writes report.json and training.png there.
+OWN_NAMES = frozenset({"moe", "run", "run-resumed", "glm4-moe", "training.png", "report.json", ".report.json"})
 
-    Raises:
-        UserError: `out` exists and may not be replaced, or a stage refused its input.
-    """
+
+def check_arguments(out: Path, ranks: int, steps: int) -> None:
+    """UserError for a demo that cannot be; a folder is replaced only if all it holds is a demo, broken off or not."""
     if steps < 2:
         raise UserError(f"{steps} training steps cannot be cut in two; ask for at least 2")
-    if out.exists():
-        if not overwrite and not (out / "report.json").is_file():
-            raise UserError(f"{out} exists and is no demo; pass --overwrite to replace it, or another --out")
-        shutil.rmtree(out)
+    if ranks < 1:
+        raise UserError(f"{ranks} training processes cannot train; ask for at least 1")
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= OWN_NAMES):
+        raise UserError(f"{out} holds something else than a demo; give another --out")
+
+
+def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
+    """Do all of it under `out`, in place of an earlier demo; writes report.json and training.png there.
+
+    Raises:
+        UserError: see `check_arguments`; or a stage refused its input.
+    """
+    check_arguments(out, ranks, steps)
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     began = time.perf_counter()
     demo = Demo(out, ranks, steps)
