@@ -1,25 +1,18 @@
-"""Compute the chosen experts of every token: several paths, one result.
+"""The MoE layer: route every token, then compute its experts by one of the paths of `lamella.moe.paths`.
 
-    y_t = sum over k of weight_tk * down_e (silu(gate_e x_t) * (up_e x_t)),  e = expert_ids_tk
-
-`loop` is the oracle. `batched` pads every expert to the fullest one and uses batched matmul; `grouped` sorts the
-rows by expert and uses grouped matmul; `tiled` is the loop with a backward pass of its own, the fastest on a CPU.
-Frozen and trainable experts stay separate tensors: joining them would copy all weights every step.
-
-Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, C rows per expert.
+Shapes: T tokens, D model width, E experts, R router rows.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.config import ExpertPath, Mode, MoEConfig
-from lamella.moe.decode import decode_path
+from lamella.moe.paths import PATHS, apply_experts, gated_ffn
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.slicing import Experts
-from lamella.moe.tiled import tiled_path
+
+__all__ = ["PATHS", "apply_experts", "gated_ffn", "moe_ffn"]
 
 
 def moe_ffn(
@@ -39,96 +32,3 @@ def moe_ffn(
         return apply_experts(x_TD, routing, frozen, trainable, path), routing, scores_TE
     routing = fixed_routing(x_TD.shape[0], mode, config, x_TD.device)
     return apply_experts(x_TD, routing, frozen, trainable, path), routing, None
-
-
-def apply_experts(
-    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, path: ExpertPath = "auto"
-) -> Tensor:
-    """[T, D] -> [T, D] by the named path; 'auto' chooses by device and shape."""
-    if path != "auto":
-        return PATHS[path](x_TD, routing, frozen, trainable)
-    if x_TD.device.type == "cpu":
-        single = x_TD.shape[0] == 1 and not torch.is_grad_enabled()
-        return (decode_path if single else tiled_path)(x_TD, routing, frozen, trainable)
-    return (grouped_path if _grouped_fits(x_TD, frozen) else batched_path)(x_TD, routing, frozen, trainable)
-
-
-def gated_ffn(x_ND: Tensor, gate_up_2fD: Tensor, down_Df: Tensor) -> Tensor:
-    """One expert on its rows: [N, D] -> [N, D]."""
-    gate_Nf, up_Nf = F.linear(x_ND, gate_up_2fD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_Nf) * up_Nf, down_Df)
-
-
-def loop_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """One expert after another, on exactly the tokens that chose it."""
-    y_TD = torch.zeros_like(x_TD)
-    weights_TK = routing.weights_TK.to(x_TD.dtype)
-    S = len(frozen.down_proj)
-    for e in range(S + len(trainable.down_proj)):
-        experts, i = (frozen, e) if e < S else (trainable, e - S)
-        token, k = torch.where(routing.expert_ids_TK == e)
-        y_ND = gated_ffn(x_TD[token], experts.gate_up_proj[i], experts.down_proj[i])
-        y_TD = y_TD.index_add(0, token, y_ND * weights_TK[token, k, None])
-    return y_TD
-
-
-def batched_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """Batched matmul on the packed tensors; each expert's rows are padded with zeros to those of the fullest one."""
-    E, D = len(frozen.down_proj) + len(trainable.down_proj), x_TD.shape[1]
-    order_N, counts_E = _sort_by_expert(routing.expert_ids_TK, E)
-    starts_E = counts_E.cumsum(0) - counts_E
-    C = int(counts_E.max())
-    expert_N = routing.expert_ids_TK.flatten()[order_N]
-    slot_N = expert_N * C + torch.arange(len(order_N), device=x_TD.device) - starts_E[expert_N]
-    token_N = order_N // routing.expert_ids_TK.shape[1]
-    x_ECD = x_TD.new_zeros(E * C, D).index_copy(0, slot_N, x_TD[token_N]).view(E, C, D)
-    S = len(frozen.down_proj)
-    y_ECD = torch.cat([_batched_ffn(x_ECD[:S], frozen), _batched_ffn(x_ECD[S:], trainable)])
-    return _combine(y_ECD.view(E * C, D)[slot_N], order_N, routing)
-
-
-def _batched_ffn(x_ECD: Tensor, experts: Experts) -> Tensor:
-    gate_ECf, up_ECf = torch.bmm(x_ECD, experts.gate_up_proj.mT).chunk(2, dim=-1)
-    return torch.bmm(F.silu(gate_ECf) * up_ECf, experts.down_proj.mT)
-
-
-def grouped_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """Rows sorted by expert, grouped matmul over the frozen rows and over the trainable rows."""
-    S = len(frozen.down_proj)
-    order_N, counts_E = _sort_by_expert(routing.expert_ids_TK, S + len(trainable.down_proj))
-    x_ND = x_TD[order_N // routing.expert_ids_TK.shape[1]]
-    num_frozen_rows = int(counts_E[:S].sum())
-    y_frozen_ND = _grouped_ffn(x_ND[:num_frozen_rows], counts_E[:S], frozen)
-    y_trainable_ND = _grouped_ffn(x_ND[num_frozen_rows:], counts_E[S:], trainable)
-    return _combine(torch.cat([y_frozen_ND, y_trainable_ND]), order_N, routing)
-
-
-def _grouped_ffn(x_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
-    if len(x_ND) == 0:
-        # grouped_mm takes no empty operand; the sums keep the weights in the graph (gradient 0, not None).
-        return x_ND + 0 * (experts.gate_up_proj.sum() + experts.down_proj.sum())
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    gate_Nf, up_Nf = F.grouped_mm(x_ND, experts.gate_up_proj.mT, offs=ends_E).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate_Nf) * up_Nf, experts.down_proj.mT, offs=ends_E)
-
-
-def _grouped_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """grouped_mm wants row strides in multiples of 16 bytes."""
-    widths = (x_TD.shape[1], experts.down_proj.shape[-1])
-    return all(w * x_TD.element_size() % 16 == 0 for w in widths)
-
-
-def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order [N]: positions in the flattened ids, sorted by expert and then by token; counts [E])."""
-    ids_N = expert_ids_TK.flatten()
-    return ids_N.argsort(stable=True), torch.bincount(ids_N, minlength=num_experts)
-
-
-def _combine(y_ND: Tensor, order_N: Tensor, routing: Routing) -> Tensor:
-    """Undo the sort and add up each token's weighted rows."""
-    T, K = routing.expert_ids_TK.shape
-    y_TKD = torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(T, K, -1)
-    return torch.bmm(routing.weights_TK.to(y_ND.dtype).unsqueeze(1), y_TKD).squeeze(1)
-
-
-PATHS = {"loop": loop_path, "batched": batched_path, "grouped": grouped_path, "tiled": tiled_path}
