@@ -1,0 +1,92 @@
+"""The `fused` path: Triton grouped matrix products that gather, weigh and activate on the way (`lamella.moe.kernels`).
+
+    forward:   hidden = w silu(gate x) (up x)            y = sum over k of down hidden
+    backward:  d(gate, up), dw from dy down              dx = sum over k of [dgate, dup] [gate; up]
+               dgate_up = [dgate, dup]^T x               ddown = dy^T hidden            for weights that train
+
+No host synchronisation, no copy of any weight, no gradient of a frozen one. Kept for the backward pass: x and the gate
+and up activations [N, 2f], half of what a dense FFN keeps under autograd.
+
+Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import UserError
+from lamella.moe.dispatch import Dispatch, dispatch, to_rows
+from lamella.moe.routing import Routing
+from lamella.moe.slicing import Experts
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def fused_fits(x_TD: Tensor, experts: Experts) -> bool:
+    """Half precision on CUDA with Triton, and rows that start at multiples of 16 bytes."""
+    half = x_TD.dtype in (torch.bfloat16, torch.float16)
+    aligned = x_TD.shape[1] % 8 == 0 and experts.down_proj.shape[-1] % 8 == 0
+    return HAS_TRITON and x_TD.device.type == "cuda" and half and aligned
+
+
+def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+    """[T, D] -> [T, D]; once differentiable.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
+    if not HAS_TRITON:
+        raise UserError("the expert path 'fused' needs the package triton; use 'auto'")
+    packed = (*frozen, *trainable)
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
+    return _Fused.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, saves, *packed)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
+        frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
+    ) -> Tensor:  # fmt: skip
+        from lamella.moe import fused_ops as ops
+
+        d = dispatch(expert_ids_TK, len(frozen_down) + len(trainable_down))
+        weights_N = to_rows(weights_TK.float(), d)
+        hidden_Nf, gate_up_N2f = ops.gate_up(
+            x_TD, weights_N, d.token_N, d.ends_E, frozen_gate_up, trainable_gate_up, saves
+        )
+        y_ND = ops.expert_rows(hidden_Nf, d.ends_E, frozen_down, trainable_down, True)
+        packed = (frozen_gate_up, frozen_down, trainable_gate_up, trainable_down)
+        ctx.save_for_backward(x_TD, weights_N, *d, gate_up_N2f, *packed)
+        ctx.weights_dtype = weights_TK.dtype
+        return ops.combine(y_ND, d.slot_TK)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        from lamella.moe import fused_ops as ops
+
+        x_TD, weights_N, *saved, gate_up_N2f, frozen_gate_up, frozen_down, trainable_gate_up, trainable_down = (
+            ctx.saved_tensors
+        )
+        d, S, R = Dispatch(*saved), len(frozen_down), len(trainable_down)
+        dy_TD = dy_TD.contiguous()
+        needs = ctx.needs_input_grad[4:]
+        first_trained = 0 if needs[1] else S
+        dgate_up_N2f, hidden_Nf, dweights_N = ops.gate_up_gradient(
+            dy_TD, weights_N, d.token_N, d.ends_E, frozen_down, trainable_down, gate_up_N2f, first_trained
+        )
+        dx_TD = None
+        if ctx.needs_input_grad[0]:
+            dx_ND = ops.expert_rows(dgate_up_N2f, d.ends_E, frozen_gate_up, trainable_gate_up, False)
+            dx_TD = ops.combine(dx_ND, d.slot_TK)
+        grads: list[Tensor | None] = []
+        for (first, count), (gate_up, down) in zip(((0, S), (S, R)), (needs[:2], needs[2:]), strict=True):
+            span = (d.token_N, d.ends_E, first, count)
+            grads.append(ops.weight_gradient(dgate_up_N2f, x_TD, *span, False) if gate_up else None)
+            grads.append(ops.weight_gradient(dy_TD, hidden_Nf, *span, True) if down else None)
+        dweights_TK = dweights_N[d.slot_TK].to(ctx.weights_dtype)
+        return dx_TD, dweights_TK, None, None, *grads
