@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lamella.config import MoEConfig
-from lamella.moe.experts import PATHS, apply_experts, moe_ffn
+from lamella.moe.experts import PATHS, MoEWeights, SharedExpert, apply_experts, gated_ffn, moe_ffn
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.slicing import Experts, slice_ffn
 
@@ -102,7 +102,7 @@ def test_the_layer_routes_by_its_router(path, routing):
     x_TD = random(T, D, seed=1)
     router_RD, bias_R = random(config.num_router_rows, D, seed=2), random(config.num_router_rows, seed=3, std=0.1)
     frozen, trainable = make_experts(10, torch.float32, False), make_experts(20, torch.float32, False)
-    y_TD, routing_, scores_TE = moe_ffn(x_TD, router_RD, bias_R, frozen, trainable, config, "routed", path)
+    y_TD, routing_, scores_TE = moe_ffn(x_TD, MoEWeights(router_RD, bias_R, frozen, trainable), config, "routed", path)
     expected = route(expert_scores(x_TD @ router_RD.T, config), bias_R, config)
     assert torch.equal(routing_.expert_ids_TK.sort().values, expected.expert_ids_TK.sort().values)
     assert scores_TE is not None
@@ -119,7 +119,9 @@ def test_without_noise_dense_and_random_modes_are_the_ffn(path, mode):
     x_TD = random(T, D, seed=4)
     config = MoEConfig(S, S, f, S, (0,), route_scale=float(S))
     torch.manual_seed(0)
-    y_TD, routing, scores_TE = moe_ffn(x_TD, torch.zeros(S, D), torch.zeros(S), slices, slices, config, mode, path)
+    y_TD, routing, scores_TE = moe_ffn(
+        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), slices, slices), config, mode, path
+    )
     dense_TD = (torch.nn.functional.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
     assert scores_TE is None
     assert ((routing.expert_ids_TK >= S).any()) == (mode == "random")
@@ -131,7 +133,9 @@ def test_learned_mode_runs_the_copies_alone():
     config = MoEConfig(S, S, f, S, (0,), route_scale=float(S))
     frozen, trainable = make_experts(10, torch.float32, False), make_experts(20, torch.float32, False)
     x_TD = random(T, D, seed=4)
-    y_TD, _, _ = moe_ffn(x_TD, torch.zeros(S, D), torch.zeros(S), frozen, trainable, config, "learned", "batched")
+    y_TD, _, _ = moe_ffn(
+        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), frozen, trainable), config, "learned", "batched"
+    )
     swapped = fixed_routing(T, "dense", config, torch.device("cpu"))
     torch.testing.assert_close(y_TD, PATHS["loop"](x_TD, swapped, trainable, frozen), rtol=2e-5, atol=2e-5)
 
@@ -146,3 +150,30 @@ def test_a_single_token_agrees_with_the_loop(load, dtype):
     with torch.no_grad():
         expected, actual = (apply_experts(x_1D, routing, frozen, trainable, path) for path in ("loop", "auto"))
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * expected.abs().max().item())
+
+
+def test_shared_expert_unit_gate_and_analytic_router_by_hand():
+    """y = shared(x) + sum of (1 + u_e sigmoid(l_e)) expert_e(x) + b, l_e = |silu(w_e x)(v_e x)|, top K of l + bias."""
+    T, D, E, K, f, n = 5, 8, 4, 2, 3, 6
+    torch.manual_seed(0)
+    trainable = Experts(torch.randn(E, 2 * f, D), torch.randn(E, D, f))
+    shared = SharedExpert(torch.randn(2 * n, D), torch.randn(D, n))
+    router, up, scale = torch.randn(E, D), torch.randn(E, D), torch.randn(E)
+    selection_bias, output_bias = torch.randn(E), torch.randn(D)
+    weights = MoEWeights(
+        router, selection_bias, Experts(trainable[0][:0], trainable[1][:0]), trainable, up, scale, shared, output_bias
+    )
+    config = MoEConfig(
+        0, E, f, K, (0,), routing="flat", gate="unit", router="analytic", shared_intermediate_size=n, output_bias=True
+    )
+    x_TD = torch.randn(T, D)
+    y_TD, routing, _ = moe_ffn(x_TD, weights, config)
+    for t, x in enumerate(x_TD):
+        logits = (torch.nn.functional.silu(router @ x) * (up @ x)).abs()
+        chosen = (logits + selection_bias).topk(K).indices
+        assert set(chosen.tolist()) == set(routing.expert_ids_TK[t].tolist())
+        expected = gated_ffn(x[None], *shared)[0] + output_bias
+        for e in chosen:
+            weight = 1 + scale[e] * logits[e].sigmoid()
+            expected = expected + weight * gated_ffn(x[None], trainable[0][e], trainable[1][e])[0]
+        torch.testing.assert_close(y_TD[t], expected, rtol=1e-5, atol=1e-4)  # fp32, another order of summation

@@ -140,7 +140,11 @@ def test_fixed_routing(routing):
         ({"num_experts_per_tok": 17, "routing": "flat"}, "top-k 17 is larger than the 16 experts"),
         ({"num_experts_per_tok": 4}, "top-k must be 8, not 4; use routing 'flat'"),
         ({"num_trainable_experts": 4}, "8 frozen and 4 trainable experts; use routing 'flat'"),
-        ({"num_frozen_experts": 0}, "num_frozen_experts is 0; it must be at least 1"),
+        ({"num_frozen_experts": 0}, "0 frozen and 8 trainable experts; use routing 'flat'"),
+        ({"num_frozen_experts": -1}, "num_frozen_experts is -1; it must be at least 0"),
+        ({"gate": "unit"}, "does not weigh the experts of a pair"),
+        ({"per_layer": {0: {"top_k": 2}}}, "per_layer of layer 0: unknown key 'top_k'"),
+        ({"per_layer": {0: {"num_experts_per_tok": 2}}}, "top-k must be 8, not 2"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from titan_models import FAMILIES, load_titan, tiny_moe
+from titan_models import FAMILIES, PARTITIONED, load_titan, tiny_moe
 
 from lamella.errors import UserError
 from lamella.models.titan import document_mask
@@ -25,6 +25,18 @@ def test_logits_equal_those_of_transformers(family, routing, tmp_path):
     with torch.no_grad():
         difference = (titan(tokens) - hf(tokens).logits).abs().max()
     assert difference < FP32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_partitioned_model_equal_those_of_transformers(family, tmp_path):
+    hf = tiny_moe(family, tmp_path, moe_changes=PARTITIONED)
+    titan = load_titan(tmp_path)
+    tokens = torch.randint(hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = (titan(tokens) - hf(tokens).logits).abs().max()
+    assert difference < FP32
+    first, last = (len(layer.experts.trainable.down_proj) for layer in hf.moe_layers)
+    assert (first, last) == (6, 5)
 
 
 def test_packed_documents_equal_documents_alone(tmp_path):

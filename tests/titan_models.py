@@ -37,26 +37,49 @@ TINY = {
 }
 
 
-def tiny_moe(family: str, folder: Path, routing: str = "twin", slices: int = 4, random_router: bool = True, **changes):
+# A model of experts that all train, as partitioning makes it: every field of the config away from its default.
+PARTITIONED = {
+    "routing": "flat",
+    "num_frozen_experts": 0,
+    "num_trainable_experts": 6,
+    "num_experts_per_tok": 2,
+    "gate": "unit",
+    "router": "analytic",
+    "shared_intermediate_size": 16,
+    "output_bias": True,
+    "per_layer": {2: {"num_trainable_experts": 5, "num_experts_per_tok": 1, "shared_intermediate_size": 24}},
+}
+
+
+def tiny_moe(
+    family: str,
+    folder: Path,
+    routing: str = "twin",
+    slices: int = 4,
+    random_router: bool = True,
+    moe_changes: dict | None = None,
+    **changes,
+):
     """Save a tiny MoE with random weights and biases (layer 1 dense) to `folder`; return transformers' model of it."""
     torch.manual_seed(0)
     values = TINY | FAMILIES[family] | changes
-    moe = MoEConfig(
-        num_frozen_experts=slices,
-        num_trainable_experts=slices,
-        moe_intermediate_size=values["intermediate_size"] // slices,
-        num_experts_per_tok=slices,
-        moe_layers=[0, 2],
-        routing=routing,
-        route_scale=float(slices),
-    )
+    sliced = {
+        "num_frozen_experts": slices,
+        "num_trainable_experts": slices,
+        "moe_intermediate_size": values["intermediate_size"] // slices,
+        "num_experts_per_tok": slices,
+        "moe_layers": [0, 2],
+        "routing": routing,
+        "route_scale": float(slices),
+    }
+    moe = MoEConfig(**(sliced | (moe_changes or {})))
     model_class = SLICED_MODELS[family]
     model = model_class(model_class.config_class(**values, moe=moe.to_dict()))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith(".bias") or "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-            elif "mlp" in name or "proj" in name:
+            elif "mlp" in name or "proj" in name:  # the router's up rows, gate scale and output bias as well
                 tensor.normal_(std=0.2)
         for layer in model.moe_layers:
             if random_router:

@@ -9,7 +9,11 @@ from typing import Any, Literal, get_args
 from lamella.errors import UserError, did_you_mean
 
 RoutingKind = Literal["twin", "flat"]
-GateKind = Literal["sigmoid", "softmax"]
+# "unit" weighs a chosen expert 1 + u * sigmoid(logit) with a learned u per expert, 0 at conversion: exactly 1 then.
+GateKind = Literal["sigmoid", "softmax", "unit"]
+# "linear": logits W x. "analytic": |silu(W x) * (V x)|, the hidden activation of one neuron per expert (CMoE,
+# arXiv 2502.04416).
+RouterKind = Literal["linear", "analytic"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
@@ -19,13 +23,22 @@ ExpertPath = Literal["auto", "loop", "batched", "grouped", "tiled"]
 # in [0, 1], so the pair's scores differ by at most 1): the dense model, whatever the router says.
 DENSE_BIAS = -1.0
 
+_CHOICES = {"routing": get_args(RoutingKind), "gate": get_args(GateKind), "router": get_args(RouterKind)}
+_LEAST = {
+    "num_frozen_experts": 0,
+    "num_trainable_experts": 0,
+    "moe_intermediate_size": 1,
+    "num_experts_per_tok": 1,
+    "shared_intermediate_size": 0,
+}
+
 
 @dataclass(frozen=True)
 class MoEConfig:
     """The `moe` entry of a converted model's config.json.
 
     Experts 0 .. num_frozen_experts-1 are the frozen slices of the dense FFN; the trainable ones follow, the copy of
-    slice i at num_frozen_experts + i.
+    slice i at num_frozen_experts + i. A shared expert is always on, with weight 1.
     """
 
     num_frozen_experts: int
@@ -40,35 +53,63 @@ class MoEConfig:
     norm_topk_prob: bool = True
     """Divide the chosen scores by their sum before scaling."""
     route_scale: float = 8.0
-    """Factor on the gate weights; with norm_topk_prob it must be num_experts_per_tok to reproduce the dense sum."""
+    """Factor on the gate weights; with norm_topk_prob it must be num_experts_per_tok to reproduce the dense sum. Gate
+    "unit" uses neither."""
+    router: RouterKind = "linear"
+    shared_intermediate_size: int = 0
+    """Neurons of the shared expert; 0: none."""
+    output_bias: bool = False
+    """A bias [D] on the layer's output: what the dropped neurons give on average."""
+    per_layer: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    """layer -> the fields that differ there; see `for_layer`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
-        for name, choices in (("routing", get_args(RoutingKind)), ("gate", get_args(GateKind))):
+        per_layer = {int(layer): fields for layer, fields in self.per_layer.items()}  # keys of JSON are strings
+        object.__setattr__(self, "per_layer", per_layer)
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(
                     f"{name} is {value!r}; it must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
                 )
-        for name in ("num_frozen_experts", "moe_intermediate_size", "num_experts_per_tok"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"top-k {self.num_experts_per_tok} is larger than the {self.num_experts} experts; "
                 "lower top-k or raise the slices"
             )
         if self.routing == "twin":
-            if self.num_frozen_experts != self.num_trainable_experts:
-                raise UserError(
-                    f"twin routing pairs every slice with a copy, but there are {self.num_frozen_experts} frozen and "
-                    f"{self.num_trainable_experts} trainable experts; use routing 'flat'"
-                )
-            if self.num_experts_per_tok != self.num_frozen_experts:
-                raise UserError(
-                    f"twin routing chooses one of each pair, so top-k must be {self.num_frozen_experts}, "
-                    f"not {self.num_experts_per_tok}; use routing 'flat' for another top-k"
-                )
+            self._check_twin()
+        for layer in self.per_layer:
+            self.for_layer(layer)
+
+    def _check_twin(self) -> None:
+        if self.num_frozen_experts != self.num_trainable_experts:
+            raise UserError(
+                f"twin routing pairs every slice with a copy, but there are {self.num_frozen_experts} frozen and "
+                f"{self.num_trainable_experts} trainable experts; use routing 'flat'"
+            )
+        if self.num_experts_per_tok != self.num_frozen_experts:
+            raise UserError(
+                f"twin routing chooses one of each pair, so top-k must be {self.num_frozen_experts}, "
+                f"not {self.num_experts_per_tok}; use routing 'flat' for another top-k"
+            )
+        if self.gate == "unit":
+            raise UserError("gate 'unit' does not weigh the experts of a pair against each other; use 'sigmoid'")
+
+    def for_layer(self, index: int) -> MoEConfig:
+        """The config of one layer: this one with the fields that differ there."""
+        fields = self.per_layer.get(index)
+        if not fields:
+            return self
+        known = [f.name for f in dataclasses.fields(self) if f.name not in ("moe_layers", "per_layer")]
+        for key in fields:
+            if key not in known:
+                raise UserError(f"per_layer of layer {index}: unknown key {key!r}{did_you_mean(key, known)}")
+        return dataclasses.replace(self, per_layer={}, **fields)
 
     @property
     def num_experts(self) -> int:

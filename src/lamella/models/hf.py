@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from lamella.config import DENSE_BIAS, ExpertPath, Mode, MoEConfig
 from lamella.errors import UserError
-from lamella.moe.experts import moe_ffn
+from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
 
@@ -39,55 +39,74 @@ from lamella.moe.slicing import Experts
 class PackedExperts(nn.Module):
     """Parameters only: frozen and trainable experts, apart, so that an optimizer never sees the frozen ones."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig, init_std: float = 0.02):
+    def __init__(self, hidden_size: int, config: MoEConfig):
         super().__init__()
         D, f = hidden_size, config.moe_intermediate_size
-        S, R = config.num_frozen_experts, config.num_trainable_experts
-        self.frozen_gate_up_proj = nn.Parameter(torch.empty(S, 2 * f, D), requires_grad=False)
-        self.frozen_down_proj = nn.Parameter(torch.empty(S, D, f), requires_grad=False)
-        self.trainable_gate_up_proj = nn.Parameter(torch.empty(R, 2 * f, D))
-        self.trainable_down_proj = nn.Parameter(torch.empty(R, D, f))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=init_std)
+        for kind, E in (("frozen", config.num_frozen_experts), ("trainable", config.num_trainable_experts)):
+            trains = kind == "trainable"
+            shapes = {"gate_up_proj": (E, 2 * f, D), "down_proj": (E, D, f)}
+            for name, shape in shapes.items() if E else ():
+                self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(shape), requires_grad=trains))
 
     @property
     def frozen(self) -> Experts:
-        return Experts(self.frozen_gate_up_proj, self.frozen_down_proj)
+        return packed(self, "frozen")
 
     @property
     def trainable(self) -> Experts:
-        return Experts(self.trainable_gate_up_proj, self.trainable_down_proj)
+        return packed(self, "trainable")
+
+
+class Shared(nn.Module):
+    """Parameters only: the expert that is always on."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(hidden_size, width))
 
 
 class Router(nn.Module):
-    """Router rows [R, D] and the float32 selection bias [R]; zero rows weigh every chosen expert exactly 1."""
+    """Router rows [R, D] and the float32 selection bias [R]; with the gate "sigmoid", zero rows weigh every chosen
+    expert exactly 1, with the gate "unit" a zero `gate_scale` does."""
 
     def __init__(self, hidden_size: int, config: MoEConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.num_router_rows, hidden_size))
+        R = config.num_router_rows
+        self.weight = nn.Parameter(torch.zeros(R, hidden_size))
+        self.up_weight = nn.Parameter(torch.zeros(R, hidden_size)) if config.router == "analytic" else None
+        self.gate_scale = nn.Parameter(torch.zeros(R)) if config.gate == "unit" else None
         self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.full((config.num_router_rows,), DENSE_BIAS, dtype=torch.float32))
+        self.register_buffer("selection_bias", torch.full((R,), DENSE_BIAS, dtype=torch.float32))
 
 
 class SlicedMoE(nn.Module):
     """Takes the place of a decoder layer's `mlp`: [..., D] -> [..., D]."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig, init_std: float = 0.02):
+    def __init__(self, hidden_size: int, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.experts = PackedExperts(hidden_size, config, init_std)
+        self.experts = PackedExperts(hidden_size, config)
         self.router = Router(hidden_size, config)
+        self.shared = Shared(hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
+        self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if config.output_bias else None
         self.mode: Mode = "routed"
         self.path: ExpertPath = "auto"
         self.last_routing: Routing | None = None
         """The routing of the latest forward, for reports."""
 
+    @property
+    def weights(self) -> MoEWeights:
+        router, experts = self.router, self.experts
+        shared = None if self.shared is None else SharedExpert(self.shared.gate_up_proj, self.shared.down_proj)
+        return MoEWeights(
+            router.weight, router.selection_bias, experts.frozen, experts.trainable, router.up_weight,
+            router.gate_scale, shared, self.output_bias,
+        )  # fmt: skip
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD, self.last_routing, _ = moe_ffn(
-            x_TD, self.router.weight, self.router.selection_bias,
-            self.experts.frozen, self.experts.trainable, self.config, self.mode, self.path,
-        )  # fmt: skip
+        y_TD, self.last_routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
         return y_TD.view_as(hidden_states)
 
 
@@ -101,7 +120,7 @@ class _SlicedForCausalLM(PreTrainedModel):
         super().__init__(config)
         moe = MoEConfig.from_dict(config.moe)
         for index in moe.moe_layers:
-            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe, config.initializer_range)
+            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe.for_layer(index)).apply(self._init_weights)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -116,12 +135,15 @@ class _SlicedForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PackedExperts):
+        if isinstance(module, PackedExperts | Shared):
             for parameter in module.parameters():
                 parameter.normal_(std=self.config.initializer_range)
         elif isinstance(module, Router):
-            module.weight.zero_()
+            for parameter in module.parameters():
+                parameter.zero_()
             module.selection_bias.fill_(DENSE_BIAS)
+        elif isinstance(module, SlicedMoE) and module.output_bias is not None:
+            module.output_bias.zero_()
 
     @property
     def moe_layers(self) -> list[SlicedMoE]:

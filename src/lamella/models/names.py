@@ -40,7 +40,12 @@ NAMES: tuple[tuple[str, str], ...] = (
         (f"model.layers.{{}}.mlp.{name}", f"layers.{{}}.moe.{name}")
         for name in (
             "router.weight",
+            "router.up_weight",
+            "router.gate_scale",
             "router.selection_bias",
+            "shared.gate_up_proj",
+            "shared.down_proj",
+            "output_bias",
             "experts.frozen_gate_up_proj",
             "experts.frozen_down_proj",
             "experts.trainable_gate_up_proj",

@@ -27,7 +27,7 @@ from torchtitan.protocols.module import Module
 
 from lamella.config import ExpertPath, MoEConfig
 from lamella.moe.balancing import expert_counts, share_bias
-from lamella.moe.experts import moe_ffn
+from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed
 from lamella.moe.routing import Routing, pair_margins
 from lamella.moe.slicing import Experts
 
@@ -37,8 +37,9 @@ def unset(parameter: Tensor) -> None:
     nn.init.constant_(parameter, math.nan)
 
 
-UNSET = {"weight": unset, "bias": unset}
 EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")
+OTHER_NAMES = ("weight", "bias", "up_weight", "gate_scale", "gate_up_proj", "down_proj", "output_bias")
+UNSET = dict.fromkeys((*EXPERT_NAMES, *OTHER_NAMES), unset)
 
 
 class DocumentAttention(Module):
@@ -114,20 +115,35 @@ class PackedExperts(Module):
     def __init__(self, config: Config):
         super().__init__()
         D, f = config.dim, config.moe.moe_intermediate_size
-        S, R = config.moe.num_frozen_experts, config.moe.num_trainable_experts
-        self.frozen_gate_up_proj = nn.Parameter(torch.empty(S, 2 * f, D))
-        self.frozen_down_proj = nn.Parameter(torch.empty(S, D, f))
-        self.trainable_gate_up_proj = nn.Parameter(torch.empty(R, 2 * f, D))
-        self.trainable_down_proj = nn.Parameter(torch.empty(R, D, f))
-        self.num_experts = S  # in each tensor; torchtitan's FSDP shards another dimension over more ranks than this
+        counts = {"frozen": config.moe.num_frozen_experts, "trainable": config.moe.num_trainable_experts}
+        for kind, E in counts.items():
+            if E:
+                self.register_parameter(f"{kind}_gate_up_proj", nn.Parameter(torch.empty(E, 2 * f, D)))
+                self.register_parameter(f"{kind}_down_proj", nn.Parameter(torch.empty(E, D, f)))
+        # torchtitan's FSDP shards another dimension over more ranks than this
+        self.num_experts = min(E for E in counts.values() if E)
 
     @property
     def frozen(self) -> Experts:
-        return Experts(self.frozen_gate_up_proj, self.frozen_down_proj)
+        return packed(self, "frozen")
 
     @property
     def trainable(self) -> Experts:
-        return Experts(self.trainable_gate_up_proj, self.trainable_down_proj)
+        return packed(self, "trainable")
+
+
+class Shared(Module):
+    """Parameters only: the expert that is always on, of `width` neurons."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        width: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * config.width, config.dim))
+        self.down_proj = nn.Parameter(torch.empty(config.dim, config.width))
 
 
 class Router(Module):
@@ -136,13 +152,16 @@ class Router(Module):
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         dim: int
-        rows: int
+        moe: MoEConfig
 
     def __init__(self, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.rows, config.dim))
+        R, moe = config.moe.num_router_rows, config.moe
+        self.weight = nn.Parameter(torch.empty(R, config.dim))
+        self.up_weight = nn.Parameter(torch.empty(R, config.dim)) if moe.router == "analytic" else None
+        self.gate_scale = nn.Parameter(torch.empty(R)) if moe.gate == "unit" else None
         self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.empty(config.rows, dtype=torch.float32))
+        self.register_buffer("selection_bias", torch.empty(R, dtype=torch.float32))
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.selection_bias.device
@@ -162,9 +181,11 @@ class SlicedMoE(Module):
         super().__init__()
         self.moe = config.moe
         self.path: ExpertPath = config.expert_path
-        init = dict.fromkeys(EXPERT_NAMES, unset)
-        self.experts = PackedExperts.Config(dim=config.dim, moe=config.moe, param_init=init).build()
-        self.router = Router.Config(dim=config.dim, rows=config.moe.num_router_rows, param_init=UNSET).build()
+        dim, moe, width = config.dim, config.moe, config.moe.shared_intermediate_size
+        self.experts = PackedExperts.Config(dim=dim, moe=moe, param_init=UNSET).build()
+        self.router = Router.Config(dim=dim, moe=moe, param_init=UNSET).build()
+        self.shared = Shared.Config(dim=dim, width=width, param_init=UNSET).build() if width else None
+        self.output_bias = nn.Parameter(torch.empty(dim)) if moe.output_bias else None
         self.next_share: float | None = None
         """Share of the tokens that the twins should get after the next bias update; None gathers no share bias."""
         self.last_routing: Routing | None = None
@@ -182,11 +203,17 @@ class SlicedMoE(Module):
         """Where torchtitan's FSDP looks for packed expert parameters."""
         return SimpleNamespace(inner_experts=self.experts)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        y_TD, self.last_routing, scores_TE = moe_ffn(
-            x_BLD.flatten(0, 1), self.router.weight, self.router.selection_bias,
-            self.experts.frozen, self.experts.trainable, self.moe, "routed", self.path,
+    @property
+    def weights(self) -> MoEWeights:
+        router, experts = self.router, self.experts
+        shared = None if self.shared is None else SharedExpert(self.shared.gate_up_proj, self.shared.down_proj)
+        return MoEWeights(
+            router.weight, router.selection_bias, experts.frozen, experts.trainable, router.up_weight,
+            router.gate_scale, shared, self.output_bias,
         )  # fmt: skip
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        y_TD, self.last_routing, scores_TE = moe_ffn(x_BLD.flatten(0, 1), self.weights, self.moe, "routed", self.path)
         if self.training:
             assert scores_TE is not None
             self._gather(self.last_routing, scores_TE)

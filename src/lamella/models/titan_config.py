@@ -86,7 +86,7 @@ def _block(
         attention=_attention(family, hf, attention, window), attention_norm=_norm(D, hf), ffn_norm=_norm(D, hf)
     )
     if moe is not None and index in moe.moe_layers:
-        config.sliced_moe = SlicedMoE.Config(dim=D, moe=moe, expert_path=expert_path)
+        config.sliced_moe = SlicedMoE.Config(dim=D, moe=moe.for_layer(index), expert_path=expert_path, param_init=UNSET)
     else:
         bias = bool(getattr(hf, "mlp_bias", False))
         config.feed_forward = FeedForward.Config(w1=_linear(D, F, bias), w2=_linear(F, D, bias), w3=_linear(D, F, bias))

@@ -35,6 +35,11 @@ def router_logits(x_TD: Tensor, weight_RD: Tensor) -> Tensor:
         return F.linear(x_TD.float(), weight_RD.float())
 
 
+def analytic_logits(x_TD: Tensor, gate_RD: Tensor, up_RD: Tensor) -> Tensor:
+    """[T, R] |silu(gate x) * (up x)|: how strongly each expert's representative neuron fires (arXiv 2502.04416)."""
+    return (F.silu(router_logits(x_TD, gate_RD)) * router_logits(x_TD, up_RD)).abs()
+
+
 def expert_scores(logits_TR: Tensor, config: MoEConfig) -> Tensor:
     """[T, E] scores from router logits; twin routing mirrors them first: slices get -l, copies l."""
     logits_TE = torch.cat([-logits_TR, logits_TR], dim=-1) if config.routing == "twin" else logits_TR
@@ -42,6 +47,9 @@ def expert_scores(logits_TR: Tensor, config: MoEConfig) -> Tensor:
 
 
 def gate_scores(logits_TE: Tensor, gate: GateKind) -> Tensor:
+    """Gate "unit" chooses by the logits themselves: a sigmoid would round large ones to ties."""
+    if gate == "unit":
+        return logits_TE
     return logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
@@ -63,29 +71,40 @@ def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
     return torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
 
 
-def gate_weights(scores_TE: Tensor, expert_ids_TK: Tensor, config: MoEConfig) -> Tensor:
-    """[T, K] weights of the chosen experts: their scores, normalised if the config says so, times route_scale."""
+def gate_weights(
+    scores_TE: Tensor, expert_ids_TK: Tensor, config: MoEConfig, gate_scale_E: Tensor | None = None
+) -> Tensor:
+    """[T, K] weights of the chosen experts: their scores, normalised if the config says so, times route_scale.
+
+    Gate "unit": 1 + u_e sigmoid(score_e), with u = `gate_scale_E`.
+    """
     weights_TK = scores_TE.gather(-1, expert_ids_TK)
+    if config.gate == "unit":
+        assert gate_scale_E is not None
+        return 1 + gate_scale_E.float()[expert_ids_TK] * weights_TK.sigmoid()
     if config.norm_topk_prob:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     return weights_TK * config.route_scale
 
 
-def route(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig) -> Routing:
-    """Choose and weigh. `bias_R` is float32 and takes no gradient."""
+def route(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig, gate_scale_E: Tensor | None = None) -> Routing:
+    """Choose and weigh. `bias_R` is float32 and takes no gradient; `gate_scale_E` belongs to gate "unit"."""
     with torch.no_grad():
         if config.routing == "twin":
             expert_ids_TK = choose_pairs(scores_TE, bias_R)
         else:
             expert_ids_TK = choose_top_k(scores_TE, bias_R, config.num_experts_per_tok)
-    return Routing(expert_ids_TK, gate_weights(scores_TE, expert_ids_TK, config))
+    return Routing(expert_ids_TK, gate_weights(scores_TE, expert_ids_TK, config, gate_scale_E))
 
 
 def fixed_routing(num_tokens: int, mode: Mode, config: MoEConfig, device: torch.device) -> Routing:
-    """Routing that no router decides, every weight 1: all slices (dense), all copies (learned), or chance (random)."""
+    """Routing that no router decides, every weight 1: all slices (dense), all copies (learned), or chance (random).
+
+    Without frozen slices, "dense" is every expert.
+    """
     S, E, K = config.num_frozen_experts, config.num_experts, config.num_experts_per_tok
     if mode == "dense":
-        ids_TK = torch.arange(S, device=device).expand(num_tokens, S)
+        ids_TK = torch.arange(S or E, device=device).expand(num_tokens, S or E)
     elif mode == "learned":
         ids_TK = torch.arange(S, E, device=device).expand(num_tokens, E - S)
     elif config.routing == "twin":

@@ -28,5 +28,5 @@ def training_flops_per_token(model: nn.Module, config: LamellaDecoder.Config, se
 def _active_part(name: str, config: LamellaDecoder.Config) -> float:
     if ".experts." not in name:
         return 1.0
-    moe = next(layer.sliced_moe.moe for layer in config.layers if layer.sliced_moe is not None)
+    moe = config.layers[int(name.split(".")[1])].sliced_moe.moe
     return moe.num_experts_per_tok / moe.num_experts

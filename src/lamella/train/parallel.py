@@ -21,9 +21,9 @@ def is_trained(name: str, trains: str) -> bool:
     """Whether the parameter of this (torchtitan) name trains; frozen experts never do."""
     if ".experts.frozen_" in name:
         return False
-    if ".experts.trainable_" in name:
+    if ".experts.trainable_" in name or ".moe.shared." in name or name.endswith(".moe.output_bias"):
         return True
-    return trains == "all" or (trains == "experts+router" and name.endswith(".router.weight"))
+    return trains == "all" or (trains == "experts+router" and ".router." in name)
 
 
 def parallelize(
