@@ -1,0 +1,211 @@
+"""All choices about one layer, made from its sample: parts, router, gate, balance, and what is added to the output.
+
+Symbols as in `lamella.partition.layer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lamella.config import MoEConfig
+from lamella.errors import UserError, did_you_mean
+from lamella.moe.balancing import balanced_bias
+from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn
+from lamella.moe.routing import gate_scores
+from lamella.moe.slicing import Experts
+from lamella.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
+from lamella.partition.align import alignment, residual_bias
+from lamella.partition.layer import FFN, LayerSample, Partition, Parts, RouterInit, check_parts, router_logits
+from lamella.partition.reconstruct import dense_output
+from lamella.partition.search import search_shared
+
+GateName = Literal["unit", "normalised", "softmax"]
+# Normalised gates are 1 at the start only as far as the scores are equal: within 0.005 nats of unit gates up to a
+# standard deviation of the logits of 0.5.
+LOGIT_STD = {"unit": 1.0, "normalised": 0.1, "softmax": 0.1}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How to make experts out of a layer's neurons; every axis is independent of the others."""
+
+    neurons: str = "coadapted"
+    """Partition of the neurons; see lamella.partition.PARTITIONS."""
+    parts: int = 16
+    """G: parts of equal width that the FFN is cut into."""
+    active: int = 8
+    """A: parts that each token passes, shared ones included."""
+    shared: int | Literal["search"] = "search"
+    """s: parts that every token passes; "search" takes, layer by layer, the count that reconstructs best."""
+    router: str = "ridge"
+    """Router rows at the start; see lamella.partition.ROUTERS."""
+    gate: GateName = "unit"
+    """unit: 1 + u sigmoid(logit) with u = 0 at the start. normalised: sigmoid scores over their sum. softmax: over all
+    experts, then over their sum."""
+    scale_factor: float | None = None
+    """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
+    balance: float | None = None
+    """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
+    output: Literal["bias", "align", "plain"] = "bias"
+    """bias: add the mean of what the dropped experts give. align: match each channel's mean and variance to the dense
+    layer's. plain: neither."""
+
+    def __post_init__(self) -> None:
+        choices: dict[str, list[str]] = {
+            "neurons": [*PARTITIONS],
+            "router": [*ROUTERS],
+            "gate": [*get_args(GateName)],
+            "output": ["bias", "align", "plain"],
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(
+                    f"{name} is {value!r}; it must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
+                )
+        if self.gate == "unit" and self.scale_factor is not None:
+            raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
+        if self.balance is not None and not self.balance > 0:
+            raise UserError(f"balance is {self.balance}; it must be a MaxVio above 0")
+
+    @property
+    def all_active(self) -> bool:
+        """Every expert computes every token: the dense FFN, whatever the router says."""
+        return self.active == self.parts
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.neurons in NEEDS_GRADIENT
+
+    @property
+    def needs_sample(self) -> bool:
+        searched = self.shared == "search" and not self.all_active
+        moved = not self.all_active and (self.output != "plain" or self.balance is not None)
+        return searched or moved or self.neurons in NEEDS_SAMPLE or self.router in ROUTERS_NEED_SAMPLE
+
+    def check(self, ffn_width: int) -> None:
+        """UserError where the counts do not fit each other or the FFN."""
+        check_parts(ffn_width, Parts(self.parts, 0 if self.shared == "search" else self.shared, self.active))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Decision(NamedTuple):
+    """What a layer becomes; small tensors, float32 and int64."""
+
+    shared_n: Tensor
+    experts_Ef: Tensor
+    router_ED: Tensor
+    selection_bias_E: Tensor
+    router_up_ED: Tensor | None = None
+    output_bias_D: Tensor | None = None
+    row_scale_D: Tensor | None = None
+    """Factor on the rows of the down projections."""
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+
+def decide(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Decision:
+    """UserError if the sample lacks what the axes need."""
+    parts = _parts(sample, axes, generator)
+    partition = PARTITIONS[axes.neurons](sample, parts, generator)
+    router = ROUTERS[axes.router](sample, partition, parts.num_chosen, generator)
+    decision = _routed(sample, partition, router, axes)
+    if axes.all_active or axes.output == "plain":
+        return decision
+    return _corrected(sample, decision, axes)
+
+
+def layer_fields(decision: Decision, axes: Axes) -> dict[str, Any]:
+    """The fields of MoEConfig that may differ from layer to layer."""
+    E, f = decision.experts_Ef.shape
+    chosen = axes.active - len(decision.shared_n) // f
+    return {
+        "num_trainable_experts": E,
+        "num_experts_per_tok": chosen,
+        "shared_intermediate_size": len(decision.shared_n),
+        "route_scale": float(chosen) if axes.scale_factor is None else axes.scale_factor,
+    }
+
+
+def layer_config(decision: Decision, axes: Axes, layer: int = 0) -> MoEConfig:
+    """The config of this layer alone."""
+    return MoEConfig(
+        num_frozen_experts=0,
+        moe_intermediate_size=decision.experts_Ef.shape[1],
+        moe_layers=(layer,),
+        routing="flat",
+        gate={"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate],  # type: ignore[arg-type]
+        router="linear" if decision.router_up_ED is None else "analytic",
+        output_bias=decision.output_bias_D is not None,
+        **layer_fields(decision, axes),
+    )
+
+
+def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
+    """The converted layer's tensors, gathered from the dense ones (gated FFNs)."""
+    assert ffn.gate_FD is not None
+    down_DF = ffn.down_DF if decision.row_scale_D is None else ffn.down_DF * decision.row_scale_D[:, None]
+    ids_Ef, shared_n = decision.experts_Ef, decision.shared_n
+    experts = Experts(
+        torch.cat([ffn.gate_FD[ids_Ef], ffn.up_FD[ids_Ef]], dim=1), down_DF[:, ids_Ef].transpose(0, 1).contiguous()
+    )
+    shared = SharedExpert(torch.cat([ffn.gate_FD[shared_n], ffn.up_FD[shared_n]]), down_DF[:, shared_n].contiguous())
+    return MoEWeights(
+        decision.router_ED, decision.selection_bias_E, Experts(*(t[:0] for t in experts)), experts,
+        decision.router_up_ED, torch.zeros(len(ids_Ef)), shared if len(shared_n) else None, decision.output_bias_D,
+    )  # fmt: skip
+
+
+def _parts(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Parts:
+    axes.check(sample.ffn.up_FD.shape[0])
+    if axes.shared != "search":
+        return Parts(axes.parts, axes.shared, axes.active)
+    if axes.all_active:
+        return Parts(axes.parts, 0, axes.active)
+    found, _ = search_shared(sample, axes.parts, axes.active, PARTITIONS[axes.neurons], ROUTERS[axes.router], generator)
+    return Parts(axes.parts, found, axes.active)
+
+
+def _routed(sample: LayerSample, partition: Partition, router: RouterInit, axes: Axes) -> Decision:
+    """The router scaled to the gate's spread of logits, its intercept moved into the selection bias."""
+    scale = _logit_scale(sample, router, axes)
+    weight_ED, up_ED = router.weight_ED, router.up_ED
+    if up_ED is None:
+        weight_ED = weight_ED * scale
+    else:
+        up_ED = up_ED * scale
+    scaled = RouterInit(weight_ED, torch.zeros_like(router.bias_E), up_ED)
+    # Near 0 a sigmoid rises by 1/4 of its logit, a softmax over E by 1/E.
+    slope = {"unit": 1.0, "normalised": 0.25, "softmax": 1 / len(partition.experts_Ef)}[axes.gate]
+    bias_E = router.bias_E * scale * slope
+    if axes.balance is not None and not axes.all_active:
+        gate = {"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate]
+        scores_TE = gate_scores(router_logits(scaled, sample.x_TD), gate)  # type: ignore[arg-type]
+        chosen = axes.active - len(partition.shared_n) // partition.experts_Ef.shape[1]
+        bias_E = balanced_bias(scores_TE, bias_E, chosen, axes.balance)
+    return Decision(partition.shared_n, partition.experts_Ef, weight_ED, bias_E, up_ED)
+
+
+def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
+    if len(sample.x_TD) < 2:
+        return 1.0
+    std = router_logits(router, sample.x_TD).std().item()
+    return LOGIT_STD[axes.gate] / std if std > 0 else 1.0
+
+
+def _corrected(sample: LayerSample, decision: Decision, axes: Axes) -> Decision:
+    config = layer_config(decision, axes)
+    y_TD, _, _ = moe_ffn(sample.x_TD, layer_weights(sample.ffn, decision), config)
+    reference_TD = dense_output(sample)
+    if axes.output == "bias":
+        return decision._replace(output_bias_D=residual_bias(reference_TD, y_TD))
+    aligned = alignment(reference_TD, y_TD)
+    return decision._replace(output_bias_D=aligned.bias_D, row_scale_D=aligned.scale_D)

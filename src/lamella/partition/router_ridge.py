@@ -1,0 +1,31 @@
+"""Router by ridge regression of the layer's input onto what each expert would contribute, |W_down,e h_e|.
+
+The strength of the regularisation is the one whose top K reconstruct the output best on held-out tokens; the last fit
+uses all tokens.
+
+Shapes: T tokens, D width, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lamella.partition.layer import LayerSample, Partition, RouterInit, choose, expert_norms
+from lamella.partition.reconstruct import dense_output, reconstruct, relative_error
+from lamella.partition.ridge import RidgeProblem
+from lamella.partition.search import split_tokens
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def ridge_router(sample: LayerSample, partition: Partition, num_chosen: int, generator: torch.Generator) -> RouterInit:
+    target_TE = expert_norms(sample, partition)
+    fit, heldout = split_tokens(sample)
+    trial, reference_TD = RidgeProblem(fit.x_TD), dense_output(heldout)
+
+    def error(strength: float) -> float:
+        ids_TK = choose(trial.fit(target_TE[: len(fit.x_TD)], strength)(heldout.x_TD), num_chosen)
+        return relative_error(reference_TD, reconstruct(heldout, partition, ids_TK))
+
+    strength = min(STRENGTHS, key=error)
+    return RouterInit(*RidgeProblem(sample.x_TD).fit(target_TE, strength))
