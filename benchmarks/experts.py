@@ -179,6 +179,8 @@ def implementations(layer: Layer) -> dict[str, Callable[[], Implementation]]:
         "lamella auto": lambda: ours(layer, "auto"),
     }
     for path in PATHS:
+        if path == "fused" and layer.x_TD.device.type == "cpu":
+            continue  # Triton kernels
         peers[f"lamella {path}"] = lambda path=path: ours(layer, path)
     for family in ("glm4_moe", "mixtral"):
         for kind in ("eager", "grouped_mm"):

@@ -14,16 +14,23 @@ GateKind = Literal["sigmoid", "softmax", "unit"]
 # "linear": logits W x. "analytic": |silu(W x) * (V x)|, the hidden activation of one neuron per expert (CMoE,
 # arXiv 2502.04416).
 RouterKind = Literal["linear", "analytic"]
+# transformers' names. A gated expert computes silu; the others are for two-matrix experts (GPT-2, OPT).
+Activation = Literal["silu", "gelu", "gelu_new", "relu"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
-ExpertPath = Literal["auto", "loop", "batched", "grouped", "tiled"]
+ExpertPath = Literal["auto", "loop", "batched", "grouped", "fused", "tiled"]
 
 # Added to a twin's score and taken from its slice's, this bias sends every token to the frozen slice (scores lie
 # in [0, 1], so the pair's scores differ by at most 1): the dense model, whatever the router says.
 DENSE_BIAS = -1.0
 
-_CHOICES = {"routing": get_args(RoutingKind), "gate": get_args(GateKind), "router": get_args(RouterKind)}
+_CHOICES = {
+    "routing": get_args(RoutingKind),
+    "gate": get_args(GateKind),
+    "router": get_args(RouterKind),
+    "activation": get_args(Activation),
+}
 _LEAST = {
     "num_frozen_experts": 0,
     "num_trainable_experts": 0,
@@ -59,7 +66,10 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     """Neurons of the shared expert; 0: none."""
     output_bias: bool = False
-    """A bias [D] on the layer's output: what the dropped neurons give on average."""
+    """A bias [D] on the layer's output: the dense FFN's own, or what dropped neurons give on average."""
+    gated: bool = True
+    """An expert is down (act(gate x) * (up x)); else it has two matrices: down act(up x + up_bias)."""
+    activation: Activation = "silu"
     per_layer: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """layer -> the fields that differ there; see `for_layer`."""
 
@@ -81,6 +91,8 @@ class MoEConfig:
                 f"top-k {self.num_experts_per_tok} is larger than the {self.num_experts} experts; "
                 "lower top-k or raise the slices"
             )
+        if self.gated and self.activation != "silu":
+            raise UserError(f"activation is {self.activation!r}, but gated experts compute 'silu' alone")
         if self.routing == "twin":
             self._check_twin()
         for layer in self.per_layer:

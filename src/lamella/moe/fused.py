@@ -12,7 +12,6 @@ Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -21,26 +20,25 @@ from torch import Tensor
 from lamella.errors import UserError
 from lamella.moe.dispatch import Dispatch, dispatch, to_rows
 from lamella.moe.routing import Routing
+from lamella.moe.row_ops import runs_triton
 from lamella.moe.slicing import Experts
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fused_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """Half precision on CUDA with Triton, and rows that start at multiples of 16 bytes."""
+    """Half precision on a GPU with Triton, and rows that start at multiples of 16 bytes."""
     half = x_TD.dtype in (torch.bfloat16, torch.float16)
     aligned = x_TD.shape[1] % 8 == 0 and experts.down_proj.shape[-1] % 8 == 0
-    return HAS_TRITON and x_TD.device.type == "cuda" and half and aligned
+    return runs_triton(x_TD.device) and half and aligned
 
 
 def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
     """[T, D] -> [T, D]; once differentiable.
 
     Raises:
-        UserError: Triton is not installed.
+        UserError: Triton is not installed, or the tensors are not on a GPU.
     """
-    if not HAS_TRITON:
-        raise UserError("the expert path 'fused' needs the package triton; use 'auto'")
+    if not runs_triton(x_TD.device):
+        raise UserError("the expert path 'fused' needs a GPU and the package triton; use 'auto'")
     packed = (*frozen, *trainable)
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
     return _Fused.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, saves, *packed)
@@ -53,6 +51,7 @@ class _Fused(torch.autograd.Function):
         frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
     ) -> Tensor:  # fmt: skip
         from lamella.moe import fused_ops as ops
+        from lamella.moe import row_kernels as row_ops
 
         d = dispatch(expert_ids_TK, len(frozen_down) + len(trainable_down))
         weights_N = to_rows(weights_TK.float(), d)
@@ -63,11 +62,12 @@ class _Fused(torch.autograd.Function):
         packed = (frozen_gate_up, frozen_down, trainable_gate_up, trainable_down)
         ctx.save_for_backward(x_TD, weights_N, *d, gate_up_N2f, *packed)
         ctx.weights_dtype = weights_TK.dtype
-        return ops.combine(y_ND, d.slot_TK)
+        return row_ops.combine(y_ND, y_ND, d.ends_E[-1:], d.slot_TK)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         from lamella.moe import fused_ops as ops
+        from lamella.moe import row_kernels as row_ops
 
         x_TD, weights_N, *saved, gate_up_N2f, frozen_gate_up, frozen_down, trainable_gate_up, trainable_down = (
             ctx.saved_tensors
@@ -82,11 +82,11 @@ class _Fused(torch.autograd.Function):
         dx_TD = None
         if ctx.needs_input_grad[0]:
             dx_ND = ops.expert_rows(dgate_up_N2f, d.ends_E, frozen_gate_up, trainable_gate_up, False)
-            dx_TD = ops.combine(dx_ND, d.slot_TK)
+            dx_TD = row_ops.combine(dx_ND, dx_ND, d.ends_E[-1:], d.slot_TK)
         grads: list[Tensor | None] = []
         for (first, count), (gate_up, down) in zip(((0, S), (S, R)), (needs[:2], needs[2:]), strict=True):
             span = (d.token_N, d.ends_E, first, count)
-            grads.append(ops.weight_gradient(dgate_up_N2f, x_TD, *span, False) if gate_up else None)
-            grads.append(ops.weight_gradient(dy_TD, hidden_Nf, *span, True) if down else None)
+            grads.append(ops.weight_gradient(dgate_up_N2f, x_TD, *span, False) if gate_up and count else None)
+            grads.append(ops.weight_gradient(dy_TD, hidden_Nf, *span, True) if down and count else None)
         dweights_TK = dweights_N[d.slot_TK].to(ctx.weights_dtype)
         return dx_TD, dweights_TK, None, None, *grads

@@ -7,8 +7,8 @@ Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K
 frozen, R experts whose weights are wanted a gradient for.
 """
 
-import triton
 import torch
+import triton
 from torch import Tensor
 
 from lamella.moe import kernels
@@ -110,12 +110,12 @@ def _(dy_TD, weights_N, token_N, ends_E, frozen_SDf, trainable, gate_up_N2f, fir
 def weight_gradient(
     a: Tensor, b: Tensor, token_N: Tensor, ends_E: Tensor, first: int, count: int, gather_a: bool
 ) -> Tensor:
-    """[R, I, J]: a_e^T b_e over the rows of the experts first .. first+count-1; `a` [., I] or else `b` [., J] has a
+    """[R, A, B]: a_e^T b_e over the rows of the experts first .. first+count-1; `a` [., A] or else `b` [., B] has a
     row per token, the other one a row per routed row."""
-    I, J = a.shape[1], b.shape[1]
-    out = a.new_empty(count, I, J)
-    kernels.weight_gradient_kernel[lambda meta: (triton.cdiv(I, meta["BM"]) * triton.cdiv(J, meta["BN"]), count)](
-        a, b, token_N, ends_E, out, I, J, first, GATHER_A=gather_a, PRECISION=_precision(a)
+    A, B = a.shape[1], b.shape[1]
+    out = a.new_empty(count, A, B)
+    kernels.weight_gradient_kernel[lambda meta: (triton.cdiv(A, meta["BM"]) * triton.cdiv(B, meta["BN"]), count)](
+        a, b, token_N, ends_E, out, A, B, first, GATHER_A=gather_a, PRECISION=_precision(a)
     )
     return out
 
@@ -123,18 +123,3 @@ def weight_gradient(
 @weight_gradient.register_fake
 def _(a, b, token_N, ends_E, first, count, gather_a):
     return a.new_empty(count, a.shape[1], b.shape[1])
-
-
-@torch.library.custom_op("lamella::combine", mutates_args=())
-def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
-    """[T, D]: the sum of each token's rows, in float32 until it is stored."""
-    (T, K), D = slot_TK.shape, rows_ND.shape[1]
-    out_TD = rows_ND.new_empty(T, D)
-    width = min(1024, triton.next_power_of_2(D))
-    kernels.combine_kernel[(T, triton.cdiv(D, width))](rows_ND, slot_TK, out_TD, D, K=K, BD=width)
-    return out_TD
-
-
-@combine.register_fake
-def _(rows_ND, slot_TK):
-    return rows_ND.new_empty(len(slot_TK), rows_ND.shape[1])

@@ -15,6 +15,7 @@ frozen. Tiles: BM rows, BN columns, BK along the sum.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -35,9 +36,9 @@ def _configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Config]
     ]
 
 
-def _fitting(configs: list[triton.Config], args: dict, **kwargs: object) -> list[triton.Config]:
+def _fitting(configs: list[triton.Config], args: dict, **kwargs: Any) -> list[triton.Config]:
     """Tiles no taller than the rows that an expert has on average, but for the smallest."""
-    rows = kwargs.get("ROWS", args.get("ROWS"))
+    rows = kwargs["ROWS"]
     least = min(c.kwargs["BM"] for c in configs)
     return [c for c in configs if least < c.kwargs["BM"] <= rows or (c.kwargs["BM"] == least and rows < 64)] or configs
 
@@ -69,11 +70,15 @@ def _expert_rows(tile_m, ends_ptr, E: tl.constexpr, EP: tl.constexpr, BM: tl.con
 @triton.jit
 def _weights(expert, frozen_ptr, trainable_ptr, S, size):
     """The expert's matrix; `size` elements each."""
-    if expert < S:
-        base = frozen_ptr + expert.to(tl.int64) * size
-    else:
-        base = trainable_ptr + (expert - S).to(tl.int64) * size
-    return base
+    # no method of S: where it is 1, Triton passes it as a constant
+    frozen = frozen_ptr + expert.to(tl.int64) * size
+    return tl.where(expert < S, frozen, trainable_ptr + (expert - S).to(tl.int64) * size)
+
+
+@triton.jit
+def _rows_at(ptr, first, width, BM: tl.constexpr):
+    """[BM, 1] pointers to the rows from `first` on. The 64-bit part is a scalar: per element it costs registers."""
+    return ptr + first.to(tl.int64) * width + (tl.arange(0, BM) * width)[:, None]
 
 
 @triton.jit
@@ -129,19 +134,20 @@ def gate_up_kernel(
         gate_ptrs += BK
         up_ptrs += BK
     mask = (row < end)[:, None] & (col < f)[None, :]
-    row = row.to(tl.int64)
     dtype = hidden_ptr.dtype.element_ty
     if SAVE:
-        saved_ptrs = gate_up_ptr + row[:, None] * (2 * f) + col[None, :]
+        saved_ptrs = _rows_at(gate_up_ptr, first, 2 * f, BM) + col[None, :]
         tl.store(saved_ptrs, gate.to(dtype), mask=mask)
         tl.store(saved_ptrs + f, up.to(dtype), mask=mask)
     weight = tl.load(weight_ptr + row, mask=row < end, other=0.0)
     hidden = gate * tl.sigmoid(gate) * up * weight[:, None]
-    tl.store(hidden_ptr + row[:, None] * f + col[None, :], hidden.to(dtype), mask=mask)
+    tl.store(_rows_at(hidden_ptr, first, f, BM) + col[None, :], hidden.to(dtype), mask=mask)
 
 
 @triton.autotune(
-    _configs([(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 4, 4), (64, 256, 64, 4, 8), (16, 128, 64, 4, 4)]),
+    _configs(
+        [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 4, 4), (64, 256, 64, 4, 8), (16, 128, 64, 4, 4)]
+    ),
     key=["K", "C", "ROWS", "stride_k"],
     prune_configs_by={"early_config_prune": _fitting},
 )
@@ -159,7 +165,8 @@ def rows_kernel(
     row = first + tl.arange(0, BM)
     col = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    a_ptrs = a_ptr + tl.where(row < end, row, first).to(tl.int64)[:, None] * K + k[None, :]
+    inside = tl.minimum(tl.arange(0, BM), end - 1 - first)
+    a_ptrs = a_ptr + first.to(tl.int64) * K + (inside * K)[:, None] + k[None, :]
     weights = _weights(expert, frozen_ptr, trainable_ptr, S, K * C)
     b_ptrs = weights + (col % C)[None, :] * stride_c + k[:, None] * stride_k
     out = tl.zeros((BM, BN), tl.float32)
@@ -169,12 +176,42 @@ def rows_kernel(
         a_ptrs += BK
         b_ptrs += BK * stride_k
     mask = (row < end)[:, None] & (col < C)[None, :]
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * C + col[None, :]
+    out_ptrs = _rows_at(out_ptr, first, C, BM) + col[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _hidden_gradient(
+    dhidden, weight, col, first, end, trains, gate_up_ptr, dgate_up_ptr, hidden_ptr, f, BM: tl.constexpr
+):  # fmt: skip
+    """Stores what follows from a tile of the hidden gradient; returns the row sums of dhidden * hidden."""
+    mask = (first + tl.arange(0, BM) < end)[:, None] & (col < f)[None, :]
+    gate_ptrs = _rows_at(gate_up_ptr, first, 2 * f, BM) + col[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + f, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dweight = tl.sum(dhidden * silu * up, 1)
+    dtype = dgate_up_ptr.dtype.element_ty
+    if trains:
+        hidden_ptrs = _rows_at(hidden_ptr, first, f, BM) + col[None, :]
+        tl.store(hidden_ptrs, (silu * up * weight[:, None]).to(dtype), mask=mask)
+    dhidden *= weight[:, None]
+    dgate_ptrs = _rows_at(dgate_up_ptr, first, 2 * f, BM) + col[None, :]
+    tl.store(dgate_ptrs, (dhidden * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=mask)
+    tl.store(dgate_ptrs + f, (dhidden * silu).to(dtype), mask=mask)
+    return dweight
+
+
 @triton.autotune(
-    _configs([(128, DW_COLUMNS, 64, 4, 8), (128, DW_COLUMNS, 64, 3, 8), (64, DW_COLUMNS, 64, 4, 4), (16, DW_COLUMNS, 64, 4, 4)]),
+    _configs(
+        [
+            (128, DW_COLUMNS, 64, 4, 8),
+            (128, DW_COLUMNS, 64, 3, 8),
+            (64, DW_COLUMNS, 64, 4, 4),
+            (16, DW_COLUMNS, 64, 4, 4),
+        ]
+    ),
     key=["D", "f", "ROWS"],
     prune_configs_by={"early_config_prune": _fitting},
 )
@@ -203,35 +240,31 @@ def dhidden_kernel(
         dhidden = _dot(a, _load(b_ptrs, k0 + k, D, 0, EVEN), dhidden, PRECISION)
         a_ptrs += BK
         b_ptrs += BK * f
-    mask = (row < end)[:, None] & (col < f)[None, :]
-    row = row.to(tl.int64)
-    place = row[:, None] * (2 * f) + col[None, :]
-    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + place + f, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + row, mask=row < end, other=0.0)[:, None]
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(dweight_ptr + tile_n * N + row, tl.sum(dhidden * silu * up, 1), mask=row < end)
-    dtype = dgate_up_ptr.dtype.element_ty
-    dgate = dhidden * weight * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(dgate_up_ptr + place, dgate.to(dtype), mask=mask)
-    tl.store(dgate_up_ptr + place + f, (dhidden * weight * silu).to(dtype), mask=mask)
-    if expert >= first_trained:
-        tl.store(hidden_ptr + row[:, None] * f + col[None, :], (silu * up * weight).to(dtype), mask=mask)
+    # The epilogue needs five tiles at once: in halves they fit the registers.
+    left, right = tl.split(tl.permute(tl.reshape(dhidden, (BM, 2, BN // 2)), (0, 2, 1)))
+    weight = tl.load(weight_ptr + row, mask=row < end, other=0.0)
+    trains = expert >= first_trained
+    col = tile_n * BN + tl.arange(0, BN // 2)
+    dweight = _hidden_gradient(left, weight, col, first, end, trains, gate_up_ptr, dgate_up_ptr, hidden_ptr, f, BM)
+    col += BN // 2
+    dweight += _hidden_gradient(right, weight, col, first, end, trains, gate_up_ptr, dgate_up_ptr, hidden_ptr, f, BM)
+    tl.store(dweight_ptr + tile_n.to(tl.int64) * N + row, dweight, mask=row < end)
 
 
 @triton.autotune(
-    _configs([(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 4, 4), (256, 128, 64, 3, 8)]),
-    key=["I", "J", "GATHER_A"],
+    _configs(
+        [(128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 5, 8), (128, 128, 64, 4, 4), (256, 128, 64, 4, 8)]
+    ),
+    key=["A", "B", "GATHER_A"],
 )
 @triton.jit
 def weight_gradient_kernel(
     a_ptr, b_ptr, token_ptr, ends_ptr, out_ptr,
-    I, J, first_expert, GATHER_A: tl.constexpr,
+    A, B, first_expert, GATHER_A: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out_e [I, J] = a_e^T b_e over the rows of expert first_expert + e; one of a and b has a row per token and is gathered."""
-    tile_i, tile_j = _tile(GROUP, tl.cdiv(I, BM), tl.cdiv(J, BN))
+    """out_e [A, B] = a_e^T b_e over the rows of expert first_expert + e; a or b has a row per token and is gathered."""
+    tile_i, tile_j = _tile(GROUP, tl.cdiv(A, BM), tl.cdiv(B, BN))
     expert = first_expert + tl.program_id(1)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
@@ -244,20 +277,8 @@ def weight_gradient_kernel(
         here = row.to(tl.int64)
         a_row = token if GATHER_A else here
         b_row = here if GATHER_A else token
-        a = tl.load(a_ptr + a_row[None, :] * I + (i % I)[:, None], mask=(row < end)[None, :], other=0.0)
-        b = tl.load(b_ptr + b_row[:, None] * J + (j % J)[None, :], mask=(row < end)[:, None], other=0.0)
+        a = tl.load(a_ptr + a_row[None, :] * A + (i % A)[:, None], mask=(row < end)[None, :], other=0.0)
+        b = tl.load(b_ptr + b_row[:, None] * B + (j % B)[None, :], mask=(row < end)[:, None], other=0.0)
         out = _dot(a, b, out, PRECISION)
-    out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * I * J + i.to(tl.int64)[:, None] * J + j[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
-
-
-@triton.jit
-def combine_kernel(rows_ptr, slot_ptr, out_ptr, D, K: tl.constexpr, BD: tl.constexpr):
-    """out [T, D]: the sum of each token's K rows [N, D]."""
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    total = tl.zeros((BD,), tl.float32)
-    for k in tl.static_range(K):
-        slot = tl.load(slot_ptr + t * K + k)
-        total += tl.load(rows_ptr + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
+    out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * A * B + i[:, None] * B + j[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < A)[:, None] & (j < B)[None, :])

@@ -3,7 +3,8 @@
     y_t = sum over k of weight_tk * down_e (silu(gate_e x_t) * (up_e x_t)),  e = expert_ids_tk
 
 `loop` is the oracle. `batched` pads every expert to the fullest one and uses batched matmul; `grouped` sorts the
-rows by expert and uses grouped matmul; `tiled` is the loop with a backward pass of its own, the fastest on a CPU.
+rows by expert and uses grouped matmul; `fused` does the same by Triton kernels that gather, weigh and activate on the
+way; `tiled` is the loop with a backward pass of its own, the fastest on a CPU. grouped and fused wait for no host.
 Frozen and trainable experts stay separate tensors: joining them would copy all weights every step.
 
 Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, C rows per expert.
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from lamella.config import ExpertPath
 from lamella.moe.decode import decode_path
+from lamella.moe.fused import fused_fits, fused_path
+from lamella.moe.grouped import grouped_fits, grouped_path
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
 from lamella.moe.tiled import tiled_path
@@ -26,12 +29,20 @@ def apply_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, path: ExpertPath = "auto"
 ) -> Tensor:
     """[T, D] -> [T, D] by the named path; 'auto' chooses by device and shape."""
-    if path != "auto":
-        return PATHS[path](x_TD, routing, frozen, trainable)
+    if path == "auto":
+        path = auto_path(x_TD, trainable if len(trainable.down_proj) else frozen)
+        if path == "tiled" and x_TD.shape[0] == 1 and not torch.is_grad_enabled():
+            return decode_path(x_TD, routing, frozen, trainable)
+    return PATHS[path](x_TD, routing, frozen, trainable)
+
+
+def auto_path(x_TD: Tensor, experts: Experts) -> ExpertPath:
+    """The fastest path that this device, dtype and these widths allow."""
     if x_TD.device.type == "cpu":
-        single = x_TD.shape[0] == 1 and not torch.is_grad_enabled()
-        return (decode_path if single else tiled_path)(x_TD, routing, frozen, trainable)
-    return (grouped_path if _grouped_fits(x_TD, frozen) else batched_path)(x_TD, routing, frozen, trainable)
+        return "tiled"
+    if fused_fits(x_TD, experts):
+        return "fused"
+    return "grouped" if grouped_fits(x_TD, experts) else "batched"
 
 
 def gated_ffn(x_ND: Tensor, gate_up_2fD: Tensor, down_Df: Tensor) -> Tensor:
@@ -73,32 +84,6 @@ def _batched_ffn(x_ECD: Tensor, experts: Experts) -> Tensor:
     return torch.bmm(F.silu(gate_ECf) * up_ECf, experts.down_proj.mT)
 
 
-def grouped_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """Rows sorted by expert, grouped matmul over the frozen rows and over the trainable rows."""
-    S = len(frozen.down_proj)
-    order_N, counts_E = _sort_by_expert(routing.expert_ids_TK, S + len(trainable.down_proj))
-    x_ND = x_TD[order_N // routing.expert_ids_TK.shape[1]]
-    num_frozen_rows = int(counts_E[:S].sum())
-    y_frozen_ND = _grouped_ffn(x_ND[:num_frozen_rows], counts_E[:S], frozen)
-    y_trainable_ND = _grouped_ffn(x_ND[num_frozen_rows:], counts_E[S:], trainable)
-    return _combine(torch.cat([y_frozen_ND, y_trainable_ND]), order_N, routing)
-
-
-def _grouped_ffn(x_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
-    if len(x_ND) == 0:
-        # grouped_mm takes no empty operand; the sums keep the weights in the graph (gradient 0, not None).
-        return x_ND + 0 * (experts.gate_up_proj.sum() + experts.down_proj.sum())
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    gate_Nf, up_Nf = F.grouped_mm(x_ND, experts.gate_up_proj.mT, offs=ends_E).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate_Nf) * up_Nf, experts.down_proj.mT, offs=ends_E)
-
-
-def _grouped_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """grouped_mm wants row strides in multiples of 16 bytes."""
-    widths = (x_TD.shape[1], experts.down_proj.shape[-1])
-    return all(w * x_TD.element_size() % 16 == 0 for w in widths)
-
-
 def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order [N]: positions in the flattened ids, sorted by expert and then by token; counts [E])."""
     ids_N = expert_ids_TK.flatten()
@@ -112,4 +97,4 @@ def _combine(y_ND: Tensor, order_N: Tensor, routing: Routing) -> Tensor:
     return torch.bmm(routing.weights_TK.to(y_ND.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
 
-PATHS = {"loop": loop_path, "batched": batched_path, "grouped": grouped_path, "tiled": tiled_path}
+PATHS = {"loop": loop_path, "batched": batched_path, "grouped": grouped_path, "fused": fused_path, "tiled": tiled_path}
