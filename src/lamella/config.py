@@ -135,14 +135,62 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
         """Read the `moe` entry of config.json; unknown or missing keys are a UserError."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                raise UserError(f"unknown key {key!r} in the moe config{did_you_mean(key, fields)}")
-        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-        if missing:
-            raise UserError(f"the moe config lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**_known_keys(cls, values, "moe"))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
+
+
+@dataclass(frozen=True)
+class AttentionMoEConfig:
+    """The `attention_moe` entry of a model's config.json: which layers' attention heads are routed experts.
+
+    Expert e has the query heads e*h .. (e+1)*h - 1 (h = query heads over num_experts) and the key/value head that
+    these query heads use; experts that are finer than the key/value heads share one.
+    """
+
+    layers: tuple[int, ...]
+    """Layers whose attention is experts, ascending; the others attend with all heads."""
+    num_experts: int
+    """A multiple of the key/value heads that divides the query heads."""
+    num_experts_per_tok: int
+    gate: GateKind = "unit"
+    norm_topk_prob: bool = True
+    """As in MoEConfig, like `route_scale`."""
+    route_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.gate not in get_args(GateKind):
+            known = ", ".join(get_args(GateKind))
+            raise UserError(
+                f"gate is {self.gate!r}; it must be one of {known}{did_you_mean(self.gate, get_args(GateKind))}"
+            )
+        if self.num_experts < 1 or not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"attention top-k is {self.num_experts_per_tok} of {self.num_experts} experts; "
+                f"it must be between 1 and the number of experts"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AttentionMoEConfig:
+        """Read the `attention_moe` entry of config.json; unknown or missing keys are a UserError."""
+        return cls(**_known_keys(cls, values, "attention_moe"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+
+
+def _known_keys(cls: type[Any], values: dict[str, Any], entry: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {key!r} in the {entry} config{did_you_mean(key, fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise UserError(f"the {entry} config lacks {', '.join(missing)}")
+    return values
