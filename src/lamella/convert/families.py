@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lamella.convert.layout import SLICED_PREFIX, FFNLayout, ffn_layout
+from lamella.convert.two_matrix import Shapes, check_two_matrix, gpt2_tensors, opt_tensors
 from lamella.errors import UserError, did_you_mean
 
-Shapes = dict[str, tuple[int, ...]]
+__all__ = [
+    "FAMILIES", "SLICED_PREFIX", "FFNLayout", "Family", "Shapes", "dense_tensors", "family_of", "ffn_layout",
+    "ffn_tensors", "is_tied", "may_be_stored",
+]  # fmt: skip
+
+
+LLAMA_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+GPT2_KEYS = ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size")
+OPT_KEYS = (
+    "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """A Llama-like decoder; what differs between them."""
+    """A decoder; what differs between them."""
 
     name: str
     """`model_type` of the dense config."""
@@ -27,10 +39,14 @@ class Family:
     """Where the config does not say; None: as many as query heads."""
     default_head_dim: int | None = None
     """Where the config does not say; None: hidden size over query heads."""
+    tied_by_default: bool = False
+    """Where the config does not say whether the output head is the embedding."""
+    required_keys: tuple[str, ...] = LLAMA_KEYS
+    """Sizes without which config.json says too little."""
 
     @property
     def sliced_architecture(self) -> str:
-        return f"Lamella{self.architecture}"
+        return f"Lamella{self.architecture.replace('LMHeadModel', 'ForCausalLM')}"
 
     @property
     def sliced_config(self) -> str:
@@ -46,13 +62,14 @@ FAMILIES = {
         Family(
             "qwen3", "Qwen3ForCausalLM", optional_bias=True, qk_norm=True, default_kv_heads=32, default_head_dim=128
         ),
+        Family("gpt2", "GPT2LMHeadModel", tied_by_default=True, required_keys=GPT2_KEYS),
+        Family("opt", "OPTForCausalLM", tied_by_default=True, required_keys=OPT_KEYS),
     )
 }
-SLICED_PREFIX = "lamella_"
 # transformers' names (modeling_rope_utils); any other would be computed as something else or not at all.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-_REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_TWO_MATRIX = {"gpt2": gpt2_tensors, "opt": opt_tensors}
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "word_embed_proj_dim")
 _MAX_LAYERS = 10_000  # a damaged number must not be counted up to
 
 
@@ -68,9 +85,17 @@ def family_of(config: dict[str, Any]) -> Family:
         raise UserError(
             f"the architecture is {architectures}; only {family.architecture} of {family.name} can be sliced"
         )
-    _check_sizes(config)
+    _check_sizes(config, family)
     if config.get("quantization_config"):
         raise UserError("the model is quantised; convert its unquantised original, or a GGUF file of it")
+    if family.name in _TWO_MATRIX:
+        check_two_matrix(config)
+    else:
+        _check_llama(config)
+    return family
+
+
+def _check_llama(config: dict[str, Any]) -> None:
     if config.get("mlp_bias"):
         raise UserError(
             "mlp_bias is true: a bias of the FFN cannot be cut into slices; only models without one can be sliced"
@@ -78,7 +103,6 @@ def family_of(config: dict[str, Any]) -> Family:
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act is {config['hidden_act']!r}; only 'silu' (a SwiGLU FFN) can be sliced")
     _check_rope(config)
-    return family
 
 
 def _known_family(config: dict[str, Any]) -> Family:
@@ -93,13 +117,14 @@ def _known_family(config: dict[str, Any]) -> Family:
     raise UserError(f"unknown architecture {model_type!r}{hint}; those that can be sliced: {', '.join(FAMILIES)}")
 
 
-def _check_sizes(config: dict[str, Any]) -> None:
-    wrong = [key for key in _REQUIRED_KEYS if not _is_size(config.get(key))]
+def _check_sizes(config: dict[str, Any], family: Family) -> None:
+    wrong = [key for key in family.required_keys if not _is_size(config.get(key))]
     wrong += [key for key in _OPTIONAL_SIZES if config.get(key) is not None and not _is_size(config[key])]
     if wrong:
         raise UserError(f"config.json lacks {', '.join(wrong)} (whole numbers); copy it again from the model's source")
-    if config["num_hidden_layers"] > _MAX_LAYERS:
-        raise UserError(f"config.json says num_hidden_layers {config['num_hidden_layers']}; at most {_MAX_LAYERS}")
+    layers = ffn_layout(config).num_layers
+    if layers > _MAX_LAYERS:
+        raise UserError(f"config.json says num_hidden_layers {layers}; at most {_MAX_LAYERS}")
 
 
 def _is_size(value: Any) -> bool:
@@ -121,6 +146,19 @@ def _check_rope(config: dict[str, Any]) -> None:
 
 def dense_tensors(config: dict[str, Any], family: Family) -> Shapes:
     """Every tensor that the dense checkpoint must hold, in the order of the model, with its shape."""
+    shapes = _TWO_MATRIX[family.name](config) if family.name in _TWO_MATRIX else _llama_tensors(config, family)
+    if not is_tied(config, family):
+        embedding = next(iter(shapes.values()))  # OPT's head is as wide as its embedding
+        shapes["lm_head.weight"] = embedding
+    return shapes
+
+
+def is_tied(config: dict[str, Any], family: Family) -> bool:
+    """Whether the output head is the embedding."""
+    return config.get("tie_word_embeddings", family.tied_by_default)
+
+
+def _llama_tensors(config: dict[str, Any], family: Family) -> Shapes:
     D, V = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config["num_hidden_layers"]):
@@ -130,8 +168,6 @@ def dense_tensors(config: dict[str, Any], family: Family) -> Shapes:
         shapes[prefix + "post_attention_layernorm.weight"] = (D,)
         shapes |= {f"{prefix}mlp.{name}": shape for name, shape in ffn_tensors(config).items()}
     shapes["model.norm.weight"] = (D,)
-    if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (V, D)
     return shapes
 
 
@@ -166,6 +202,5 @@ def may_be_stored(name: str, config: dict[str, Any]) -> bool:
 
     A tied output head, and the rope frequencies that Llama 2 files carry.
     """
-    return (name == "lm_head.weight" and config.get("tie_word_embeddings", False)) or name.endswith(
-        ".rotary_emb.inv_freq"
-    )
+    tied = is_tied(config, FAMILIES[config["model_type"]])
+    return (name == "lm_head.weight" and tied) or name.endswith(".rotary_emb.inv_freq")
