@@ -1,0 +1,96 @@
+"""What each FFN of a dense model sees on real text: one streaming pass, a layer at a time, whatever the model's size.
+
+In memory: one decoder layer in float32 (or the output head), that layer's sample, and a few windows' activations. The
+residual stream of all calibration tokens is on disk; with gradients, every layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from lamella.calibrate.dense import DenseModel
+from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
+from lamella.calibrate.store import LOCK, STREAMS, ResultFolder, fingerprint
+from lamella.calibrate.stream import StreamFolder
+from lamella.calibrate.text import CalibrationOptions, CalibrationTokens, calibration_tokens
+from lamella.convert.checkpoint import Checkpoint
+from lamella.errors import UserError
+
+__all__ = ["CalibrationOptions", "CalibrationTokens", "Progress", "calibrate", "calibration_tokens"]
+
+
+def calibrate(
+    source: Checkpoint,
+    tokens: CalibrationTokens,
+    folder: Path,
+    on_layer: OnLayer,
+    *,
+    method: dict[str, Any],
+    gradients: bool = False,
+    replacement: Replacement | None = None,
+    layers: Iterable[int] | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[int, dict[str, Tensor]]:
+    """Hand every layer's sample to `on_layer` and keep what it returns; resume where an earlier call was interrupted.
+
+    Args:
+        folder: results, and the streams while the calibration runs.
+        on_layer: (layer, sample) -> a few small tensors. It must not change the sample. Called once per layer: first
+            to last without gradients or with `replacement`, else last to first.
+        method: name and settings of `on_layer` and `replacement`: with them, a folder is known to be of this
+            calibration.
+        gradients: give samples their dh, the gradient of the summed next-token loss of the dense model.
+        replacement: (the dense FFN, `on_layer`'s result) -> the FFN that takes its place, x [t, D] -> y [t, D], token
+            by token: then later layers' samples are what they see behind the replaced ones (sequential calibration).
+        layers: those wanted; None: all.
+        overwrite: replace another calibration in `folder`.
+        on_progress: told of each finished step.
+
+    Returns:
+        layer -> result, ascending.
+
+    Raises:
+        UserError: unknown family, layers that are not there, a folder of something else or in use, a full disk.
+    """
+    model = DenseModel(source)
+    chosen = _checked_layers(layers, model.num_layers)
+    settings = {"gradients": gradients, "sequential": replacement is not None, "layers": list(chosen)}
+    wanted, results = fingerprint(source, tokens, method | settings), ResultFolder(folder)
+    stream = StreamFolder(folder / STREAMS, (*tokens.ids_NL.shape, model.width))
+    run = Run(model, tokens, stream, results, chosen, on_layer, gradients, replacement, on_progress)
+    results.check(wanted, overwrite)
+    stream.check_space(run.num_streams)
+    with _locked(folder):
+        results.claim(wanted)
+        if not all(results.has(layer) for layer in chosen):
+            run.all()
+        stream.remove()
+    return {layer: results.load(layer) for layer in chosen}
+
+
+def _checked_layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
+    chosen = tuple(range(count)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise UserError(f"layers {list(chosen)} cannot be calibrated; the model has 0 to {count - 1}")
+    return chosen
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process calibrates in {folder}; wait for it or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()

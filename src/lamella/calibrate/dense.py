@@ -1,0 +1,134 @@
+"""A dense model of which one decoder layer at a time is in memory, in float32, computed by transformers' own classes.
+
+The model is built without storage; only norms and learned positions are filled for good. What the model would hand to
+a layer (masks, rotary embeddings, positions) is found by running the model with recorders in place of its layers.
+
+Shapes: B windows, L tokens per window, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lamella.calibrate.anatomy import anatomy_of
+from lamella.convert.checkpoint import Checkpoint
+from lamella.convert.tensors import SourceTensor
+from lamella.errors import UserError
+
+
+class LayerInput(NamedTuple):
+    """What the model calls a layer with."""
+
+    hidden_BLD: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: keeps its input and passes it on."""
+
+    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = LayerInput(hidden_BLD, args, kwargs)
+        return hidden_BLD
+
+
+class DenseModel:
+    """Layers, embedding and head of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, source: Checkpoint):
+        self.anatomy, self._tensors = anatomy_of(source.config), source.tensors
+        self.config: Any = config_of(source)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        model.eval().requires_grad_(False)
+        self._decoder = model.get_decoder()
+        names = {id(module): f"{name}." for name, module in model.named_modules()}
+        self._layers = list(getattr(self._decoder, self.anatomy.layers))
+        self._prefixes = [names[id(layer)] for layer in self._layers]
+        self._embedding = self._tensors[names[id(model.get_input_embeddings())] + "weight"]
+        self._head = self._embedding if self.config.tie_word_embeddings else self._tensors["lm_head.weight"]
+        self._fill_decoder(names[id(self._decoder)])
+
+    def _fill_decoder(self, prefix: str) -> None:
+        """Recorders for the layers, weights for what is left; the embedding stays without storage."""
+        decoder, count = self._decoder, len(self._layers)
+        setattr(decoder, self.anatomy.layers, nn.ModuleList(_Recorder() for _ in range(count)))
+        for name, parameter in list(decoder.named_parameters()):
+            if prefix + name != self._embedding.name:
+                module, _, leaf = name.rpartition(".")
+                value = _read(self._tensors[prefix + name]).view_as(parameter)
+                setattr(decoder.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+        if hasattr(decoder, "rotary_emb"):  # computed from the config, not stored
+            decoder.rotary_emb = type(decoder.rotary_emb)(self.config)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def width(self) -> int:
+        """D"""
+        return self.config.hidden_size
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer with its weights, float32; memory is free again when the caller lets go of it."""
+        layer = copy.deepcopy(self._layers[index])
+        names = layer.state_dict()
+        weights = {name: _read(self._tensors[self._prefixes[index] + name]) for name in names}
+        layer.load_state_dict(weights, assign=True)
+        return layer.requires_grad_(False)
+
+    def embed(self, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
+        """The first layer's input [B, L, D]; UserError for a token beyond the vocabulary."""
+        vocabulary, width = self._embedding.shape
+        ids_U, inverse_BL = ids_BL.unique(return_inverse=True)
+        if ids_U[-1] >= vocabulary:
+            raise UserError(f"the tokenizer gives token {int(ids_U[-1])}, but the model has {vocabulary}: not its own")
+        rows_UD = torch.stack([self._embedding.read(row * width, width) for row in ids_U.tolist()]).float()
+        return self._run(rows_UD[inverse_BL], positions_BL)[0].hidden_BLD
+
+    def call(self, index: int, positions_BL: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments, after the hidden states, with which the model calls a layer on windows with these positions."""
+        nothing_BLD = torch.zeros(1).expand(*positions_BL.shape, self._embedding.shape[1])
+        seen = self._run(nothing_BLD, positions_BL)[index]
+        return seen.args, seen.kwargs
+
+    @torch.no_grad()
+    def _run(self, embedding_BLD: Tensor, positions_BL: Tensor) -> list[LayerInput]:
+        mask = None if self.anatomy.masks_documents else document_mask(positions_BL)
+        self._decoder(inputs_embeds=embedding_BLD, position_ids=positions_BL, attention_mask=mask, use_cache=False)
+        return [recorder.seen for recorder in getattr(self._decoder, self.anatomy.layers)]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return getattr(self._decoder, self.anatomy.final_norm)(hidden)
+
+    def head_VD(self) -> Tensor:
+        """The output head, or the embedding where they are tied; float32."""
+        return _read(self._head)
+
+    @property
+    def activation(self) -> str:
+        return getattr(self.config, self.anatomy.activation)
+
+
+def config_of(source: Checkpoint) -> PreTrainedConfig:
+    """The checkpoint's config as transformers reads it, with the names that all families share."""
+    anatomy_of(source.config)  # a family that is known
+    return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+
+
+def document_mask(positions_BL: Tensor) -> Tensor:
+    """bool [B, 1, L, L]: a token sees itself and the earlier ones of its document."""
+    document_BL = (positions_BL == 0).cumsum(dim=1)
+    same_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    return same_BLL.tril()[:, None]
+
+
+def _read(tensor: SourceTensor) -> Tensor:
+    return tensor.read(0, tensor.numel).view(tensor.shape).float()

@@ -1,0 +1,81 @@
+"""The folder of a calibration: what it is of, and one safetensors file per finished layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamella.calibrate.text import CalibrationTokens
+from lamella.convert.checkpoint import Checkpoint, read_json
+from lamella.convert.write import write_json
+from lamella.errors import UserError
+
+FINGERPRINT = "calibration.json"
+STREAMS = "streams"
+LOCK = "lock"
+_WHAT = {"model": "another model", "text": "other text", "method": "another method"}
+
+
+def fingerprint(source: Checkpoint, tokens: CalibrationTokens, method: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results: weight files (names, sizes, times), config, tokens, and the method's settings."""
+    stats = {tensor.path: tensor.path.stat() for tensor in source.tensors.values()}
+    files = {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
+    found = {"model": {"files": files, "config": source.config}, "text": tokens.hash(), "method": method}
+    return json.loads(json.dumps(found))  # as it will be read again
+
+
+class ResultFolder:
+    """Results by layer."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def check(self, wanted: dict[str, Any], overwrite: bool) -> None:
+        """UserError if the folder holds another calibration (unless `overwrite`), or something else altogether."""
+        if not self.folder.exists():
+            return
+        found = self._found()
+        if found is None and (not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {LOCK}):
+            raise UserError(f"{self.folder} is not the folder of a calibration; give another")
+        differs = [] if found is None else [key for key in wanted if found.get(key) != wanted[key]]
+        if differs and not overwrite:
+            what = " and ".join(_WHAT[key] for key in differs)
+            raise UserError(f"{self.folder} holds the calibration of {what}; overwrite it or give another folder")
+
+    def claim(self, wanted: dict[str, Any]) -> None:
+        """Make the existing folder this calibration's, without what another one left."""
+        if self._found() != wanted:
+            self._write_fingerprint({})  # matches nothing, if the clearing is interrupted
+            for path in (*self.folder.glob("layer-*.safetensors"), *(self.folder / STREAMS).glob("*")):
+                path.unlink()
+            self._write_fingerprint(wanted)
+
+    def _found(self) -> dict[str, Any] | None:
+        path = self.folder / FINGERPRINT
+        return read_json(path, "") if path.is_file() else None
+
+    def _write_fingerprint(self, values: dict[str, Any]) -> None:
+        temporary = self.folder / f"{FINGERPRINT}.new"
+        write_json(temporary, values)
+        temporary.rename(self.folder / FINGERPRINT)
+
+    def has(self, layer: int) -> bool:
+        return self._path(layer).is_file()
+
+    def save(self, layer: int, result: dict[str, Tensor]) -> None:
+        temporary = self.folder / "layer.new"
+        save_file({name: tensor.detach().contiguous() for name, tensor in result.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file)
+        temporary.rename(self._path(layer))
+
+    def load(self, layer: int) -> dict[str, Tensor]:
+        return load_file(self._path(layer))
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04d}.safetensors"
