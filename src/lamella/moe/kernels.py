@@ -29,7 +29,7 @@ DW_COLUMNS = 16 if INTERPRETED else 128
 def _configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Config]:
     """Candidates (BM, BN, BK, stages, warps) for the autotuner, which the interpreter does without."""
     if INTERPRETED:
-        return [triton.Config({"BM": 16, "BN": 16, "BK": 16, "GROUP": 2})]
+        return [triton.Config({"BM": 32, "BN": 16, "BK": 16, "GROUP": 2})]
     return [
         triton.Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, num_stages=stages, num_warps=warps)
         for bm, bn, bk, stages, warps in tiles
@@ -253,7 +253,8 @@ def dhidden_kernel(
 
 @triton.autotune(
     _configs(
-        [(128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 5, 8), (128, 128, 64, 4, 4), (256, 128, 64, 4, 8)]
+        # two of the stages go to the row numbers, which are loaded before the rows
+        [(128, 256, 64, 5, 8), (128, 256, 64, 4, 8), (128, 128, 64, 6, 8), (128, 128, 64, 6, 4), (256, 128, 64, 5, 8)]
     ),
     key=["A", "B", "GATHER_A"],
 )
