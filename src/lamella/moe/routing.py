@@ -13,13 +13,26 @@ rows (S for twin, E for flat).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.config import GateKind, Mode, MoEConfig
+
+
+class Gating(Protocol):
+    """What the weights of the chosen experts depend on: a MoEConfig, or that of attention experts."""
+
+    @property
+    def gate(self) -> GateKind: ...
+
+    @property
+    def norm_topk_prob(self) -> bool: ...
+
+    @property
+    def route_scale(self) -> float: ...
 
 
 class Routing(NamedTuple):
@@ -72,7 +85,7 @@ def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
 
 
 def gate_weights(
-    scores_TE: Tensor, expert_ids_TK: Tensor, config: MoEConfig, gate_scale_E: Tensor | None = None
+    scores_TE: Tensor, expert_ids_TK: Tensor, config: Gating, gate_scale_E: Tensor | None = None
 ) -> Tensor:
     """[T, K] weights of the chosen experts: their scores, normalised if the config says so, times route_scale.
 
