@@ -7,7 +7,7 @@ Shapes: T tokens, D model width, E experts, R router rows, n neurons of the shar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -15,8 +15,13 @@ from lamella.config import ExpertPath, Mode, MoEConfig
 from lamella.moe.paths import PATHS, apply_experts, gated_ffn
 from lamella.moe.routing import Routing, analytic_logits, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.slicing import Experts
+from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared, two_matrix_ffn, two_matrix_path
 
-__all__ = ["PATHS", "MoEWeights", "SharedExpert", "apply_experts", "gated_ffn", "moe_ffn", "packed"]
+__all__ = [
+    "PATHS", "AnyExperts", "MoEWeights", "SharedExpert", "apply_experts", "gated_ffn", "moe_ffn", "packed",
+]  # fmt: skip
+
+AnyExperts: TypeAlias = Experts | TwoMatrixExperts
 
 
 class SharedExpert(NamedTuple):
@@ -33,22 +38,24 @@ class MoEWeights(NamedTuple):
 
     router_RD: Tensor
     selection_bias_R: Tensor
-    frozen: Experts
-    trainable: Experts
+    frozen: AnyExperts
+    trainable: AnyExperts
+    """Of the same kind as the frozen ones."""
     router_up_RD: Tensor | None = None
     """Router "analytic"."""
     gate_scale_R: Tensor | None = None
     """Gate "unit"."""
-    shared: SharedExpert | None = None
+    shared: SharedExpert | TwoMatrixShared | None = None
     output_bias_D: Tensor | None = None
 
 
-def packed(experts: nn.Module, kind: str) -> Experts:
-    """The experts of a kind; none of them is [0, ...] of the other kind's shape."""
-    if hasattr(experts, f"{kind}_down_proj"):
-        return Experts(getattr(experts, f"{kind}_gate_up_proj"), getattr(experts, f"{kind}_down_proj"))
-    other = packed(experts, "frozen" if kind == "trainable" else "trainable")
-    return Experts(other.gate_up_proj[:0], other.down_proj[:0])
+def packed(experts: nn.Module, kind: str) -> Any:
+    """The AnyExperts of a kind, by the module's parameters; none of them is [0, ...] of the other kind's shape."""
+    if not hasattr(experts, f"{kind}_down_proj"):
+        other = packed(experts, "frozen" if kind == "trainable" else "trainable")
+        return type(other)(*(tensor[:0] for tensor in other))
+    cls: Any = Experts if hasattr(experts, f"{kind}_gate_up_proj") else TwoMatrixExperts
+    return cls(*(getattr(experts, f"{kind}_{name}") for name in cls._fields))
 
 
 def moe_ffn(
@@ -61,9 +68,9 @@ def moe_ffn(
         routing = route(scores_TE, weights.selection_bias_R, config, weights.gate_scale_R)
     else:
         routing = fixed_routing(x_TD.shape[0], mode, config, x_TD.device)
-    y_TD = apply_experts(x_TD, routing, weights.frozen, weights.trainable, path)
+    y_TD = _chosen(x_TD, routing, weights, config, path)
     if weights.shared is not None:
-        y_TD = y_TD + gated_ffn(x_TD, *weights.shared)
+        y_TD = y_TD + _shared(x_TD, weights.shared, config)
     if weights.output_bias_D is not None:
         y_TD = y_TD + weights.output_bias_D
     return y_TD, routing, scores_TE
@@ -73,3 +80,18 @@ def _logits(x_TD: Tensor, weights: MoEWeights) -> Tensor:
     if weights.router_up_RD is None:
         return router_logits(x_TD, weights.router_RD)
     return analytic_logits(x_TD, weights.router_RD, weights.router_up_RD)
+
+
+def _chosen(x_TD: Tensor, routing: Routing, weights: MoEWeights, config: MoEConfig, path: ExpertPath) -> Tensor:
+    frozen, trainable = weights.frozen, weights.trainable
+    if isinstance(frozen, Experts):
+        assert isinstance(trainable, Experts)
+        return apply_experts(x_TD, routing, frozen, trainable, path)
+    assert isinstance(trainable, TwoMatrixExperts)
+    return two_matrix_path(x_TD, routing, frozen, trainable, config.activation)
+
+
+def _shared(x_TD: Tensor, shared: SharedExpert | TwoMatrixShared, config: MoEConfig) -> Tensor:
+    if isinstance(shared, SharedExpert):
+        return gated_ffn(x_TD, *shared)
+    return two_matrix_ffn(x_TD, *shared, config.activation)
