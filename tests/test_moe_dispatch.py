@@ -10,8 +10,11 @@ import test_moe_experts as experts
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from lamella.errors import UserError
 from lamella.moe.dispatch import dispatch, pair_range, to_rows
 from lamella.moe.grouped import split_halves
 from lamella.moe.paths import PATHS, apply_experts, auto_path
@@ -149,3 +152,43 @@ def test_triton_kernels_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, path: str):
+        super().__init__()
+        frozen, trainable = (experts.make_experts(seed, torch.float32, False) for seed in (10, 20))
+        self.frozen = torch.nn.ParameterList(torch.nn.Parameter(t, requires_grad=False) for t in frozen)
+        self.trainable = torch.nn.ParameterList(trainable)
+        self.path = path
+
+    def forward(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return apply_experts(x_TD, routing, Experts(*self.frozen), Experts(*self.trainable), self.path)
+
+
+@pytest.mark.parametrize("path", ["grouped", "tiled"])
+def test_sharded_by_fsdp(path, one_rank):
+    """FSDP gathers the packed tensors before the layer runs; the gradients come back sharded."""
+    x_TD = experts.random(T, D, seed=1)
+    routing = Routing(experts.make_ids("twin"), torch.rand(T, S))
+    plain, sharded = Layer(path), fully_shard(Layer(path), mesh=one_rank)
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for layer in (plain, sharded):
+        layer(x_TD, routing).square().sum().backward()
+    for expected, actual in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert (expected.grad is None) == (actual.grad is None) == (not expected.requires_grad)
+        assert expected.grad is None or torch.equal(actual.grad.full_tensor(), expected.grad)
+
+
+def test_fused_says_what_it_needs():
+    with pytest.raises(UserError, match="needs a GPU"):
+        experts.run("fused", "twin", torch.float32)

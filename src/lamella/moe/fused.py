@@ -23,22 +23,24 @@ from lamella.moe.routing import Routing
 from lamella.moe.row_ops import runs_triton
 from lamella.moe.slicing import Experts
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def fused_fits(x_TD: Tensor, experts: Experts) -> bool:
     """Half precision on a GPU with Triton, and rows that start at multiples of 16 bytes."""
-    half = x_TD.dtype in (torch.bfloat16, torch.float16)
     aligned = x_TD.shape[1] % 8 == 0 and experts.down_proj.shape[-1] % 8 == 0
-    return runs_triton(x_TD.device) and half and aligned
+    return runs_triton(x_TD.device) and x_TD.dtype in HALF and aligned
 
 
 def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
     """[T, D] -> [T, D]; once differentiable.
 
     Raises:
-        UserError: Triton is not installed, or the tensors are not on a GPU.
+        UserError: Triton is not installed, the tensors are not on a GPU, or not in half precision.
     """
-    if not runs_triton(x_TD.device):
-        raise UserError("the expert path 'fused' needs a GPU and the package triton; use 'auto'")
+    interpreted = x_TD.device.type == "cpu"  # by Triton, whatever the precision
+    if not runs_triton(x_TD.device) or not (interpreted or x_TD.dtype in HALF):
+        raise UserError("the expert path 'fused' needs a GPU, triton, and weights in bfloat16 or float16; use 'auto'")
     packed = (*frozen, *trainable)
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
     return _Fused.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, saves, *packed)
@@ -74,19 +76,20 @@ class _Fused(torch.autograd.Function):
         )
         d, S, R = Dispatch(*saved), len(frozen_down), len(trainable_down)
         dy_TD = dy_TD.contiguous()
-        needs = ctx.needs_input_grad[4:]
-        first_trained = 0 if needs[1] else S
+        needs, kinds = ctx.needs_input_grad[4:], ((0, S), (S, R))
         dgate_up_N2f, hidden_Nf, dweights_N = ops.gate_up_gradient(
-            dy_TD, weights_N, d.token_N, d.ends_E, frozen_down, trainable_down, gate_up_N2f, first_trained
+            dy_TD, weights_N, d.token_N, d.ends_E, frozen_down, trainable_down, gate_up_N2f, 0 if needs[1] else S
         )
+        grads: list[Tensor | None] = [None] * 4
+        for i, (first, count) in enumerate(kinds):
+            if count and needs[2 * i + 1]:
+                grads[2 * i + 1] = ops.weight_gradient(dy_TD, hidden_Nf, d.token_N, d.ends_E, first, count, True)
+        del hidden_Nf
+        for i, (first, count) in enumerate(kinds):
+            if count and needs[2 * i]:
+                grads[2 * i] = ops.weight_gradient(dgate_up_N2f, x_TD, d.token_N, d.ends_E, first, count, False)
         dx_TD = None
         if ctx.needs_input_grad[0]:
             dx_ND = ops.expert_rows(dgate_up_N2f, d.ends_E, frozen_gate_up, trainable_gate_up, False)
             dx_TD = row_ops.combine(dx_ND, dx_ND, d.ends_E[-1:], d.slot_TK)
-        grads: list[Tensor | None] = []
-        for (first, count), (gate_up, down) in zip(((0, S), (S, R)), (needs[:2], needs[2:]), strict=True):
-            span = (d.token_N, d.ends_E, first, count)
-            grads.append(ops.weight_gradient(dgate_up_N2f, x_TD, *span, False) if gate_up and count else None)
-            grads.append(ops.weight_gradient(dy_TD, hidden_Nf, *span, True) if down and count else None)
-        dweights_TK = dweights_N[d.slot_TK].to(ctx.weights_dtype)
-        return dx_TD, dweights_TK, None, None, *grads
+        return dx_TD, dweights_N[d.slot_TK].to(ctx.weights_dtype), None, None, *grads

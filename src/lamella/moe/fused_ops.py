@@ -14,7 +14,7 @@ from torch import Tensor
 from lamella.moe import kernels
 
 
-def _common(rows: Tensor, num_rows: int, ends_E: Tensor, width: int) -> dict:
+def _common(num_rows: int, ends_E: Tensor, width: int) -> dict:
     """Launch arguments that every grouped kernel takes. `width` is the length of the sums."""
     E = len(ends_E)
     mean_rows = max(1, num_rows // E)
@@ -23,14 +23,7 @@ def _common(rows: Tensor, num_rows: int, ends_E: Tensor, width: int) -> dict:
         "EP": triton.next_power_of_2(E),
         "ROWS": min(128, triton.next_power_of_2(mean_rows)),
         "EVEN": width % (16 if kernels.INTERPRETED else 64) == 0,
-        "PRECISION": _precision(rows),
     }
-
-
-def _precision(rows: Tensor) -> str:
-    """float32 products are as exact as `torch.matmul` would make them."""
-    exact = rows.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
 
 
 def _grid(num_rows: int, num_experts: int, columns: int):
@@ -47,7 +40,7 @@ def gate_up(
     N, D, f = len(token_N), x_TD.shape[1], hidden_Nf.shape[1]
     kernels.gate_up_kernel[_grid(N, len(ends_E), f)](
         x_TD, token_N, weights_N, ends_E, frozen_S2fD, trainable, gate_up_N2f, hidden_Nf,
-        N, D, f, len(frozen_S2fD), SAVE=save, **_common(x_TD, N, ends_E, D),
+        N, D, f, len(frozen_S2fD), SAVE=save, **_common(N, ends_E, D),
     )  # fmt: skip
     return hidden_Nf, gate_up_N2f
 
@@ -69,7 +62,7 @@ def expert_rows(a_NK: Tensor, ends_E: Tensor, frozen: Tensor, trainable: Tensor,
     out_NC = a_NK.new_empty(N, C)
     kernels.rows_kernel[_grid(N, len(ends_E), C)](
         a_NK, ends_E, frozen, trainable, out_NC,
-        N, K, C, len(frozen), *((1, K) if transposed else (C, 1)), **_common(a_NK, N, ends_E, K),
+        N, K, C, len(frozen), *((1, K) if transposed else (C, 1)), **_common(N, ends_E, K),
     )  # fmt: skip
     return out_NC
 
@@ -91,7 +84,7 @@ def gate_up_gradient(
     partial_N = weights_N.new_empty(triton.cdiv(f, kernels.DW_COLUMNS), N)
     kernels.dhidden_kernel[_grid(N, len(ends_E), f)](
         dy_TD, token_N, weights_N, ends_E, frozen_SDf, trainable, gate_up_N2f, dgate_up_N2f, hidden_Nf, partial_N,
-        N, D, f, len(frozen_SDf), first_trained, **_common(dy_TD, N, ends_E, D),
+        N, D, f, len(frozen_SDf), first_trained, **_common(N, ends_E, D),
     )  # fmt: skip
     return dgate_up_N2f, hidden_Nf, torch.sum(partial_N, 0, out=dweights_N)
 
@@ -115,7 +108,7 @@ def weight_gradient(
     A, B = a.shape[1], b.shape[1]
     out = a.new_empty(count, A, B)
     kernels.weight_gradient_kernel[lambda meta: (triton.cdiv(A, meta["BM"]) * triton.cdiv(B, meta["BN"]), count)](
-        a, b, token_N, ends_E, out, A, B, first, GATHER_A=gather_a, PRECISION=_precision(a)
+        a, b, token_N, ends_E, out, A, B, first, GATHER_A=gather_a
     )
     return out
 

@@ -27,7 +27,8 @@ DW_COLUMNS = 16 if INTERPRETED else 128
 
 
 def _configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Config]:
-    """Candidates (BM, BN, BK, stages, warps) for the autotuner, which the interpreter does without."""
+    """Candidates (BM, BN, BK, stages, warps) for the autotuner, which the interpreter does without. It drops those that
+    need more shared memory than there is; one in each list needs under 100 KB."""
     if INTERPRETED:
         return [triton.Config({"BM": 32, "BN": 16, "BK": 16, "GROUP": 2})]
     return [
@@ -94,14 +95,23 @@ def _load(ptrs, k, K, dim: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
+def _dot(a, b, total):
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.autotune(
-    _configs([(128, 128, 64, 3, 8), (128, 64, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (16, 64, 64, 4, 4)]),
+    _configs(
+        [
+            (128, 128, 64, 3, 8),
+            (128, 64, 64, 4, 8),
+            (128, 64, 64, 4, 4),
+            (64, 128, 64, 4, 4),
+            (64, 64, 64, 3, 4),
+            (16, 64, 64, 4, 4),
+        ]
+    ),
     key=["D", "f", "ROWS", "SAVE"],
     prune_configs_by={"early_config_prune": _fitting},
 )
@@ -109,7 +119,7 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 def gate_up_kernel(
     x_ptr, token_ptr, weight_ptr, ends_ptr, frozen_ptr, trainable_ptr, gate_up_ptr, hidden_ptr,
     N, D, f, S, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden = silu(x gate^T) * (x up^T) * weight [N, f]; gate and up [N, 2f] if they are saved."""
     tile_m, tile_n = _tile(GROUP, tl.cdiv(N, BM) + E, tl.cdiv(f, BN))
@@ -128,8 +138,8 @@ def gate_up_kernel(
     up = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, D, BK):
         a = _load(a_ptrs, k0 + k, D, 1, EVEN)
-        gate = _dot(a, _load(gate_ptrs, k0 + k, D, 0, EVEN), gate, PRECISION)
-        up = _dot(a, _load(up_ptrs, k0 + k, D, 0, EVEN), up, PRECISION)
+        gate = _dot(a, _load(gate_ptrs, k0 + k, D, 0, EVEN), gate)
+        up = _dot(a, _load(up_ptrs, k0 + k, D, 0, EVEN), up)
         a_ptrs += BK
         gate_ptrs += BK
         up_ptrs += BK
@@ -146,7 +156,14 @@ def gate_up_kernel(
 
 @triton.autotune(
     _configs(
-        [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 4, 4), (64, 256, 64, 4, 8), (16, 128, 64, 4, 4)]
+        [
+            (128, 256, 64, 3, 8),
+            (128, 128, 64, 4, 8),
+            (128, 128, 64, 4, 4),
+            (64, 256, 64, 4, 8),
+            (64, 128, 64, 3, 4),
+            (16, 128, 64, 4, 4),
+        ]
     ),
     key=["K", "C", "ROWS", "stride_k"],
     prune_configs_by={"early_config_prune": _fitting},
@@ -155,7 +172,7 @@ def gate_up_kernel(
 def rows_kernel(
     a_ptr, ends_ptr, frozen_ptr, trainable_ptr, out_ptr,
     N, K, C, S, stride_k, stride_c, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [N, C] = a [N, K] times the row's expert's matrix [K, C], of strides (stride_k, stride_c)."""
     tile_m, tile_n = _tile(GROUP, tl.cdiv(N, BM) + E, tl.cdiv(C, BN))
@@ -172,7 +189,7 @@ def rows_kernel(
     out = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         a = _load(a_ptrs, k0 + k, K, 1, EVEN)
-        out = _dot(a, _load(b_ptrs, k0 + k, K, 0, EVEN), out, PRECISION)
+        out = _dot(a, _load(b_ptrs, k0 + k, K, 0, EVEN), out)
         a_ptrs += BK
         b_ptrs += BK * stride_k
     mask = (row < end)[:, None] & (col < C)[None, :]
@@ -220,7 +237,7 @@ def dhidden_kernel(
     dy_ptr, token_ptr, weight_ptr, ends_ptr, frozen_ptr, trainable_ptr, gate_up_ptr,
     dgate_up_ptr, hidden_ptr, dweight_ptr,
     N, D, f, S, first_trained, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """From dh = dy down: (dgate, dup) [N, 2f], the partial sums of dweight = <dh, h> [tiles of f, N] and, for the
     rows of the experts from `first_trained` on, weight * h [N, f]."""
@@ -237,7 +254,7 @@ def dhidden_kernel(
     dhidden = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, D, BK):
         a = _load(a_ptrs, k0 + k, D, 1, EVEN)
-        dhidden = _dot(a, _load(b_ptrs, k0 + k, D, 0, EVEN), dhidden, PRECISION)
+        dhidden = _dot(a, _load(b_ptrs, k0 + k, D, 0, EVEN), dhidden)
         a_ptrs += BK
         b_ptrs += BK * f
     # The epilogue needs five tiles at once: in halves they fit the registers.
@@ -254,7 +271,14 @@ def dhidden_kernel(
 @triton.autotune(
     _configs(
         # two of the stages go to the row numbers, which are loaded before the rows
-        [(128, 256, 64, 5, 8), (128, 256, 64, 4, 8), (128, 128, 64, 6, 8), (128, 128, 64, 6, 4), (256, 128, 64, 5, 8)]
+        [
+            (128, 256, 64, 5, 8),
+            (128, 256, 64, 4, 8),
+            (128, 128, 64, 6, 8),
+            (128, 128, 64, 6, 4),
+            (256, 128, 64, 5, 8),
+            (64, 128, 64, 4, 4),
+        ]
     ),
     key=["A", "B", "GATHER_A"],
 )
@@ -262,7 +286,7 @@ def dhidden_kernel(
 def weight_gradient_kernel(
     a_ptr, b_ptr, token_ptr, ends_ptr, out_ptr,
     A, B, first_expert, GATHER_A: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out_e [A, B] = a_e^T b_e over the rows of expert first_expert + e; a or b has a row per token and is gathered."""
     tile_i, tile_j = _tile(GROUP, tl.cdiv(A, BM), tl.cdiv(B, BN))
@@ -280,6 +304,6 @@ def weight_gradient_kernel(
         b_row = here if GATHER_A else token
         a = tl.load(a_ptr + a_row[None, :] * A + (i % A)[:, None], mask=(row < end)[None, :], other=0.0)
         b = tl.load(b_ptr + b_row[:, None] * B + (j % B)[None, :], mask=(row < end)[:, None], other=0.0)
-        out = _dot(a, b, out, PRECISION)
+        out = _dot(a, b, out)
     out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * A * B + i[:, None] * B + j[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < A)[:, None] & (j < B)[None, :])
