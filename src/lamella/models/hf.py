@@ -1,7 +1,9 @@
 """The transformers home: stock Llama-family models whose FFNs are `SlicedMoE` layers.
 
-Attention, norms, embeddings, rope and generation are transformers' own classes; only `layer.mlp` differs. Importing
-this module registers the models with transformers' Auto classes. The maths is in `lamella.moe.experts.moe_ffn`.
+Norms, embeddings, rope and generation are transformers' own classes; only `layer.mlp` differs, and `layer.self_attn`
+where the config has an entry `attention_moe` (lamella.models.attention_moe), with or without experts in the FFNs.
+Importing this module registers the models with transformers' Auto classes. The maths is in
+`lamella.moe.experts.moe_ffn`.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lamella.config import DENSE_BIAS, ExpertPath, Mode, MoEConfig
+from lamella.config import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
 from lamella.errors import UserError
+from lamella.models.attention_moe import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
@@ -111,16 +114,23 @@ class SlicedMoE(nn.Module):
 
 
 class _SlicedForCausalLM(PreTrainedModel):
-    """Mixin ahead of a stock *ForCausalLM: swaps in the MoE layers named by `config.moe`."""
+    """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by `config.moe` and `config.attention_moe`."""
 
     # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
     _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        moe = MoEConfig.from_dict(config.moe)
-        for index in moe.moe_layers:
-            self.model.layers[index].mlp = SlicedMoE(config.hidden_size, moe.for_layer(index)).apply(self._init_weights)
+        attention = getattr(config, "attention_moe", None)
+        if config.moe is None and attention is None:
+            raise UserError("config.json has neither an entry moe nor attention_moe; convert the model again")
+        if config.moe is not None:
+            moe = MoEConfig.from_dict(config.moe)
+            for index in moe.moe_layers:
+                mlp = SlicedMoE(config.hidden_size, moe.for_layer(index))
+                self.model.layers[index].mlp = mlp.apply(self._init_weights)
+        if attention is not None:
+            install_attention_experts(self, AttentionMoEConfig.from_dict(attention))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -144,16 +154,23 @@ class _SlicedForCausalLM(PreTrainedModel):
             module.selection_bias.fill_(DENSE_BIAS)
         elif isinstance(module, SlicedMoE) and module.output_bias is not None:
             module.output_bias.zero_()
+        elif isinstance(module, AttentionRouter):
+            module.zero()
 
     @property
     def moe_layers(self) -> list[SlicedMoE]:
         return [m for m in self.modules() if isinstance(m, SlicedMoE)]
 
+    @property
+    def attention_experts(self) -> list[AttentionExperts]:
+        return [m for m in self.modules() if isinstance(m, AttentionExperts)]
+
     def set_mode(self, mode: Mode) -> None:
-        """What every MoE layer computes from now on (see lamella.config.Mode)."""
+        """What every MoE layer computes from now on (see lamella.config.Mode); for attention experts "dense" and
+        "learned" are all experts with weight 1, which is the dense attention."""
         if mode not in get_args(Mode):
             raise UserError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        for layer in self.moe_layers:
+        for layer in (*self.moe_layers, *self.attention_experts):
             layer.mode = mode
 
     def set_expert_path(self, path: ExpertPath) -> None:
@@ -167,21 +184,25 @@ class _SlicedForCausalLM(PreTrainedModel):
 class LamellaLlamaConfig(LlamaConfig):
     model_type = "lamella_llama"
     moe: dict | None = None
+    attention_moe: dict | None = None
 
 
 class LamellaMistralConfig(MistralConfig):
     model_type = "lamella_mistral"
     moe: dict | None = None
+    attention_moe: dict | None = None
 
 
 class LamellaQwen2Config(Qwen2Config):
     model_type = "lamella_qwen2"
     moe: dict | None = None
+    attention_moe: dict | None = None
 
 
 class LamellaQwen3Config(Qwen3Config):
     model_type = "lamella_qwen3"
     moe: dict | None = None
+    attention_moe: dict | None = None
 
 
 class LamellaLlamaForCausalLM(_SlicedForCausalLM, LlamaForCausalLM):
