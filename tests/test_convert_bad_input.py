@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
 
-from lamella.convert import SliceOptions, convert, plan_conversion
+from lamella.convert import SliceOptions, convert
+from lamella.convert.recipe import load_conversion
 from lamella.errors import UserError
 from lamella.export.dense import to_dense
 
@@ -229,9 +230,43 @@ def test_a_weights_file_is_no_model(tmp_path: Path) -> None:
         convert(dense / "model.safetensors", tmp_path / "moe")
 
 
-def test_unknown_method(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'slice'"):
-        plan_conversion(tmp_path, method="slices")
+BAD_RECIPES = {
+    "method: slices": "unknown method 'slices' .did you mean 'slice'..; known: slice, partition",
+    "slice: 4": "unknown key 'slice' of method 'slice' .did you mean 'slices'",
+    "{method: partition, neuron: random}": "unknown key 'neuron' of method 'partition' .did you mean 'neurons'",
+    "{method: partition, calibration: {token: 9}}": "unknown key 'calibration.token'.*did you mean 'num_tokens'",
+    "{method: partition, neurons: gradiant-max}": "did you mean 'gradient-max'",
+    "{method: partition, active: many}": "active: Input should be a valid integer.*not 'many'",
+    "{method: partition, guard: {metric: kl, total: -1}}": "the guard's total is -1.0; for kl it is at least 0",
+    "{method: partition, scale_factor: 2}": "scale_factor has no effect on gate 'unit'",
+    "{model: 3}": "model must be a path or a name, not 3",
+}
+
+
+@pytest.mark.parametrize("text", BAD_RECIPES)
+def test_bad_recipes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=BAD_RECIPES[text]):
+        load_conversion(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parts=5"], "the FFN width .* is not divisible into 5 parts"),
+        (["parts=4", "active=5"], "5 of 4 parts cannot be active"),
+        (["parts=4", "active=2", "shared=2"], "2 shared parts leave no routed one of 2 active parts"),
+        (["parts=4", "active=2", "first_dense=3"], "leave none of the model's"),
+        (["parts=4", "active=2", "layers=7"], "layers names 7"),
+        (["parts=4", "active=2", "shared=0", "calibration={data: nowhere, sequence_length: 64}"], "nowhere"),
+    ],
+)
+def test_partitions_that_do_not_fit_the_model(tmp_path: Path, words: list[str], message: str) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = load_conversion(None, ["method=partition", *words]).options
+    with pytest.raises(UserError, match=message):
+        convert(dense, tmp_path / "moe", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 OUTPUTS: dict[str, tuple[Callable[[Path], Path], bool, str]] = {

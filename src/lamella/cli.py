@@ -52,7 +52,6 @@ def version() -> None:
     print(__version__)
 
 
-@app.command("convert")
 def convert_by_slicing(
     model: Annotated[
         str | None, typer.Option(help="Folder, .gguf file or hub name.", show_default="the embedded SmolLM2-135M")
@@ -72,10 +71,35 @@ def convert_by_slicing(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
 ) -> None:
     """Cut a dense model's FFNs into frozen slices and trainable copies; the logits stay the dense model's."""
-    from lamella.convert.command import run
+    from lamella.convert.command import run_slicing
 
     options = {"slices": slices, "noise": noise, "seed": seed, "layers": layers, "routing": routing, "gate": gate}
-    run(model, out, options | {"top_k": top_k, "dtype": dtype}, overwrite=overwrite, dry_run=dry_run)
+    run_slicing(model, out, options | {"top_k": top_k, "dtype": dtype}, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
+def convert(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: method slice, 8 slices."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, .gguf file or hub name.", show_default="the recipe's, or the embedded SmolLM2-135M"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make.", show_default="the recipe's, or artifacts/moe")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
+) -> None:
+    """Make experts out of a dense model by any method, as a recipe says; see launch/conversions/."""
+    from lamella.convert.command import run_recipe, run_slicing
+
+    if words:
+        run_recipe(words, model, out, overwrite=overwrite, dry_run=dry_run)
+    else:
+        run_slicing(model, out, {}, overwrite=overwrite, dry_run=dry_run)
 
 
 @app.command()

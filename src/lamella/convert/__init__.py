@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.options import SliceOptions
+from lamella.convert.options import Options, SliceOptions
 from lamella.convert.plan import Plan
 from lamella.convert.sidecars import write_sidecars
 from lamella.convert.slice import plan_slices
+from lamella.convert.work import Work
 from lamella.convert.write import appearing_folder, check_output, write_tensors
-from lamella.errors import UserError, did_you_mean
 
-METHODS: dict[str, Callable[[Checkpoint, SliceOptions], Plan]] = {"slice": plan_slices}
 DEFAULT_OUT = Path("artifacts/moe")
+
+
+def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
+    from lamella.convert.calibrated import plan_calibrated  # imports transformers, which slicing does without
+
+    return plan_calibrated(source, options, work)
+
+
+METHODS: dict[str, Callable[[Checkpoint, Any, Work], Plan]] = {
+    "slice": lambda source, options, work: plan_slices(source, options),
+    "partition": _plan_partition,
+}
 
 
 @dataclass(frozen=True)
@@ -27,49 +40,62 @@ class ConversionReport:
     """Peak resident memory of the whole process, interpreter and libraries included."""
     bytes_written: int
     """Bytes of weights."""
+    moe: dict[str, Any]
+    """The `moe` entry of the new config."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the method found: a guard's verdicts."""
 
 
 def plan_conversion(
-    model: str | Path | None = None, options: SliceOptions | None = None, method: str = "slice"
+    model: str | Path | None = None, options: Options | None = None, work: Work | None = None
 ) -> tuple[Checkpoint, Plan]:
-    """Open a dense model (see `Checkpoint.open`) and plan its conversion; reads headers only, writes nothing."""
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
-    source = Checkpoint.open(model)
-    return source, METHODS[method](source, options or SliceOptions())
+    """Open a dense model (see `Checkpoint.open`) and plan its conversion; without `work` it reads headers only."""
+    options, source = options or SliceOptions(), Checkpoint.open(model)
+    return source, METHODS[options.method](source, options, work or Work(None))
 
 
 def convert(
     model: str | Path | None = None,
     out: str | Path = DEFAULT_OUT,
-    options: SliceOptions | None = None,
+    options: Options | None = None,
     *,
-    method: str = "slice",
     overwrite: bool = False,
     on_plan: Callable[[Plan], None] = lambda _: None,
     on_bytes: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[Any], None] = lambda _: None,
+    on_verdict: Callable[[Any], None] = lambda _: None,
 ) -> ConversionReport:
     """Convert a dense model into a folder that transformers' Auto classes load.
 
     Args:
         model: folder, .gguf file or hub name; None: the embedded model.
-        out: the folder to make; parents are made too.
-        on_plan: called with the plan before anything is written.
+        out: the folder to make; parents are made too. A calibration keeps its results in OUT.calibration, for the
+            next call if this one is interrupted, and removes it at the end.
+        options: of the method, whose name they carry; None: slices.
+        on_plan: called with the plan before anything is written into `out`.
         on_bytes: called from several threads with the number of bytes just written.
+        on_progress, on_verdict: see `Work`.
 
     Raises:
         UserError: bad input, before anything is written; or the disk became full, and nothing is kept.
     """
     options, out, began = options or SliceOptions(), Path(out), time.perf_counter()
     check_output(out, overwrite)  # before a model is downloaded
-    source, plan = plan_conversion(model, options, method)
-    check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in source.tensors.values()})
+    work = Work(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict)
+    source = Checkpoint.open(model)
+    sizes = METHODS[options.method](source, options, Work(None))
+    check_output(out, overwrite, sizes.total_bytes, {tensor.path for tensor in source.tensors.values()})
+    plan = METHODS[options.method](source, options, work)
     on_plan(plan)
     with appearing_folder(out) as folder:
         source.copy_sidecars(folder)
         hashes = write_tensors(plan, folder, on_bytes)
-        write_sidecars(folder, source, plan, method, options, hashes)
-    return ConversionReport(out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes)
+        write_sidecars(folder, source, plan, options, hashes)
+    if work.folder is not None:
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return ConversionReport(
+        out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config["moe"], plan.notes
+    )
 
 
 def peak_rss_mib() -> float:

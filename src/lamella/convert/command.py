@@ -2,66 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lamella.convert import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
 from lamella.convert.checkpoint import Checkpoint
+from lamella.convert.layout import ffn_layout
+from lamella.convert.options import Options
 from lamella.convert.plan import Plan
 from lamella.convert.sidecars import holds_conversion
 from lamella.convert.write import check_output
 
 
-def run(
+def run_slicing(
     model: str | None, out: Path | None, options: dict[str, Any], *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
-    """Convert, or with `dry_run` print the plan. UserError before anything is written.
+    """Slice, or with `dry_run` print the plan. UserError before anything is written.
 
     `out` None is the default folder, which other commands make too: holding this very conversion, it is kept.
     """
     chosen = SliceOptions(**options)
     if out is None:
         out = DEFAULT_OUT
-        if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), "slice", chosen):
+        if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), chosen):
             print(f"{out} holds this conversion already. Next: uv run tests/moe_logit_match.py")
             return
+    run(model, out, chosen, overwrite=overwrite, dry_run=dry_run)
+
+
+def run_recipe(
+    words: list[str], model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
+) -> None:
+    """Convert by a recipe: `words` are an optional YAML file and then key=value settings."""
+    from lamella.convert.recipe import load_conversion
+
+    path = words[0] if words and "=" not in words[0] else None
+    recipe = load_conversion(path, words if path is None else words[1:])
+    chosen = out or (Path(recipe.out) if recipe.out else DEFAULT_OUT)
+    run(model or recipe.model, chosen, recipe.options, overwrite=overwrite, dry_run=dry_run)
+
+
+def run(model: str | None, out: Path, options: Options, *, overwrite: bool, dry_run: bool) -> None:
     if dry_run:
-        source, plan = plan_conversion(model, chosen)
+        source, plan = plan_conversion(model, options)
         check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in source.tensors.values()})
         print(f"{plan.describe()}\n{_summary(source, plan)}: nothing was written to {out}")
         return
-    with progress_bar("Converting") as (on_plan, on_bytes):
-        report = convert(model, out, chosen, overwrite=overwrite, on_plan=on_plan, on_bytes=on_bytes)
-    print(_result(report, chosen))
+    with progress_bar("Converting") as display:
+        report = convert(
+            model, out, options, overwrite=overwrite, on_plan=display.on_plan, on_bytes=display.on_bytes,
+            on_progress=display.on_progress, on_verdict=_print_verdict,
+        )  # fmt: skip
+    print(_result(report, options))
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[tuple[Callable[[Plan], None], Callable[[int], None]]]:
-    """(on_plan, on_bytes) for `convert`: a bar with bytes per second and the time left, on a terminal only."""
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+def progress_bar(label: str) -> Iterator[Display]:
+    """A bar with bytes per second and the time left, and one per phase of a calibration; on a terminal only."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda plan: progress.update(task, total=plan.total_bytes), lambda count: progress.advance(task, count)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as p:
+        yield Display(p, label)
+
+
+class Display:
+    """The callbacks of `convert`."""
+
+    def __init__(self, progress: Progress, label: str):
+        self._progress, self._label = progress, label
+        self._bytes = progress.add_task(label, total=None, visible=False, speed="")
+        self._phases: dict[str, TaskID] = {}
+
+    def on_plan(self, plan: Plan) -> None:
+        self._progress.update(self._bytes, total=plan.total_bytes, visible=True)
+
+    def on_bytes(self, count: int) -> None:
+        speed = next(task.speed for task in self._progress.tasks if task.id == self._bytes) or 0
+        self._progress.update(self._bytes, advance=count, speed=f"{speed / 1e9:.2f} GB/s")
+
+    def on_progress(self, step: Any) -> None:
+        """`step`: a lamella.calibrate.Progress."""
+        if step.phase not in self._phases:
+            description = f"Calibrating: {step.phase}"
+            self._phases[step.phase] = self._progress.add_task(description, total=step.num_layers, speed="")
+        self._progress.update(self._phases[step.phase], advance=1, speed=f"{step.tokens_per_s:,.0f} tokens/s")
+
+
+def _print_verdict(verdict: Any) -> None:
+    end = "converted" if verdict.kept else f"stays dense: {verdict.reason}"
+    print(f"layer {verdict.layer}: {verdict.before:.4g} -> {verdict.after:.4g}, {end}", flush=True)
 
 
 def _summary(source: Checkpoint, plan: Plan) -> str:
     moe = plan.config["moe"]
-    layers = f"{len(moe['moe_layers'])} of {plan.config['num_hidden_layers']} layers"
-    return (
-        f"{source.name}, {layers} with {moe['num_frozen_experts']} slices and as many copies, routing {moe['routing']}"
-    )
+    layers = f"{len(moe['moe_layers'])} of {ffn_layout(plan.config).num_layers} layers"
+    return f"{source.name}, {layers} with {_experts(moe)}, routing {moe['routing']}"
 
 
-def _result(report: ConversionReport, options: SliceOptions) -> str:
+def _experts(moe: dict[str, Any]) -> str:
+    if moe["num_frozen_experts"]:
+        return f"{moe['num_frozen_experts']} frozen slices and {moe['num_trainable_experts']} trainable copies"
+    shared = f" and {moe['shared_intermediate_size']} shared neurons" if moe["shared_intermediate_size"] else ""
+    return f"{moe['num_trainable_experts']} experts, {moe['num_experts_per_tok']} of them active{shared}"
+
+
+def _result(report: ConversionReport, options: Options) -> str:
     speed = report.bytes_written / 1e9 / report.wall_s
+    following = (
+        "uv run tests/moe_logit_match.py" if options.method == "slice" else f"uv run lamella evaluate {report.out}"
+    )
     return (
-        f"Made {report.out}: {options.slices} frozen slices and {options.slices} trainable copies per layer, "
+        f"Made {report.out} by method {options.method}: {_experts(report.moe)} per layer, "
         f"{report.bytes_written / 1e9:.2f} GB in {report.wall_s:.1f} s ({speed:.2f} GB/s), "
-        f"peak memory {report.peak_rss_mib:,.0f} MiB. Next: uv run tests/moe_logit_match.py"
+        f"peak memory {report.peak_rss_mib:,.0f} MiB. Next: {following}"
     )

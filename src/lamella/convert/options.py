@@ -6,18 +6,35 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from lamella.config import GateKind, RoutingKind
+from lamella.config import RoutingKind
 from lamella.errors import UserError, did_you_mean
 
 # config.json's names -> safetensors' codes.
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Gate "unit" does not weigh a slice against its copy.
+SliceGate = Literal["sigmoid", "softmax"]
+
+
+class Options(Protocol):
+    """What every method's options are: a frozen dataclass whose fields are the recipe's keys."""
+
+    method: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def describe(self, moe: dict[str, Any]) -> str:
+        """Lines of the model card about the method, given the `moe` entry of the new config."""
+        ...
 
 
 @dataclass(frozen=True)
 class SliceOptions:
     """How to slice; the `recipe` of the manifest."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
+    method: ClassVar[str] = "slice"
 
     slices: int = 8
     """Parts that each FFN is cut into; must divide its width."""
@@ -27,7 +44,7 @@ class SliceOptions:
     layers: str = "all"
     """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""
     routing: RoutingKind = "twin"
-    gate: GateKind = "sigmoid"
+    gate: SliceGate = "sigmoid"
     top_k: int | None = None
     """Experts per token; None: as many as slices."""
     dtype: str | None = None
@@ -36,7 +53,7 @@ class SliceOptions:
     def __post_init__(self) -> None:
         for name, choices in (
             ("routing", get_args(RoutingKind)),
-            ("gate", get_args(GateKind)),
+            ("gate", get_args(SliceGate)),
             ("dtype", (*DTYPE_NAMES, None)),
         ):
             value = getattr(self, name)
@@ -50,6 +67,20 @@ class SliceOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def describe(self, moe: dict[str, Any]) -> str:
+        exact = moe["num_experts_per_tok"] == moe["num_frozen_experts"]
+        parity = (
+            "As converted, every token goes to all frozen experts with weight 1: the logits are the dense model's."
+            if exact
+            else "Top-k is not the number of slices, so the logits differ from the dense model's."
+        )
+        return f"""\
+- Recipe: method `slice`, {self.slices} slices per FFN, seed {self.seed}, noise {self.noise}
+  (in standard deviations of each dense matrix).
+- Each layer with experts has {moe["num_frozen_experts"]} frozen experts (the slices: their sum is the dense FFN) and
+  {moe["num_trainable_experts"]} trainable copies.
+- {parity}"""
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

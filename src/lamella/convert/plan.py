@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lamella.convert.pieces import Piece
@@ -38,6 +38,8 @@ class Plan:
     config: dict[str, Any]
     """The new config.json."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was found on the way, for the manifest."""
 
     @property
     def total_bytes(self) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lamella import __version__
 from lamella.convert.checkpoint import Checkpoint, read_json
-from lamella.convert.options import SliceOptions
+from lamella.convert.families import Family
+from lamella.convert.layout import ffn_layout
+from lamella.convert.options import Options
 from lamella.convert.plan import Plan
 from lamella.convert.slice import REMOTE_CODE
 from lamella.convert.write import write_json
@@ -23,17 +25,14 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [mixture-of-experts, lamella]
 {licence_line}---
-# {name}, sliced
+# {name}, as experts
 
 A mixture of fine-grained experts made from the dense model **{name}** by lamella {version}, without training.
 
 - Source: {name} ({architecture}); licence: {licence}.
-- Recipe: method `{method}`, {slices} slices per FFN, seed {seed}, noise {noise}
-  (in standard deviations of each dense matrix).
-- Layers with experts: {num_moe} of {num_layers}. Each has {frozen} frozen experts (the slices: their sum is the
-  dense FFN) and {trainable} trainable copies, {width} neurons wide; {top_k} are active per token.
+{recipe}
+- Layers with experts: {num_moe} of {num_layers}; experts are {width} neurons wide, {top_k} of them active per token.
 - Routing `{routing}`, gate `{gate}`.
-{parity}
 - Size: {total_gb:.2f} GB. Hashes of all tensors are in `{manifest}`.
 
 ```python
@@ -45,24 +44,27 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 
-def write_sidecars(
-    folder: Path, source: Checkpoint, plan: Plan, method: str, options: SliceOptions, hashes: dict[str, str]
-) -> None:
+def write_sidecars(folder: Path, source: Checkpoint, plan: Plan, options: Options, hashes: dict[str, str]) -> None:
     """config.json, lamella.json, README.md and modeling_lamella.py."""
     write_json(folder / "config.json", plan.config)
-    write_json(folder / MANIFEST, manifest(source, plan, method, options, hashes))
-    (folder / "README.md").write_text(model_card(source, plan, method, options), encoding="utf-8")
-    code = _REMOTE_CODE.format(config=source.family.sliced_config, model=source.family.sliced_architecture)
+    write_json(folder / MANIFEST, manifest(source, plan, options, hashes))
+    (folder / "README.md").write_text(model_card(source, plan, options), encoding="utf-8")
+    write_remote_code(folder, source.family)
+
+
+def write_remote_code(folder: Path, family: Family) -> None:
+    """modeling_lamella.py"""
+    code = _REMOTE_CODE.format(config=family.sliced_config, model=family.sliced_architecture)
     (folder / f"{REMOTE_CODE}.py").write_text(code, encoding="utf-8")
 
 
-def manifest(source: Checkpoint, plan: Plan, method: str, options: SliceOptions, hashes: dict[str, str]) -> dict:
+def manifest(source: Checkpoint, plan: Plan, options: Options, hashes: dict[str, str]) -> dict:
     """No time and no output path: equal inputs give equal files."""
     tensors = {t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": hashes[t.name]} for t in plan.tensors}
-    return provenance(source, method, options) | {"tensors": tensors}
+    return provenance(source, options) | plan.notes | {"tensors": tensors}
 
 
-def provenance(source: Checkpoint, method: str, options: SliceOptions) -> dict:
+def provenance(source: Checkpoint, options: Options) -> dict:
     """What a conversion is made of: two that agree in it have the same tensors."""
     files = {tensor.path.name: tensor.path.stat().st_size for tensor in source.tensors.values()}
     return {
@@ -73,32 +75,25 @@ def provenance(source: Checkpoint, method: str, options: SliceOptions) -> dict:
             "licence": source.licence,
             "files": files,
         },
-        "recipe": {"method": method} | options.to_dict(),
+        "recipe": {"method": options.method} | options.to_dict(),
     }
 
 
-def holds_conversion(folder: Path, source: Checkpoint, method: str, options: SliceOptions) -> bool:
+def holds_conversion(folder: Path, source: Checkpoint, options: Options) -> bool:
     """Whether the folder's manifest says that it is this conversion of this model."""
     if not (folder / MANIFEST).is_file():
         return False
     found = read_json(folder / MANIFEST, "")
-    return all(found.get(key) == value for key, value in provenance(source, method, options).items())
+    return all(found.get(key) == value for key, value in provenance(source, options).items())
 
 
-def model_card(source: Checkpoint, plan: Plan, method: str, options: SliceOptions) -> str:
+def model_card(source: Checkpoint, plan: Plan, options: Options) -> str:
     moe = plan.config["moe"]
-    exact = moe["num_experts_per_tok"] == moe["num_frozen_experts"]
-    parity = (
-        "- As converted, every token goes to all frozen experts with weight 1: the logits are the dense model's."
-        if exact
-        else "- Top-k is not the number of slices, so the logits differ from the dense model's."
-    )
     return _CARD.format(
         licence_line=f"license: {source.licence}\n" if source.licence else "",
         name=source.name, version=__version__, architecture=source.family.architecture,
-        licence=source.licence or "see the source", method=method, slices=options.slices, noise=options.noise,
-        seed=options.seed,        num_moe=len(moe["moe_layers"]), num_layers=plan.config["num_hidden_layers"],
-        frozen=moe["num_frozen_experts"], trainable=moe["num_trainable_experts"], width=moe["moe_intermediate_size"],
-        top_k=moe["num_experts_per_tok"], routing=moe["routing"], gate=moe["gate"],
-        parity=parity, total_gb=plan.total_bytes / 1e9, manifest=MANIFEST,
+        licence=source.licence or "see the source", recipe=options.describe(moe),
+        num_moe=len(moe["moe_layers"]), num_layers=ffn_layout(plan.config).num_layers,
+        width=moe["moe_intermediate_size"], top_k=moe["num_experts_per_tok"], routing=moe["routing"], gate=moe["gate"],
+        total_gb=plan.total_bytes / 1e9, manifest=MANIFEST,
     )  # fmt: skip

@@ -88,9 +88,9 @@ def _conversion(dense: str | None, moe: str | None) -> str:
             f"{DEFAULT_OUT} is missing; making it from {source}, as `uv run convert_by_slicing.py` does",
             file=sys.stderr,
         )
-        with progress_bar("Converting") as (on_plan, on_bytes):
+        with progress_bar("Converting") as display:
             model = None if dense in (None, EMBEDDED) else model_path(dense)
-            convert(model, DEFAULT_OUT, SliceOptions(), on_plan=on_plan, on_bytes=on_bytes)
+            convert(model, DEFAULT_OUT, SliceOptions(), on_plan=display.on_plan, on_bytes=display.on_bytes)
     return str(DEFAULT_OUT)
 
 

@@ -41,6 +41,27 @@ def share_bias(margins_TS: Tensor, share: float) -> Tensor:
     return -0.5 * ordered_TS[position]
 
 
+@torch.no_grad()
+def balanced_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int, target: float, max_rounds: int = 2000) -> Tensor:
+    """[E] biases under which these tokens' MaxVio is at most `target`, found by sign updates with a falling rate.
+
+    The rate is a share of the scores' spread: an absolute one is too slow for large scores and oscillates on small
+    ones. Where the target cannot be reached (fewer tokens than experts), the best of all rounds.
+    """
+    spread = (scores_TE + bias_E).std().item() or 1.0
+    best_E, best = bias_E, float("inf")
+    for round_ in range(max_rounds):
+        ids_TK = torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
+        counts_E = expert_counts(ids_TK, len(bias_E))
+        violation = max_violation(counts_E).item()
+        if violation < best:
+            best_E, best = bias_E, violation
+        if best <= target:
+            break
+        bias_E = sign_update(bias_E, counts_E, 0.03 * spread / (1 + round_ / 50))
+    return best_E
+
+
 def max_violation(counts_E: Tensor) -> Tensor:
     """MaxVio = (max count - mean) / mean: 0 when balanced, E - 1 when one expert has everything."""
     mean = counts_E.mean()

@@ -6,18 +6,20 @@ Symbols as in `lamella.partition.layer`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lamella.config import MoEConfig
+from lamella.config import Activation, MoEConfig
 from lamella.errors import UserError, did_you_mean
 from lamella.moe.balancing import balanced_bias
-from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn
+from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn
 from lamella.moe.routing import gate_scores
 from lamella.moe.slicing import Experts
+from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
 from lamella.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
 from lamella.partition.align import alignment, residual_bias
 from lamella.partition.layer import FFN, LayerSample, Partition, Parts, RouterInit, check_parts, router_logits
@@ -135,8 +137,10 @@ def layer_fields(decision: Decision, axes: Axes) -> dict[str, Any]:
     }
 
 
-def layer_config(decision: Decision, axes: Axes, layer: int = 0) -> MoEConfig:
-    """The config of this layer alone."""
+def layer_config(
+    decision: Decision, axes: Axes, gated: bool = True, activation: Activation = "silu", layer: int = 0
+) -> MoEConfig:
+    """The config of this layer alone; `gated` and `activation` are the dense FFN's."""
     return MoEConfig(
         num_frozen_experts=0,
         moe_intermediate_size=decision.experts_Ef.shape[1],
@@ -145,23 +149,38 @@ def layer_config(decision: Decision, axes: Axes, layer: int = 0) -> MoEConfig:
         gate={"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate],  # type: ignore[arg-type]
         router="linear" if decision.router_up_ED is None else "analytic",
         output_bias=decision.output_bias_D is not None,
+        gated=gated,
+        activation=activation,
         **layer_fields(decision, axes),
     )
 
 
 def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
-    """The converted layer's tensors, gathered from the dense ones (gated FFNs)."""
-    assert ffn.gate_FD is not None
-    down_DF = ffn.down_DF if decision.row_scale_D is None else ffn.down_DF * decision.row_scale_D[:, None]
+    """The converted layer's tensors, gathered from the dense ones."""
     ids_Ef, shared_n = decision.experts_Ef, decision.shared_n
-    experts = Experts(
-        torch.cat([ffn.gate_FD[ids_Ef], ffn.up_FD[ids_Ef]], dim=1), down_DF[:, ids_Ef].transpose(0, 1).contiguous()
-    )
-    shared = SharedExpert(torch.cat([ffn.gate_FD[shared_n], ffn.up_FD[shared_n]]), down_DF[:, shared_n].contiguous())
+    down_DF = ffn.down_DF if decision.row_scale_D is None else ffn.down_DF * decision.row_scale_D[:, None]
+    experts: AnyExperts
+    shared: SharedExpert | TwoMatrixShared
+    down_EDf, down_Dn = down_DF[:, ids_Ef].transpose(0, 1).contiguous(), down_DF[:, shared_n].contiguous()
+    if ffn.gate_FD is not None:
+        experts = Experts(torch.cat([ffn.gate_FD[ids_Ef], ffn.up_FD[ids_Ef]], dim=1), down_EDf)
+        shared = SharedExpert(torch.cat([ffn.gate_FD[shared_n], ffn.up_FD[shared_n]]), down_Dn)
+    else:
+        assert ffn.up_bias_F is not None
+        experts = TwoMatrixExperts(ffn.up_FD[ids_Ef], ffn.up_bias_F[ids_Ef], down_EDf)
+        shared = TwoMatrixShared(ffn.up_FD[shared_n], ffn.up_bias_F[shared_n], down_Dn)
+    none: Any = type(experts)(*(tensor[:0] for tensor in experts))
     return MoEWeights(
-        decision.router_ED, decision.selection_bias_E, Experts(*(t[:0] for t in experts)), experts,
-        decision.router_up_ED, torch.zeros(len(ids_Ef)), shared if len(shared_n) else None, decision.output_bias_D,
+        decision.router_ED, decision.selection_bias_E, none, experts, decision.router_up_ED,
+        torch.zeros(len(ids_Ef)), shared if len(shared_n) else None, decision.output_bias_D,
     )  # fmt: skip
+
+
+def converted_layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], Tensor]:
+    """x [t, D] -> y [t, D] of the layer with its experts."""
+    config = layer_config(decision, axes, ffn.gate_FD is not None, ffn.activation)  # type: ignore[arg-type]
+    weights = layer_weights(ffn, decision)
+    return lambda x_TD: moe_ffn(x_TD, weights, config)[0]
 
 
 def _parts(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Parts:
@@ -191,7 +210,9 @@ def _routed(sample: LayerSample, partition: Partition, router: RouterInit, axes:
         scores_TE = gate_scores(router_logits(scaled, sample.x_TD), gate)  # type: ignore[arg-type]
         chosen = axes.active - len(partition.shared_n) // partition.experts_Ef.shape[1]
         bias_E = balanced_bias(scores_TE, bias_E, chosen, axes.balance)
-    return Decision(partition.shared_n, partition.experts_Ef, weight_ED, bias_E, up_ED)
+    return Decision(
+        partition.shared_n, partition.experts_Ef, weight_ED, bias_E, up_ED, output_bias_D=sample.ffn.down_bias_D
+    )
 
 
 def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
@@ -202,10 +223,10 @@ def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
 
 
 def _corrected(sample: LayerSample, decision: Decision, axes: Axes) -> Decision:
-    config = layer_config(decision, axes)
-    y_TD, _, _ = moe_ffn(sample.x_TD, layer_weights(sample.ffn, decision), config)
-    reference_TD = dense_output(sample)
+    """With what makes up, on average, for the experts that were not chosen."""
+    y_TD, reference_TD = converted_layer(sample.ffn, decision, axes)(sample.x_TD), dense_output(sample)
+    bias_D = torch.zeros(y_TD.shape[1]) if decision.output_bias_D is None else decision.output_bias_D
     if axes.output == "bias":
-        return decision._replace(output_bias_D=residual_bias(reference_TD, y_TD))
-    aligned = alignment(reference_TD, y_TD)
-    return decision._replace(output_bias_D=aligned.bias_D, row_scale_D=aligned.scale_D)
+        return decision._replace(output_bias_D=bias_D + residual_bias(reference_TD, y_TD))
+    scale_D, shift_D = alignment(reference_TD, y_TD)
+    return decision._replace(output_bias_D=scale_D * bias_D + shift_D, row_scale_D=scale_D)

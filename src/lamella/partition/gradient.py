@@ -37,6 +37,9 @@ def gradient_max(sample: LayerSample, parts: Parts, generator: torch.Generator) 
 
 
 def gradient_sharing(sample: LayerSample, parts: Parts, generator: torch.Generator) -> Partition:
+    """With every part active nothing is left to choose, and a neuron in two experts would count twice: as max."""
+    if parts.num_active == parts.num_parts:
+        return gradient_max(sample, parts, generator)
     importance_EF, shared_n, f = _importance_and_shared(sample, parts, generator)
     importance_EF[:, shared_n] = -1.0  # below every importance, and f <= F - n others remain
     return Partition(shared_n, importance_EF.topk(f, dim=1).indices.sort(dim=1).values)

@@ -1,0 +1,102 @@
+"""Method "partition": the neurons of every FFN divided among routed experts and, where asked for, a shared one.
+
+The tensors are gathered from the dense ones by the index lists that `lamella.partition.decide` made for each layer.
+Fewer active neurons than the dense model has; with all of them active the logits are the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.config import MoEConfig
+from lamella.convert.checkpoint import Checkpoint
+from lamella.convert.gather import GatherColumns, GatherElements, GatherRows, Given
+from lamella.convert.layout import FFNLayout, ffn_layout
+from lamella.convert.options import DTYPE_NAMES
+from lamella.convert.pieces import Piece, Runs
+from lamella.convert.plan import OutputTensor, Plan
+from lamella.convert.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
+from lamella.convert.tensors import SourceTensor
+from lamella.errors import UserError
+from lamella.partition.decide import Axes, Decision, layer_config, layer_fields
+
+
+def plan_partition(source: Checkpoint, axes: Axes, decisions: Mapping[int, Decision], dtype: str | None = None) -> Plan:
+    """All tensors and the config of the partitioned model.
+
+    Args:
+        decisions: by layer; layers that are not in it stay dense.
+        dtype: "float32", "bfloat16", "float16", or None for that of the source.
+
+    Raises:
+        UserError: no layer at all is converted.
+    """
+    if not decisions:
+        raise UserError("every layer would stay dense: nothing to convert; raise the guard's budgets, or name layers")
+    layout = ffn_layout(source.config)
+    moe = moe_config(axes, decisions, layout)
+    replaced = {name: layer for layer in decisions for name in layout.names(layer).values()}
+    tensors: list[OutputTensor] = []
+    for name in in_model_order(source):
+        layer = replaced.get(name)
+        if layer is None:
+            tensor = source.tensors[name]
+            tensors.append(OutputTensor(name, _dtype(tensor.dtype, dtype), tensor.shape, Runs.copy(tensor)))
+        elif name == next(iter(layout.names(layer).values())):
+            parts = ffn_parts(source, layout, layer)
+            tensors += _layer(parts, layout.prefix(layer), decisions[layer], moe.for_layer(layer), dtype)
+    return Plan(tensors, sliced_config(source.config, source.family, moe, dtype))
+
+
+def moe_config(axes: Axes, decisions: Mapping[int, Decision], layout: FFNLayout) -> MoEConfig:
+    """The config of the most common layer, and what differs from it."""
+    fields = {layer: layer_fields(decision, axes) for layer, decision in decisions.items()}
+    common: dict[str, Any] = max(fields.values(), key=[*fields.values()].count)
+    any_layer = next(layer for layer, own in fields.items() if own == common)
+    config = layer_config(decisions[any_layer], axes, layout.gate is not None, layout.activation)
+    differing = {
+        layer: {key: value for key, value in own.items() if value != common[key]}
+        for layer, own in fields.items()
+        if own != common
+    }
+    values = config.to_dict() | {"moe_layers": sorted(decisions), "per_layer": differing}
+    return MoEConfig.from_dict(values)
+
+
+def _dtype(stored: str, wanted: str | None) -> str:
+    return stored if wanted is None else DTYPE_NAMES[wanted]
+
+
+def _layer(
+    parts: dict[str, SourceTensor], prefix: str, decision: Decision, moe: MoEConfig, dtype: str | None
+) -> list[OutputTensor]:
+    pieces = {f"experts.trainable_{name}": piece for name, piece in _experts(parts, decision.experts_Ef, decision)}
+    if len(decision.shared_n):
+        pieces |= {f"shared.{name}": piece for name, piece in _experts(parts, decision.shared_n[None], decision)}
+    given = {
+        "router.weight": decision.router_ED,
+        "router.up_weight": decision.router_up_ED,
+        "router.gate_scale": torch.zeros(moe.num_experts),
+        "router.selection_bias": decision.selection_bias_E,
+        "output_bias": decision.output_bias_D,
+    }
+    pieces |= {name: Given(value) for name, value in given.items() if value is not None}
+    return [
+        OutputTensor(
+            prefix + name, "F32" if name in FLOAT32 else _dtype(parts["down"].dtype, dtype), shape, pieces[name]
+        )
+        for name, shape in moe_tensors(parts["up"].width, moe).items()
+    ]
+
+
+def _experts(parts: dict[str, SourceTensor], ids_Ef: Tensor, decision: Decision) -> Iterator[tuple[str, Piece]]:
+    yield "down_proj", GatherColumns(parts["down"], ids_Ef, decision.row_scale_D)
+    if "gate" in parts:
+        yield "gate_up_proj", GatherRows(tuple((parts[m], ids_f) for ids_f in ids_Ef for m in ("gate", "up")))
+    else:
+        yield "up_proj", GatherRows(((parts["up"], ids_Ef.flatten()),))
+        yield "up_bias", GatherElements(parts["up_bias"], ids_Ef)
