@@ -231,7 +231,7 @@ def test_a_weights_file_is_no_model(tmp_path: Path) -> None:
 
 
 BAD_RECIPES = {
-    "method: slices": "unknown method 'slices' .did you mean 'slice'..; known: slice, partition",
+    "method: slices": "unknown method 'slices' .did you mean 'slice'..; known: slice, partition, upcycle",
     "slice: 4": "unknown key 'slice' of method 'slice' .did you mean 'slices'",
     "{method: partition, neuron: random}": "unknown key 'neuron' of method 'partition' .did you mean 'neurons'",
     "{method: partition, calibration: {token: 9}}": "unknown key 'calibration.token'.*did you mean 'num_tokens'",
@@ -258,7 +258,7 @@ def test_bad_recipes(tmp_path: Path, text: str) -> None:
         (["parts=4", "active=2", "shared=2"], "2 shared parts leave no routed one of 2 active parts"),
         (["parts=4", "active=2", "first_dense=3"], "leave none of the model's"),
         (["parts=4", "active=2", "layers=7"], "layers names 7"),
-        (["parts=4", "active=2", "shared=0", "calibration={data: nowhere, sequence_length: 64}"], "nowhere"),
+        (["parts=4", "active=2", "shared=0", "calibration.sequence_length=64"], "has no tokenizer"),
     ],
 )
 def test_partitions_that_do_not_fit_the_model(tmp_path: Path, words: list[str], message: str) -> None:

@@ -14,6 +14,7 @@ from lamella.convert.options import Options, SliceOptions
 from lamella.convert.plan import Plan
 from lamella.convert.sidecars import write_sidecars
 from lamella.convert.slice import plan_slices
+from lamella.convert.upcycle import plan_upcycle
 from lamella.convert.work import Work
 from lamella.convert.write import appearing_folder, check_output, write_tensors
 
@@ -29,6 +30,7 @@ def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
 METHODS: dict[str, Callable[[Checkpoint, Any, Work], Plan]] = {
     "slice": lambda source, options, work: plan_slices(source, options),
     "partition": _plan_partition,
+    "upcycle": lambda source, options, work: plan_upcycle(source, options),
 }
 
 

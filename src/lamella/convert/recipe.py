@@ -24,6 +24,7 @@ from lamella.recipe import parse_yaml, read_recipe_text, set_by_word
 OPTIONS = {
     "slice": ("lamella.convert.options", "SliceOptions"),
     "partition": ("lamella.convert.partition_options", "PartitionOptions"),
+    "upcycle": ("lamella.convert.upcycle", "UpcycleOptions"),
 }
 _OWN_KEYS = ("model", "out", "method")
 

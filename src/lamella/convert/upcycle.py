@@ -1,0 +1,287 @@
+"""Method "upcycle": more parameters. Every FFN is repeated, whole or in shards, and a router learns to tell them apart.
+
+    sparse upcycling   (arXiv 2212.05055)  `experts` whole copies, softmax over all of them, normalised top-k
+    virtual groups     (arXiv 2410.07524)  each copy is cut into `granularity` shards with equal router rows, so that at
+                                           the start a token that chooses one shard of a copy chooses all of it
+    drop-upcycling     (arXiv 2502.19261)  in every copy a share `redraw` of the neurons is drawn anew from the normal
+                                           distribution of the weights that they replace
+    identity           the dense FFN itself is a shared expert, and the copies' down projections are 0
+
+Without `noise` and `redraw` the logits are the dense model's: normalised weights of equal copies add up to 1.
+
+Shapes: D model width, F dense FFN width, C copies, G shards per copy, E = C*G experts (shard g of copy c is expert
+c*G + g), f = F/G neurons per expert, r rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lamella.config import MoEConfig
+from lamella.convert.checkpoint import Checkpoint
+from lamella.convert.gather import Given
+from lamella.convert.layout import FFNLayout, ffn_layout
+from lamella.convert.options import DTYPE_NAMES, parse_layers
+from lamella.convert.pieces import Noise, Piece, Runs, Sink, Values, noise_std
+from lamella.convert.plan import OutputTensor, Plan
+from lamella.convert.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
+from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, spans
+from lamella.errors import UserError, did_you_mean
+from lamella.moe.slicing import check_slices, gaussian_noise, noise_generator
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """How many copies of the FFN, and how they differ; the `recipe` of the manifest."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
+    method: ClassVar[str] = "upcycle"
+
+    experts: int = 8
+    """C: copies of the FFN."""
+    granularity: int = 1
+    """G: shards that each copy is cut into; must divide the FFN's width."""
+    top_k: int = 2
+    """Copies that a token passes; in shards, top_k * granularity experts."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    noise: float = 0.0
+    """Standard deviation of what is added to the copies, in units of the dense matrix's own."""
+    redraw: float = 0.0
+    """Share of each expert's neurons that are drawn anew; 0.5 in the paper."""
+    identity: bool = False
+    """The dense FFN stays as a shared expert, and the copies add 0 at the start."""
+    router_std: float = 0.02
+    """Of the router's rows, which decide among equal copies at the start."""
+    seed: int = 0
+    layers: str = "all"
+    """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""
+    dtype: str | None = None
+    """"float32", "bfloat16" or "float16"; None: that of the source, tensor by tensor."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("gate", ("softmax", "sigmoid")), ("dtype", (*DTYPE_NAMES, None))):
+            value = getattr(self, name)
+            if value not in known:
+                choices = [choice for choice in known if choice]
+                raise UserError(
+                    f"{name} is {value!r}; it must be one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+                )
+        if not 1 <= self.top_k <= self.experts:
+            raise UserError(f"top_k is {self.top_k}; it must be 1 to the {self.experts} copies")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise UserError(f"noise is {self.noise}; it must be 0 or a positive number")
+        if not 0 <= self.redraw <= 1:
+            raise UserError(f"redraw is {self.redraw}; it must be a share from 0 to 1")
+        if not self.router_std > 0:
+            raise UserError(f"router_std is {self.router_std}; equal rows could not tell the copies apart, raise it")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def describe(self, moe: dict[str, Any]) -> str:
+        exact = self.identity or not (self.noise or self.redraw)
+        parity = (
+            "At the start the copies add up to the dense FFN: the logits are the dense model's."
+            if exact
+            else "The copies differ from the dense FFN, and the logits from the dense model's."
+        )
+        return f"""\\
+- Recipe: method `upcycle`, {self.experts} copies of each FFN in {self.granularity} shards, noise {self.noise},
+  redrawn {self.redraw}, seed {self.seed}.
+- {parity}"""
+
+
+def plan_upcycle(source: Checkpoint, options: UpcycleOptions) -> Plan:
+    """All tensors and the config of the upcycled model. UserError where options and model do not fit."""
+    layout = ffn_layout(source.config)
+    moe = moe_config(layout, options)
+    replaced = {name: layer for layer in moe.moe_layers for name in layout.names(layer).values()}
+    tensors: list[OutputTensor] = []
+    for name in in_model_order(source):
+        layer = replaced.get(name)
+        if layer is None:
+            tensor = source.tensors[name]
+            tensors.append(OutputTensor(name, _dtype(tensor, options), tensor.shape, Runs.copy(tensor)))
+        elif name == next(iter(layout.names(layer).values())):
+            tensors += _layer(ffn_parts(source, layout, layer), layout.prefix(layer), moe, options)
+    return Plan(tensors, sliced_config(source.config, source.family, moe, options.dtype))
+
+
+def moe_config(layout: FFNLayout, options: UpcycleOptions) -> MoEConfig:
+    G = options.granularity
+    return MoEConfig(
+        num_frozen_experts=0,
+        num_trainable_experts=options.experts * G,
+        moe_intermediate_size=check_slices(layout.ffn_width, G),
+        num_experts_per_tok=options.top_k * G,
+        moe_layers=parse_layers(options.layers, layout.num_layers),
+        routing="flat",
+        gate=options.gate,
+        route_scale=float(G),
+        shared_intermediate_size=layout.ffn_width if options.identity else 0,
+        output_bias=layout.down_bias is not None,
+        gated=layout.gate is not None,
+        activation=layout.activation,
+    )
+
+
+def _dtype(tensor: SourceTensor, options: UpcycleOptions) -> str:
+    return tensor.dtype if options.dtype is None else DTYPE_NAMES[options.dtype]
+
+
+def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options: UpcycleOptions) -> list[OutputTensor]:
+    up, down = parts["up"], parts["down"]
+    copies = Copies(options, up.name, moe.moe_intermediate_size)
+    pieces: dict[str, Piece] = {
+        "experts.trainable_down_proj": (
+            Values((0.0,), moe.num_experts * down.shape[0] * copies.width)
+            if options.identity
+            else CopiedColumns(down, copies)
+        ),
+        "router.weight": Given(_router_rows(up.name, up.width, options)),
+        "router.selection_bias": Values((0.0,), moe.num_experts),
+    }
+    if "gate" in parts:
+        pieces["experts.trainable_gate_up_proj"] = CopiedRows((parts["gate"], up), copies)
+        pieces["shared.gate_up_proj"] = Runs(Runs.copy(parts["gate"]).runs + Runs.copy(up).runs)
+    else:
+        pieces["experts.trainable_up_proj"] = CopiedRows((up,), copies)
+        pieces["experts.trainable_up_bias"] = RepeatedVector(parts["up_bias"], options.experts)
+        pieces["shared.up_proj"], pieces["shared.up_bias"] = Runs.copy(up), Runs.copy(parts["up_bias"])
+        pieces["output_bias"] = Runs.copy(parts["down_bias"])
+    pieces["shared.down_proj"] = Runs.copy(down)
+    return [
+        OutputTensor(prefix + name, "F32" if name in FLOAT32 else _dtype(down, options), shape, pieces[name])
+        for name, shape in moe_tensors(up.width, moe).items()
+    ]
+
+
+def _router_rows(name: str, width: int, options: UpcycleOptions) -> Tensor:
+    """[E, D]: a random row per copy, the same for all its shards."""
+    rows_CD = torch.randn(options.experts, width, generator=noise_generator(f"{name}@router", options.seed))
+    return (rows_CD * options.router_std).repeat_interleave(options.granularity, dim=0)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which neurons of which expert are drawn anew, and with what noise."""
+
+    options: UpcycleOptions
+    layer: str
+    """Names the layer in the random numbers."""
+    width: int
+    """f"""
+
+    @property
+    def count(self) -> int:
+        """E"""
+        return self.options.experts * self.options.granularity
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(self.options.noise, self.options.seed)
+
+    def first_neuron(self, expert: int) -> int:
+        return expert % self.options.granularity * self.width
+
+    def redrawn(self, expert: int) -> Tensor:
+        """bool [f]"""
+        generator = noise_generator(f"{self.layer}@{expert}", self.options.seed)
+        chosen = torch.randperm(self.width, generator=generator)[: round(self.options.redraw * self.width)]
+        return torch.zeros(self.width, dtype=torch.bool).index_fill_(0, chosen, True)
+
+    def changed(
+        self, block: Tensor, name: str, expert: int, start: int, std: float, fresh: Tensor, moments: tuple[float, float]
+    ) -> Tensor:
+        """A block of an expert's weights with noise, and new values where `fresh`; `start`: its place in the matrix."""
+        if not std and not fresh.any():
+            return block
+        normal = gaussian_noise(f"{name}@{expert}", self.options.seed, start, block.numel()).view_as(block)
+        mean, spread = moments
+        return torch.where(fresh, normal * spread + mean, block.float() + normal * std)
+
+
+@dataclass(frozen=True)
+class CopiedRows:
+    """[F, D] matrices -> [E, m f, D]: for every expert, its rows of each of the m matrices."""
+
+    matrices: tuple[SourceTensor, ...]
+    copies: Copies
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        std = {matrix.name: noise_std(matrix, self.copies.noise) for matrix in self.matrices}
+        for expert in range(self.copies.count):
+            fresh_f = self.copies.redrawn(expert)
+            for matrix in self.matrices:
+                moments = _moments(self._blocks(matrix, expert), fresh_f, by_row=True)
+                for rows, block_rD in self._blocks(matrix, expert):
+                    changed = self.copies.changed(
+                        block_rD, matrix.name, expert, rows.start * matrix.width, std[matrix.name],
+                        fresh_f[rows, None], moments,
+                    )  # fmt: skip
+                    sink.append(changed.to(dtype))
+
+    def _blocks(self, matrix: SourceTensor, expert: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the expert, [r, D])"""
+        D, first = matrix.width, self.copies.first_neuron(expert)
+        for row, count in spans(0, self.copies.width, max(1, CHUNK_ELEMENTS // D)):
+            yield slice(row, row + count), matrix.read((first + row) * D, count * D).view(count, D)
+
+
+@dataclass(frozen=True)
+class CopiedColumns:
+    """[D, F] -> [E, D, f]: for every expert, its columns."""
+
+    source: SourceTensor
+    copies: Copies
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        std, f, D = noise_std(self.source, self.copies.noise), self.copies.width, self.source.shape[0]
+        for expert in range(self.copies.count):
+            fresh_f = self.copies.redrawn(expert)
+            moments = _moments(self._blocks(expert), fresh_f, by_row=False)
+            for rows, block_rf in self._blocks(expert):
+                changed = self.copies.changed(block_rf, self.source.name, expert, rows.start * f, std, fresh_f, moments)
+                sink.place((expert * D + rows.start) * f, changed.to(dtype))
+
+    def _blocks(self, expert: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, [r, f])"""
+        D, F = self.source.shape
+        first = self.copies.first_neuron(expert)
+        for row, rows in spans(0, D, max(1, CHUNK_ELEMENTS // F)):
+            block_rF = self.source.read(row * F, rows * F).view(rows, F)
+            yield slice(row, row + rows), block_rF[:, first : first + self.copies.width].contiguous()
+
+
+@dataclass(frozen=True)
+class RepeatedVector:
+    """[F] -> C copies of it: of its shards, one after another."""
+
+    source: SourceTensor
+    copies: int
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        vector = self.source.read(0, self.source.numel).to(dtype)
+        for _ in range(self.copies):
+            sink.append(vector)
+
+
+def _moments(blocks: Iterable[tuple[slice, Tensor]], fresh_f: Tensor, by_row: bool) -> tuple[float, float]:
+    """(mean, standard deviation) of what is drawn anew; (0, 0) where nothing is, without a read."""
+    if not fresh_f.any():
+        return 0.0, 0.0
+    count, total, squares = 0, 0.0, 0.0
+    for rows, block in blocks:
+        values = (block[fresh_f[rows]] if by_row else block[:, fresh_f]).double()
+        count += values.numel()
+        total += values.sum().item()
+        squares += values.square().sum().item()
+    mean = total / count
+    return mean, math.sqrt(max(0.0, squares / count - mean**2))
