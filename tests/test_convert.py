@@ -11,7 +11,7 @@ import pytest
 import torch
 import xxhash
 from safetensors import safe_open
-from tiny_models import CONFIGS, LLAMA3_ROPE, tiny_checkpoint
+from tiny_models import CONFIGS, LLAMA3_ROPE, dense_ffn, moe_prefix, sliced_by_hand, tiny_checkpoint
 
 from lamella.config import DENSE_BIAS
 from lamella.convert import SliceOptions, convert, plan_conversion
@@ -19,7 +19,7 @@ from lamella.convert.options import parse_layers
 from lamella.errors import UserError
 from lamella.export.dense import to_dense
 from lamella.models.hf import load
-from lamella.moe.slicing import gaussian_noise, slice_ffn
+from lamella.moe.slicing import gaussian_noise
 
 # Logits of the tiny models reach about 4. Slicing only reorders sums of at most 48 terms per FFN in each of 3 layers:
 # a few float32 roundings (4 * 2**-23 = 5e-7) at every step, which the norms and the head may add up.
@@ -49,16 +49,19 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     assert [name for name in a if not bits_equal(a[name], b[name])] == []
 
 
-def assert_sliced(dense: dict[str, torch.Tensor], moe: dict[str, torch.Tensor], layer: int, slices: int) -> None:
-    prefix = f"model.layers.{layer}.mlp."
-    expected = slice_ffn(*(dense[f"{prefix}{part}.weight"] for part in FFN), slices)
-    assert bits_equal(moe[f"{prefix}experts.frozen_gate_up_proj"], expected.gate_up_proj)
-    assert bits_equal(moe[f"{prefix}experts.frozen_down_proj"], expected.down_proj)
-    for part in ("gate_up", "down"):
-        frozen, copy = (moe[f"{prefix}experts.{kind}_{part}_proj"] for kind in ("frozen", "trainable"))
+def assert_sliced(
+    dense: dict[str, torch.Tensor], moe: dict[str, torch.Tensor], layer: int, slices: int, family: str = "llama"
+) -> None:
+    prefix, ffn = moe_prefix(family, layer), dense_ffn(dense, family, layer)
+    for name, expected in sliced_by_hand(ffn, family, slices).items():
+        frozen, copy = (moe[f"{prefix}experts.{kind}_{name}"] for kind in ("frozen", "trainable"))
+        assert bits_equal(frozen, expected)
         assert copy.dtype == frozen.dtype
         assert copy.shape == frozen.shape
         assert not torch.equal(copy, frozen)
+    output_bias = [tensor for name, tensor in ffn.items() if name.endswith(("fc2.bias", "c_proj.bias"))]
+    assert [name for name in moe if name == f"{prefix}output_bias"] == [f"{prefix}output_bias"] * len(output_bias)
+    assert all(bits_equal(moe[f"{prefix}output_bias"], tensor) for tensor in output_bias)
 
 
 @pytest.fixture
@@ -81,11 +84,13 @@ def test_every_family(family: str, sharded: bool, dtype: torch.dtype, tmp_path: 
     dense = tiny_checkpoint(tmp_path / "dense", family, sharded, dtype)
     report = convert(dense, tmp_path / "moe", SliceOptions(slices=4))
     source, moe = read_all(dense), read_all(tmp_path / "moe")
+    rest = set(source)
     for layer in range(3):
-        assert_sliced(source, moe, layer, 4)
-        assert not moe[f"model.layers.{layer}.mlp.router.weight"].any()
-        assert bits_equal(moe[f"model.layers.{layer}.mlp.router.selection_bias"], torch.full((4,), DENSE_BIAS))
-    rest = [name for name in source if ".mlp." not in name]
+        assert_sliced(source, moe, layer, 4, family)
+        assert not moe[f"{moe_prefix(family, layer)}router.weight"].any()
+        assert bits_equal(moe[f"{moe_prefix(family, layer)}router.selection_bias"], torch.full((4,), DENSE_BIAS))
+        rest -= set(dense_ffn(source, family, layer))
+    assert len(rest) > 3 * 4
     assert all(bits_equal(source[name], moe[name]) for name in rest)
     assert report.bytes_written == sum(t.nbytes for t in moe.values())
 
@@ -108,6 +113,12 @@ VARIANTS = {
     "own head_dim": ("mistral", {"head_dim": 16}),
     "sliding window": ("mistral", {"sliding_window": 8}),
     "all heads": ("llama", {"num_key_value_heads": 4}),
+    "gpt2 tied, gelu": ("gpt2", {"tie_word_embeddings": True, "activation_function": "gelu"}),
+    "gpt2, other attention": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "opt tied, gelu": ("opt", {"tie_word_embeddings": True, "activation_function": "gelu"}),
+    "opt-350m": ("opt", {"tie_word_embeddings": True, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt, narrow embedding": ("opt", {"word_embed_proj_dim": 16}),
+    "opt, old": ("opt", {"_remove_final_layer_norm": True}),
 }
 
 
@@ -125,7 +136,7 @@ def test_variants_are_carried(variant: str, tmp_path: Path, tokens: torch.Tensor
         "architectures": 0,
         "model_type": 0,
     }
-    assert ("lm_head.weight" in read_all(tmp_path / "moe")) is not dense_config["tie_word_embeddings"]
+    assert ("lm_head.weight" in read_all(tmp_path / "moe")) is not dense_config.get("tie_word_embeddings", True)
 
 
 def test_older_config_with_rope_scaling(tmp_path: Path, tokens: torch.Tensor) -> None:

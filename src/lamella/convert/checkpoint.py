@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 from lamella.convert.families import Family, Shapes, dense_tensors, family_of, may_be_stored
 from lamella.convert.tensors import DTYPES, SourceTensor, read_header
+from lamella.convert.two_matrix import full_names
 from lamella.embedded import embedded_model
 from lamella.errors import UserError
 
@@ -68,7 +70,8 @@ class Checkpoint:
     def _from_folder(cls, folder: Path, name: str, licence: str | None = None) -> Checkpoint:
         config = read_config(folder)
         family = family_of(config)
-        tensors = read_folder(folder)
+        found = full_names(read_folder(folder), dense_tensors(config, family), family.name)
+        tensors = {name: dataclasses.replace(tensor, name=name) for name, tensor in found.items()}
         check_dense(tensors, config, family, name)
         return cls(
             name, family, config, tensors, licence or card_licence(folder), lambda out: copy_sidecars(folder, out)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lamella.convert.checkpoint import Checkpoint, check_dense, read_config
 from lamella.convert.families import family_of
 from lamella.convert.tensors import SourceTensor, read_bytes
+from lamella.convert.two_matrix import PREFIXES
 from lamella.errors import UserError
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -67,6 +68,8 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(f"no such model: {path} does not exist")
     reader = _reader(path)
     architecture = _text(reader, "general.architecture")
+    if architecture in PREFIXES:
+        raise UserError(f"{path.name} is {architecture}, which is not read from GGUF; convert the model's safetensors")
     _refuse_rope_scaling(reader, path, architecture)
     with tempfile.TemporaryDirectory() as folder:
         _save_config(path, Path(folder), reader, architecture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lamella.config import Activation
 from lamella.convert.two_matrix import activation_of, gpt2_ffn_width
 
 SLICED_PREFIX = "lamella_"
@@ -24,8 +25,7 @@ class FFNLayout:
     down_bias: str | None
     transposed: bool
     """Matrices are stored [in, out]; else [out, in]."""
-    activation: str
-    """transformers' name, one of lamella.config.Activation."""
+    activation: Activation
     hidden_size: int
     """D"""
     ffn_width: int

@@ -11,42 +11,50 @@ from typing import Any
 
 from lamella.config import DENSE_BIAS, MoEConfig
 from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.families import SLICED_PREFIX, Family, Shapes, dense_tensors, ffn_tensors
+from lamella.convert.families import SLICED_PREFIX, Family, Shapes, dense_tensors, ffn_layout
+from lamella.convert.layout import FFNLayout
 from lamella.convert.options import DTYPE_NAMES, SliceOptions, parse_layers
 from lamella.convert.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
 from lamella.convert.plan import OutputTensor, Plan
 from lamella.convert.tensors import SourceTensor
+from lamella.convert.transposed import transposed
 from lamella.errors import UserError
 from lamella.moe.slicing import check_slices
+from lamella.moe.two_matrix import expert_shapes
 
 REMOTE_CODE = "modeling_lamella"
+FLOAT32 = ("router.selection_bias",)  # whatever the dtype of the weights
 
 
 def plan_slices(source: Checkpoint, options: SliceOptions) -> Plan:
     """All tensors and the config of the sliced model. UserError where options and model do not fit."""
-    moe = moe_config(source.config, options)
+    moe, layout = moe_config(source.config, options), ffn_layout(source.config)
     tensors: list[OutputTensor] = []
-    converted = {f"{ffn_prefix(layer)}{name}": layer for layer in moe.moe_layers for name in ffn_tensors(source.config)}
+    replaced = {name: layer for layer in moe.moe_layers for name in layout.names(layer).values()}
     for name in in_model_order(source):
-        layer = converted.get(name)
+        layer = replaced.get(name)
         if layer is None:
             tensors.append(_copied(source.tensors[name], options))
-        elif name.endswith("gate_proj.weight"):  # the first of the layer's three
-            tensors += _sliced_layer(source, ffn_prefix(layer), moe, options)
+        elif name == next(iter(layout.names(layer).values())):
+            tensors += _sliced_layer(ffn_parts(source, layout, layer), layout.prefix(layer), moe, options)
     return Plan(tensors, sliced_config(source.config, source.family, moe, options.dtype))
 
 
 def moe_config(dense: dict[str, Any], options: SliceOptions) -> MoEConfig:
     top_k = options.slices if options.top_k is None else options.top_k
+    layout = ffn_layout(dense)
     return MoEConfig(
         num_frozen_experts=options.slices,
         num_trainable_experts=options.slices,
-        moe_intermediate_size=check_slices(dense["intermediate_size"], options.slices),
+        moe_intermediate_size=check_slices(layout.ffn_width, options.slices),
         num_experts_per_tok=top_k,
-        moe_layers=parse_layers(options.layers, dense["num_hidden_layers"]),
+        moe_layers=parse_layers(options.layers, layout.num_layers),
         routing=options.routing,
         gate=options.gate,
         route_scale=float(top_k),
+        output_bias=layout.down_bias is not None,
+        gated=layout.gate is not None,
+        activation=layout.activation,
     )
 
 
@@ -67,6 +75,7 @@ def sliced_config(dense: dict[str, Any], family: Family, moe: MoEConfig, dtype: 
 
 
 def ffn_prefix(layer: int) -> str:
+    """Of a Llama-like layer's FFN; `lamella.convert.layout` knows every family's."""
     return f"model.layers.{layer}.mlp."
 
 
@@ -77,13 +86,32 @@ def in_model_order(source: Checkpoint) -> Iterator[str]:
     yield from (name for name in source.tensors if name not in expected)
 
 
+def ffn_parts(source: Checkpoint, layout: FFNLayout, layer: int) -> dict[str, SourceTensor]:
+    """A layer's dense FFN by the parts of `FFNLayout.names`, matrices as [out, in] however they are stored."""
+    parts = {part: source.tensors[name] for part, name in layout.names(layer).items()}
+    if layout.transposed:
+        parts |= {part: transposed(parts[part]) for part in ("up", "down")}
+    return parts
+
+
 def moe_tensors(D: int, moe: MoEConfig) -> Shapes:
-    """Names and shapes within one converted layer's `mlp`."""
-    f = moe.moe_intermediate_size
-    experts: Shapes = {}
+    """Names and shapes within one converted layer, in the place of its FFN; `moe` is that layer's config."""
+    n, R = moe.shared_intermediate_size, moe.num_router_rows
+    shapes: Shapes = {}
     for kind, E in (("frozen", moe.num_frozen_experts), ("trainable", moe.num_trainable_experts)):
-        experts |= {f"experts.{kind}_gate_up_proj": (E, 2 * f, D), f"experts.{kind}_down_proj": (E, D, f)}
-    return experts | {"router.weight": (moe.num_router_rows, D), "router.selection_bias": (moe.num_router_rows,)}
+        if E:
+            packed = expert_shapes(D, moe.moe_intermediate_size, moe.gated)
+            shapes |= {f"experts.{kind}_{name}": (E, *shape) for name, shape in packed.items()}
+    if n:
+        shapes |= {f"shared.{name}": shape for name, shape in expert_shapes(D, n, moe.gated).items()}
+    shapes |= {"router.weight": (R, D), "router.selection_bias": (R,)}
+    if moe.router == "analytic":
+        shapes["router.up_weight"] = (R, D)
+    if moe.gate == "unit":
+        shapes["router.gate_scale"] = (R,)
+    if moe.output_bias:
+        shapes["output_bias"] = (D,)
+    return shapes
 
 
 def _copied(tensor: SourceTensor, options: SliceOptions) -> OutputTensor:
@@ -94,29 +122,43 @@ def _dtype(tensor: SourceTensor, options: SliceOptions) -> str:
     return tensor.dtype if options.dtype is None else DTYPE_NAMES[options.dtype]
 
 
-def _sliced_layer(source: Checkpoint, prefix: str, moe: MoEConfig, options: SliceOptions) -> list[OutputTensor]:
-    gate, up, down = (source.tensors[f"{prefix}{part}_proj.weight"] for part in ("gate", "up", "down"))
+def _sliced_layer(
+    parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options: SliceOptions
+) -> list[OutputTensor]:
+    gate, up = parts.get("gate", parts["up"]), parts["up"]
     if gate.dtype != up.dtype and options.dtype is None:
         raise UserError(f"{gate.name} is {gate.dtype} but {up.name} is {up.dtype}; choose one for all with --dtype")
-    noise = Noise(options.noise, options.seed)
-    pieces: dict[str, Piece] = {
-        "experts.frozen_gate_up_proj": Runs(_gate_up_runs(gate, up, moe)),
-        "experts.frozen_down_proj": SplitColumns(down, options.slices),
-        "experts.trainable_gate_up_proj": Runs(_gate_up_runs(gate, up, moe), noise),
-        "experts.trainable_down_proj": SplitColumns(down, options.slices, noise),
-        "router.weight": Values((0.0,), moe.num_router_rows * gate.width),
-        "router.selection_bias": Values(selection_bias(moe)),
-    }
-    dtypes = {name: _dtype(down if "down" in name else gate, options) for name in pieces} | {
-        "router.selection_bias": "F32"
-    }
-    shapes = moe_tensors(gate.width, moe)
-    return [OutputTensor(prefix + name, dtypes[name], shapes[name], piece) for name, piece in pieces.items()]
+    made: dict[str, tuple[SourceTensor, Piece]] = {}  # (whose dtype it has, how it is made)
+    for kind, noise in (("frozen", None), ("trainable", Noise(options.noise, options.seed))):
+        made |= {f"experts.{kind}_{name}": how for name, how in _experts(parts, options.slices, noise).items()}
+    made["router.weight"] = (up, Values((0.0,), moe.num_router_rows * up.width))
+    made["router.selection_bias"] = (up, Values(selection_bias(moe)))
+    if moe.output_bias:
+        made["output_bias"] = (parts["down_bias"], Runs.copy(parts["down_bias"]))
+    shapes = moe_tensors(up.width, moe)
+    return [
+        OutputTensor(prefix + name, "F32" if name in FLOAT32 else _dtype(like, options), shapes[name], piece)
+        for name, (like, piece) in made.items()
+    ]
 
 
-def _gate_up_runs(gate: SourceTensor, up: SourceTensor, moe: MoEConfig) -> tuple[Run, ...]:
-    count = moe.moe_intermediate_size * gate.width
-    return tuple(Run(matrix, i * count, count) for i in range(moe.num_frozen_experts) for matrix in (gate, up))
+def _experts(parts: dict[str, SourceTensor], slices: int, noise: Noise | None) -> dict[str, tuple[SourceTensor, Piece]]:
+    """The packed tensors of the slices, or with noise of their copies."""
+    up, down = parts["up"], parts["down"]
+    split = {"down_proj": (down, SplitColumns(down, slices, noise))}
+    if "gate" in parts:
+        return {"gate_up_proj": (up, Runs(_gate_up_runs(parts["gate"], up, slices), noise)), **split}
+    bias = parts["up_bias"]
+    return {"up_proj": (up, _whole(up, noise)), "up_bias": (bias, _whole(bias, noise)), **split}
+
+
+def _whole(source: SourceTensor, noise: Noise | None) -> Runs:
+    return Runs((Run(source, 0, source.numel),), noise)
+
+
+def _gate_up_runs(gate: SourceTensor, up: SourceTensor, slices: int) -> tuple[Run, ...]:
+    count = gate.numel // slices
+    return tuple(Run(matrix, i * count, count) for i in range(slices) for matrix in (gate, up))
 
 
 def selection_bias(moe: MoEConfig) -> tuple[float, ...]:

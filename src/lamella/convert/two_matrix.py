@@ -20,7 +20,7 @@ T = TypeVar("T")
 # Names of the tensors begin so in transformers; files saved from the bare decoder lack it.
 PREFIXES = {"gpt2": "transformer.", "opt": "model."}
 # Causal masks that old files of GPT-2 hold; transformers computes them.
-_MASKS = (".attn.bias", ".attn.masked_bias")
+MASKS = (".attn.bias", ".attn.masked_bias")
 _OPT_OFFSET = 2  # its position table begins with rows that no token uses
 
 
@@ -31,17 +31,17 @@ def check_two_matrix(config: dict[str, Any]) -> None:
     for key in ("enable_bias", "layer_norm_elementwise_affine"):
         if not config.get(key, True):
             raise UserError(f"{key} is false (as in Galactica); only OPT models with biases can be sliced")
-    activation = activation_of(config)
-    if activation not in get_args(Activation):
-        known = ", ".join(get_args(Activation))
+    activation_of(config)
+
+
+def activation_of(config: dict[str, Any]) -> Activation:
+    """What the FFN computes; UserError for what the experts do not."""
+    name, known = config.get("activation_function", "gelu_new" if "n_embd" in config else "relu"), get_args(Activation)
+    if name not in known:
         raise UserError(
-            f"activation_function is {activation!r}{did_you_mean(activation, get_args(Activation))}; known: {known}"
+            f"activation_function is {name!r}{did_you_mean(str(name), known)}; it must be one of {', '.join(known)}"
         )
-
-
-def activation_of(config: dict[str, Any]) -> str:
-    default = "gelu_new" if "n_embd" in config else "relu"
-    return str(config.get("activation_function", default))
+    return name
 
 
 def gpt2_ffn_width(config: dict[str, Any]) -> int:
@@ -88,7 +88,7 @@ def full_names(tensors: Mapping[str, T], expected: Shapes, family: str) -> dict[
     prefix = PREFIXES.get(family, "")
     renamed = {}
     for name, tensor in tensors.items():
-        if family == "gpt2" and name.endswith(_MASKS):
+        if family == "gpt2" and name.endswith(MASKS):
             continue
         full = prefix + name
         renamed[full if full in expected and full not in tensors else name] = tensor

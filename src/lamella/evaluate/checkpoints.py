@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamella.convert.families import FAMILIES, SLICED_PREFIX, ffn_layout
 from lamella.embedded import embedded_model
 from lamella.errors import UserError, did_you_mean
 from lamella.models.hf import load
@@ -88,12 +89,24 @@ def is_sliced(model: PreTrainedModel) -> bool:
 
 def check_same_text_interface(dense: PreTrainedModel, moe: PreTrainedModel) -> None:
     """UserError unless both are of one shape, as a dense model and its conversion are."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-        ours, theirs = getattr(moe.config, name), getattr(dense.config, name)
-        if ours != theirs:
+    sizes = [
+        {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        | {"the FFN's width": ffn_width(model)}
+        for model in (dense, moe)
+    ]
+    for name, theirs in sizes[0].items():
+        if (ours := sizes[1][name]) != theirs:
             raise UserError(
                 f"{name} is {ours} in the MoE and {theirs} in the dense model; compare it with the model it was made of"
             )
+
+
+def ffn_width(model: PreTrainedModel) -> int:
+    """F of a dense model or of the one that a conversion was made of; UserError for another family."""
+    config = model.config.to_dict()
+    if config["model_type"].removeprefix(SLICED_PREFIX) not in FAMILIES:
+        raise UserError(f"{config['model_type']!r} is no family that can be converted; those are {', '.join(FAMILIES)}")
+    return ffn_layout(config).ffn_width
 
 
 def check_json_path(path: Path | None) -> None:

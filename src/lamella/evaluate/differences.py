@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lamella.convert.layout import ffn_layout
+from lamella.models.hf_blocks import decoder_layers, ffn_modules, replace_ffn
+from lamella.partition.layer import FFN
 
 
 @dataclass
@@ -89,32 +94,49 @@ def greedy(model: Any, prompt_L: Tensor, count: int) -> tuple[list[int], Tensor]
 
 
 class ReorderedFFN(nn.Module):
-    """A gated FFN summed over `slices` groups of its neurons, drawn at random: the same function."""
+    """An FFN summed over `slices` groups of its neurons, drawn at random: the same function."""
 
-    def __init__(self, dense: Any, slices: int, generator: torch.Generator):
+    def __init__(self, dense: FFN, slices: int, generator: torch.Generator):
         super().__init__()
         self.dense = dense
-        order_F = torch.randperm(dense.gate_proj.weight.shape[0], generator=generator)
-        self.groups = order_F.to(dense.gate_proj.weight.device).chunk(slices)
+        order_F = torch.randperm(len(dense.up_FD), generator=generator)
+        self.groups = order_F.to(dense.up_FD.device).chunk(slices)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_FD, up_FD, down_DF = (getattr(self.dense, f"{name}_proj").weight for name in ("gate", "up", "down"))
-        parts = (F.linear(F.silu(F.linear(x, gate_FD[g])) * F.linear(x, up_FD[g]), down_DF[:, g]) for g in self.groups)
-        return sum(parts, torch.zeros_like(x))
+        total = sum((_group(self.dense, g, x) for g in self.groups), torch.zeros_like(x))
+        return total if self.dense.down_bias_D is None else total + self.dense.down_bias_D
+
+
+def _group(ffn: FFN, neurons: Tensor, x: Tensor) -> Tensor:
+    up_fD, down_Df = ffn.up_FD[neurons], ffn.down_DF[:, neurons]
+    up = F.linear(x, up_fD, None if ffn.up_bias_F is None else ffn.up_bias_F[neurons])
+    act = ACT2FN[ffn.activation]  # the dense model's own: others round otherwise in bf16
+    hidden = act(up) if ffn.gate_FD is None else act(F.linear(x, ffn.gate_FD[neurons])) * up
+    return F.linear(hidden, down_Df)
 
 
 @contextmanager
 def reordered_ffns(model: Any, slices: int, layers: Iterable[int], seed: int) -> Iterator[None]:
     """Inside, the FFNs of these layers of a dense model are summed in another order; weights are shared, not copied."""
     generator = torch.Generator().manual_seed(seed)
-    kept = {i: model.model.layers[i].mlp for i in layers}
+    kept = {i: ffn_modules(decoder_layers(model)[i]) for i in layers}
     try:
-        for i, mlp in kept.items():
-            model.model.layers[i].mlp = ReorderedFFN(mlp, slices, generator)
+        for i in kept:
+            replace_ffn(decoder_layers(model)[i], ReorderedFFN(_dense_ffn(model, i), slices, generator))
         yield
     finally:
-        for i, mlp in kept.items():
-            model.model.layers[i].mlp = mlp
+        for i, modules in kept.items():
+            for name, module in modules.items():
+                setattr(decoder_layers(model)[i], name, module)
+
+
+def _dense_ffn(model: Any, layer: int) -> FFN:
+    layout = ffn_layout(model.config.to_dict())
+    parts = {part: model.get_parameter(name).detach() for part, name in layout.names(layer).items()}
+    if layout.transposed:
+        parts |= {part: parts[part].T for part in ("up", "down")}
+    biases = (parts.get("up_bias"), parts.get("down_bias"))
+    return FFN(parts.get("gate"), parts["up"], parts["down"], *biases, layout.activation)
 
 
 def compare_reordered(

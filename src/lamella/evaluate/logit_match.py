@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, model_path, open_checkpoint
+from lamella.evaluate.checkpoints import check_same_text_interface, ffn_width, is_sliced, model_path, open_checkpoint
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
@@ -162,7 +162,7 @@ def _dtype_checks(
     floor = max(floors, key=lambda f: f.max_abs)
     yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
     if dtype == "float32":
-        bounds = fp32_bounds(dense.config.intermediate_size, len(config.moe_layers), floor.max_logit)
+        bounds = fp32_bounds(ffn_width(dense), len(config.moe_layers), floor.max_logit)
     else:
         bounds = floor_bounds(floors)
     on_step(f"{dtype}: greedy tokens of the dense model")

@@ -76,7 +76,8 @@ def copies_without_noise(model: Any) -> Iterator[None]:
 
 
 def _set_trainable(experts: Any, tensors: Any) -> None:
-    experts.trainable_gate_up_proj, experts.trainable_down_proj = tensors
+    for name, tensor in zip(tensors._fields, tensors, strict=True):
+        setattr(experts, f"trainable_{name}", tensor)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The trainable experts, the routers and their biases are left out; whatever else 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from lamella.config import MoEConfig
 from lamella.convert.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
 from lamella.convert.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of, may_be_stored
+from lamella.convert.layout import FFNLayout, ffn_layout
 from lamella.convert.pieces import JoinColumns, Piece, Run, Runs
 from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.slice import ffn_prefix, moe_tensors
+from lamella.convert.slice import moe_tensors
 from lamella.convert.tensors import SourceTensor
+from lamella.convert.transposed import matrices, transposed
 from lamella.convert.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.errors import UserError
 
@@ -66,11 +69,12 @@ def sliced_family(config: dict[str, Any]) -> Family:
 def sliced_tensors(config: dict[str, Any]) -> Shapes:
     """Every tensor that a converted checkpoint with this config must hold, with its shape."""
     dense, moe = dense_config(config), MoEConfig.from_dict(config["moe"])
-    shapes = dense_tensors(dense, family_of(dense))
+    shapes, layout = dense_tensors(dense, family_of(dense)), ffn_layout(dense)
     for layer in moe.moe_layers:
-        prefix = ffn_prefix(layer)
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
-        shapes |= {prefix + name: shape for name, shape in moe_tensors(dense["hidden_size"], moe).items()}
+        for name in layout.names(layer).values():
+            del shapes[name]
+        own = moe_tensors(layout.hidden_size, moe.for_layer(layer))
+        shapes |= {layout.prefix(layer) + name: shape for name, shape in own.items()}
     return shapes
 
 
@@ -90,26 +94,53 @@ def dense_tensors_of(folder: Path, sources: dict[str, SourceTensor] | None = Non
 def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
     """Tensors and config of the dense model within a converted one, whose tensors have been checked."""
     dense, moe = dense_config(config), MoEConfig.from_dict(config["moe"])
-    joined = {ffn_prefix(layer): joined_ffn(ffn_prefix(layer), sources) for layer in moe.moe_layers}
+    if not moe.num_frozen_experts:
+        raise UserError("this model has no frozen slices, so no dense FFN lies in it; give the model it was made of")
+    layout = ffn_layout(dense)
+    joined = {name: how for layer in moe.moe_layers for name, how in joined_ffn(layout, layer, sources).items()}
     shapes = dense_tensors(dense, family_of(dense))
     tensors = []
     for name, shape in shapes.items():
-        prefix = name[: name.find("mlp.") + 4] if ".mlp." in name else ""
-        source, piece = joined[prefix][name] if prefix in joined else (sources[name], Runs.copy(sources[name]))
+        source, piece = joined[name] if name in joined else (sources[name], Runs.copy(sources[name]))
         tensors.append(OutputTensor(name, source.dtype, shape, piece))
     stored = [name for name in sources if name not in shapes and may_be_stored(name, dense)]
     tensors += [OutputTensor(n, sources[n].dtype, sources[n].shape, Runs.copy(sources[n])) for n in stored]
     return Plan(tensors, dense)
 
 
-def joined_ffn(prefix: str, sources: dict[str, SourceTensor]) -> dict[str, tuple[SourceTensor, Piece]]:
-    """dense name -> (the packed tensor it comes from, how) for one layer's three matrices."""
-    gate_up, down = (sources[f"{prefix}experts.frozen_{part}_proj"] for part in ("gate_up", "down"))
+def joined_ffn(
+    layout: FFNLayout, layer: int, sources: dict[str, SourceTensor]
+) -> dict[str, tuple[SourceTensor, Piece]]:
+    """dense name -> (the packed tensor it comes from, how) for one layer's FFN."""
+    prefix, names = layout.prefix(layer), layout.names(layer)
+    down = sources[f"{prefix}experts.frozen_down_proj"]
+    if layout.gate is not None:
+        gate_up = sources[f"{prefix}experts.frozen_gate_up_proj"]
+        return {
+            names["gate"]: (gate_up, Runs(_half_runs(gate_up, 0))),
+            names["up"]: (gate_up, Runs(_half_runs(gate_up, 1))),
+            names["down"]: (down, JoinColumns(down)),
+        }
+    up, up_bias = (sources[f"{prefix}experts.frozen_{part}"] for part in ("up_proj", "up_bias"))
+    down_bias = sources[f"{prefix}output_bias"]
     return {
-        f"{prefix}gate_proj.weight": (gate_up, Runs(_half_runs(gate_up, 0))),
-        f"{prefix}up_proj.weight": (gate_up, Runs(_half_runs(gate_up, 1))),
-        f"{prefix}down_proj.weight": (down, JoinColumns(down)),
+        names["up"]: (up, _stored_up(up) if layout.transposed else Runs.copy(up)),
+        names["up_bias"]: (up_bias, Runs.copy(up_bias)),
+        names["down"]: (down, _stored_down(down) if layout.transposed else JoinColumns(down)),
+        names["down_bias"]: (down_bias, Runs.copy(down_bias)),
     }
+
+
+def _stored_up(up: SourceTensor) -> Runs:
+    """[S, f, D] -> [D, F], as Conv1D stores it."""
+    S, f, D = up.shape
+    return Runs.copy(transposed(dataclasses.replace(up, shape=(S * f, D))))
+
+
+def _stored_down(down: SourceTensor) -> Runs:
+    """[S, D, f] -> [F, D]: each slice's [f, D], one after another."""
+    parts = (transposed(part) for part in matrices(down))
+    return Runs(tuple(Run(part, 0, part.numel) for part in parts))
 
 
 def _half_runs(gate_up: SourceTensor, half: int) -> tuple[Run, ...]:

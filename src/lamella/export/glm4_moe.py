@@ -130,6 +130,10 @@ def has_qkv_bias(config: dict[str, Any]) -> bool:
 
 
 def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
+    if not moe.gated:
+        raise UserError(
+            f"glm4-moe has gated experts, those of {sliced_family(config).name} have two matrices; possible here: dense"
+        )
     problems = []
     if moe.gate != "sigmoid":
         problems.append(f"its gate is sigmoid, this model's is {moe.gate}; convert with --gate sigmoid")

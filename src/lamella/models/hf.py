@@ -1,6 +1,6 @@
-"""The transformers home: stock Llama-family models whose FFNs are `SlicedMoE` layers.
+"""The transformers home: stock Llama-family models, GPT-2 and OPT whose FFNs are `SlicedMoE` layers.
 
-Norms, embeddings, rope and generation are transformers' own classes; only `layer.mlp` differs, and `layer.self_attn`
+Norms, embeddings, rope and generation are transformers' own classes; only the FFN differs, and `layer.self_attn`
 where the config has an entry `attention_moe` (lamella.models.attention_moe), with or without experts in the FFNs.
 Importing this module registers the models with transformers' Auto classes. The maths is in
 `lamella.moe.experts.moe_ffn`.
@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -32,85 +36,10 @@ from transformers import (
 from transformers.utils import logging
 
 from lamella.config import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
+from lamella.convert.two_matrix import MASKS
 from lamella.errors import UserError
 from lamella.models.attention_moe import AttentionExperts, AttentionRouter, install_attention_experts
-from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed
-from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
-
-
-class PackedExperts(nn.Module):
-    """Parameters only: frozen and trainable experts, apart, so that an optimizer never sees the frozen ones."""
-
-    def __init__(self, hidden_size: int, config: MoEConfig):
-        super().__init__()
-        D, f = hidden_size, config.moe_intermediate_size
-        for kind, E in (("frozen", config.num_frozen_experts), ("trainable", config.num_trainable_experts)):
-            trains = kind == "trainable"
-            shapes = {"gate_up_proj": (E, 2 * f, D), "down_proj": (E, D, f)}
-            for name, shape in shapes.items() if E else ():
-                self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(shape), requires_grad=trains))
-
-    @property
-    def frozen(self) -> Experts:
-        return packed(self, "frozen")
-
-    @property
-    def trainable(self) -> Experts:
-        return packed(self, "trainable")
-
-
-class Shared(nn.Module):
-    """Parameters only: the expert that is always on."""
-
-    def __init__(self, hidden_size: int, width: int):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * width, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(hidden_size, width))
-
-
-class Router(nn.Module):
-    """Router rows [R, D] and the float32 selection bias [R]; with the gate "sigmoid", zero rows weigh every chosen
-    expert exactly 1, with the gate "unit" a zero `gate_scale` does."""
-
-    def __init__(self, hidden_size: int, config: MoEConfig):
-        super().__init__()
-        R = config.num_router_rows
-        self.weight = nn.Parameter(torch.zeros(R, hidden_size))
-        self.up_weight = nn.Parameter(torch.zeros(R, hidden_size)) if config.router == "analytic" else None
-        self.gate_scale = nn.Parameter(torch.zeros(R)) if config.gate == "unit" else None
-        self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.full((R,), DENSE_BIAS, dtype=torch.float32))
-
-
-class SlicedMoE(nn.Module):
-    """Takes the place of a decoder layer's `mlp`: [..., D] -> [..., D]."""
-
-    def __init__(self, hidden_size: int, config: MoEConfig):
-        super().__init__()
-        self.config = config
-        self.experts = PackedExperts(hidden_size, config)
-        self.router = Router(hidden_size, config)
-        self.shared = Shared(hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
-        self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if config.output_bias else None
-        self.mode: Mode = "routed"
-        self.path: ExpertPath = "auto"
-        self.last_routing: Routing | None = None
-        """The routing of the latest forward, for reports."""
-
-    @property
-    def weights(self) -> MoEWeights:
-        router, experts = self.router, self.experts
-        shared = None if self.shared is None else SharedExpert(self.shared.gate_up_proj, self.shared.down_proj)
-        return MoEWeights(
-            router.weight, router.selection_bias, experts.frozen, experts.trainable, router.up_weight,
-            router.gate_scale, shared, self.output_bias,
-        )  # fmt: skip
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD, self.last_routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
-        return y_TD.view_as(hidden_states)
+from lamella.models.hf_blocks import PackedExperts, Router, Shared, SlicedMoE, decoder_layers, replace_ffn
 
 
 class _SlicedForCausalLM(PreTrainedModel):
@@ -127,8 +56,8 @@ class _SlicedForCausalLM(PreTrainedModel):
         if config.moe is not None:
             moe = MoEConfig.from_dict(config.moe)
             for index in moe.moe_layers:
-                mlp = SlicedMoE(config.hidden_size, moe.for_layer(index))
-                self.model.layers[index].mlp = mlp.apply(self._init_weights)
+                block = SlicedMoE(config.hidden_size, moe.for_layer(index))
+                replace_ffn(decoder_layers(self)[index], block.apply(self._init_weights))
         if attention is not None:
             install_attention_experts(self, AttentionMoEConfig.from_dict(attention))
 
@@ -138,7 +67,7 @@ class _SlicedForCausalLM(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for layer in model.moe_layers:
-            for parameter in layer.experts.frozen:
+            for parameter in layer.experts.frozen_parameters():
                 parameter.requires_grad_(False)
         return loaded
 
@@ -146,8 +75,9 @@ class _SlicedForCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PackedExperts | Shared):
+            std = getattr(self.config, "initializer_range", None) or self.config.init_std  # OPT's name for it
             for parameter in module.parameters():
-                parameter.normal_(std=self.config.initializer_range)
+                parameter.normal_(std=std)
         elif isinstance(module, Router):
             for parameter in module.parameters():
                 parameter.zero_()
@@ -178,6 +108,8 @@ class _SlicedForCausalLM(PreTrainedModel):
         if path not in get_args(ExpertPath):
             raise UserError(f"expert path is {path!r}; it must be one of {', '.join(get_args(ExpertPath))}")
         for layer in self.moe_layers:
+            if path not in ("auto", "loop") and not layer.config.gated:
+                raise UserError(f"expert path is {path!r}, but experts of two matrices have 'loop' alone")
             layer.path = path
 
 
@@ -205,6 +137,18 @@ class LamellaQwen3Config(Qwen3Config):
     attention_moe: dict | None = None
 
 
+class LamellaGPT2Config(GPT2Config):
+    model_type = "lamella_gpt2"
+    moe: dict | None = None
+    attention_moe: dict | None = None
+
+
+class LamellaOPTConfig(OPTConfig):
+    model_type = "lamella_opt"
+    moe: dict | None = None
+    attention_moe: dict | None = None
+
+
 class LamellaLlamaForCausalLM(_SlicedForCausalLM, LlamaForCausalLM):
     config_class = LamellaLlamaConfig
 
@@ -221,12 +165,22 @@ class LamellaQwen3ForCausalLM(_SlicedForCausalLM, Qwen3ForCausalLM):
     config_class = LamellaQwen3Config
 
 
+class LamellaGPT2ForCausalLM(_SlicedForCausalLM, GPT2LMHeadModel):
+    config_class = LamellaGPT2Config
+
+
+class LamellaOPTForCausalLM(_SlicedForCausalLM, OPTForCausalLM):
+    config_class = LamellaOPTConfig
+
+
 # dense model_type -> the class of its sliced form
 SLICED_MODELS: dict[str, type[_SlicedForCausalLM]] = {
     "llama": LamellaLlamaForCausalLM,
     "mistral": LamellaMistralForCausalLM,
     "qwen2": LamellaQwen2ForCausalLM,
     "qwen3": LamellaQwen3ForCausalLM,
+    "gpt2": LamellaGPT2ForCausalLM,
+    "opt": LamellaOPTForCausalLM,
 }
 for _model in SLICED_MODELS.values():
     assert _model.config_class is not None
@@ -259,6 +213,8 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "c
     with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     model, info = loaded
+    # GPT-2's masks, which old files hold and transformers computes
+    info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not name.endswith(MASKS)}
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:
         raise UserError(f"{folder} does not match its config: {wrong}; convert or export it again")
