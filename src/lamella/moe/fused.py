@@ -41,7 +41,7 @@ def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Exper
     interpreted = x_TD.device.type == "cpu"  # by Triton, whatever the precision
     if not runs_triton(x_TD.device) or not (interpreted or x_TD.dtype in HALF):
         raise UserError("the expert path 'fused' needs a GPU, triton, and weights in bfloat16 or float16; use 'auto'")
-    packed = (*frozen, *trainable)
+    packed = [t.contiguous() for t in (*frozen, *trainable)]
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
     return _Fused.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, saves, *packed)
 
