@@ -1,6 +1,7 @@
 """The inverse of slicing: the frozen slices laid side by side are the dense FFN again, bit for bit.
 
-The trainable experts, the routers and their biases are left out; whatever else was trained is kept as it is.
+The trainable experts, the routers and their biases are left out; whatever else was trained is kept as it is. Of
+attention experts only the routers are left out: their heads are the dense tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lamella.config import MoEConfig
+from lamella.config import AttentionMoEConfig, MoEConfig
+from lamella.convert.attention_options import router_tensors
 from lamella.convert.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
 from lamella.convert.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of, may_be_stored
 from lamella.convert.layout import FFNLayout, ffn_layout
@@ -53,14 +55,15 @@ def to_dense(
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
     """The dense model's config from a converted one's."""
     family = sliced_family(config)
-    dense = {key: value for key, value in config.items() if key not in ("moe", "auto_map")}
+    dense = {key: value for key, value in config.items() if key not in ("moe", "attention_moe", "auto_map")}
     return dense | {"architectures": [family.architecture], "model_type": family.name}
 
 
 def sliced_family(config: dict[str, Any]) -> Family:
     """The family of a converted checkpoint's config; UserError if it is another kind of model."""
     name = str(config.get("model_type")).removeprefix(SLICED_PREFIX)
-    if name not in FAMILIES or not isinstance(config.get("moe"), dict) or config["model_type"] == name:
+    is_converted = any(isinstance(config.get(entry), dict) for entry in ("moe", "attention_moe"))
+    if name not in FAMILIES or not is_converted or config["model_type"] == name:
         kinds = ", ".join(SLICED_PREFIX + family for family in FAMILIES)
         raise UserError(f"the model type {config.get('model_type')!r} is not converted; expected one of {kinds}")
     return FAMILIES[name]
@@ -68,14 +71,21 @@ def sliced_family(config: dict[str, Any]) -> Family:
 
 def sliced_tensors(config: dict[str, Any]) -> Shapes:
     """Every tensor that a converted checkpoint with this config must hold, with its shape."""
-    dense, moe = dense_config(config), MoEConfig.from_dict(config["moe"])
+    dense, moe = dense_config(config), ffn_config(config)
     shapes, layout = dense_tensors(dense, family_of(dense)), ffn_layout(dense)
-    for layer in moe.moe_layers:
+    for layer in moe.moe_layers if moe else ():
         for name in layout.names(layer).values():
             del shapes[name]
         own = moe_tensors(layout.hidden_size, moe.for_layer(layer))
         shapes |= {layout.prefix(layer) + name: shape for name, shape in own.items()}
+    if attention := config.get("attention_moe"):
+        shapes |= router_tensors(dense["hidden_size"], AttentionMoEConfig.from_dict(attention))
     return shapes
+
+
+def ffn_config(config: dict[str, Any]) -> MoEConfig | None:
+    """The `moe` entry; None where only attention is experts."""
+    return None if config.get("moe") is None else MoEConfig.from_dict(config["moe"])
 
 
 def dense_tensors_of(folder: Path, sources: dict[str, SourceTensor] | None = None) -> list[OutputTensor]:
@@ -93,11 +103,12 @@ def dense_tensors_of(folder: Path, sources: dict[str, SourceTensor] | None = Non
 
 def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
     """Tensors and config of the dense model within a converted one, whose tensors have been checked."""
-    dense, moe = dense_config(config), MoEConfig.from_dict(config["moe"])
-    if not moe.num_frozen_experts:
+    dense, moe = dense_config(config), ffn_config(config)
+    if moe and not moe.num_frozen_experts:
         raise UserError("this model has no frozen slices, so no dense FFN lies in it; give the model it was made of")
     layout = ffn_layout(dense)
-    joined = {name: how for layer in moe.moe_layers for name, how in joined_ffn(layout, layer, sources).items()}
+    layers = moe.moe_layers if moe else ()
+    joined = {name: how for layer in layers for name, how in joined_ffn(layout, layer, sources).items()}
     shapes = dense_tensors(dense, family_of(dense))
     tensors = []
     for name, shape in shapes.items():

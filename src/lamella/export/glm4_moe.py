@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lamella.config import MoEConfig
+from lamella.config import AttentionMoEConfig, MoEConfig
+from lamella.convert.attention_options import attention_prefix
 from lamella.convert.pieces import Run, Runs, Sink, Values
 from lamella.convert.plan import OutputTensor, Plan
 from lamella.convert.slice import ffn_prefix
@@ -45,11 +46,12 @@ class Mirrored:
 
 def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
     """Tensors and config of the stock model; UserError where the class cannot hold this one exactly."""
+    _check_attention(config, sources)
     moe = MoEConfig.from_dict(config["moe"])
     _check_fits(config, moe)
     tensors = []
     for name, source in sources.items():
-        if ".mlp.experts." not in name and ".mlp.router." not in name:
+        if not any(part in name for part in (".mlp.experts.", ".mlp.router.", ".self_attn.router.")):
             tensors.append(OutputTensor(name, source.dtype, source.shape, Runs.copy(source)))
     for layer in moe.moe_layers:
         tensors += _layer_tensors(ffn_prefix(layer), sources, moe)
@@ -127,6 +129,21 @@ def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
 def has_qkv_bias(config: dict[str, Any]) -> bool:
     family = sliced_family(config)
     return family.qkv_bias or (family.optional_bias and bool(config.get("attention_bias")))
+
+
+def _check_attention(config: dict[str, Any], sources: dict[str, SourceTensor]) -> None:
+    """UserError unless the attention is the dense one: no experts, or all of them chosen with weight exactly 1."""
+    if config.get("moe") is None:
+        raise UserError("glm4-moe is for experts in the FFNs, which this model has not; possible here: dense")
+    if config.get("attention_moe") is None:
+        return
+    attention = AttentionMoEConfig.from_dict(config["attention_moe"])
+    scales = [sources.get(f"{attention_prefix(layer)}router.gate_scale") for layer in attention.layers]
+    weights_are_one = all(scale is not None and not scale.read(0, scale.numel).any() for scale in scales)
+    if attention.num_experts_per_tok < attention.num_experts or not weights_are_one:
+        raise UserError(
+            "glm4-moe has no attention experts: this model's are not all chosen with weight 1; possible here: dense"
+        )
 
 
 def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:

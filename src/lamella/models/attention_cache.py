@@ -26,11 +26,13 @@ class RaggedLayer(CacheLayerMixin):
         self.is_croppable = window is None
         self.seen = 0
         """Tokens per sequence so far."""
+        self.num_sequences = 0
         self.stored: Keys | None = None
 
-    def remember(self, new: Keys, num_tokens: int) -> Keys:
+    def remember(self, new: Keys, num_sequences: int, num_tokens: int) -> Keys:
         """Add the keys of the next `num_tokens` tokens of each sequence; all that these tokens may see."""
         everything = new if self.stored is None else self.stored.followed_by(new)
+        self.num_sequences = num_sequences
         self.seen += num_tokens
         self._set(everything)
         if self.window is not None:
@@ -72,9 +74,7 @@ class RaggedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.stored is not None:
-            B = int(self.stored.sequence_N.max()) + 1 if len(self.stored.sequence_N) else 0
-            self.batch_select_indices(torch.arange(B, device=self.stored.sequence_N.device).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.num_sequences).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Sequence i becomes what sequence indices[i] was."""
@@ -83,6 +83,7 @@ class RaggedLayer(CacheLayerMixin):
         is_of_BN = indices.to(self.stored.sequence_N.device)[:, None] == self.stored.sequence_N
         sequence, row = is_of_BN.nonzero(as_tuple=True)
         self._set(self.stored.select(row)._replace(sequence_N=sequence.int()))
+        self.num_sequences = len(indices)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("keys come with the tokens they belong to: see `remember`")

@@ -97,7 +97,7 @@ class AttentionExperts(nn.Module):
         if past_key_values is not None:
             layer = ragged_layer(past_key_values, self.layer_idx, self.window)
             context = context._replace(seen=layer.seen)
-            remember = partial(layer.remember, num_tokens=L)
+            remember = partial(layer.remember, num_sequences=B, num_tokens=L)
         dropout = self.dropout if self.training else 0.0
         return attend_routed(hidden_states, self.weights, self.last_routing, context, remember, dropout), None
 

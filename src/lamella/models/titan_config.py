@@ -41,6 +41,10 @@ def read_hf_config(folder: str | Path) -> tuple[str, PreTrainedConfig, MoEConfig
         raise UserError(
             f"model_type {family!r} cannot be trained{did_you_mean(family, FAMILIES)}; {', '.join(FAMILIES)} can"
         )
+    if raw.pop("attention_moe", None) is not None:
+        raise UserError(
+            "attention experts cannot be trained here; train the model they were made of, then convert its attention"
+        )
     moe = raw.pop("moe", None)
     for key in ("architectures", "auto_map"):
         raw.pop(key, None)

@@ -1,0 +1,101 @@
+"""How attention becomes experts, as a person says it, and what that adds to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from lamella.config import AttentionMoEConfig, GateKind
+from lamella.convert.families import Family, Shapes
+from lamella.convert.options import parse_layers
+from lamella.errors import UserError, did_you_mean
+from lamella.moe.attention import check_experts
+
+# "zero": every expert ties, the first top-k of them are chosen. "random": rows of std RANDOM_STD. "ridge": regression
+# of the attention's input onto the norm of what each expert contributes, on calibration text.
+RouterStart = Literal["zero", "random", "ridge"]
+RANDOM_STD = 0.02
+WITH_ATTENTION_EXPERTS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How to route attention; the `recipe` of the manifest."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
+    method: ClassVar[str] = "attention"
+
+    layers: str = "all"
+    """As in SliceOptions."""
+    experts: int | None = None
+    """A multiple of the key/value heads that divides the query heads; None: as many as key/value heads."""
+    top_k: int | None = None
+    """Experts per token; None: all of them, which with the gate "unit" is the dense attention."""
+    gate: GateKind = "unit"
+    router: RouterStart = "zero"
+    route_scale: float | None = None
+    """Factor on normalised weights; None: top-k, so that equal weights are 1. Gate "unit" has none."""
+    seed: int = 0
+    """Of the router "random", and of the choice of calibration text."""
+    calibration_tokens: int = 4096
+    """For the router "ridge"."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("gate", get_args(GateKind)), ("router", get_args(RouterStart))):
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(choices)
+                raise UserError(f"{name} is {value!r}; it must be one of {known}{did_you_mean(str(value), choices)}")
+        if self.router == "ridge" and self.gate != "unit":
+            raise UserError(f"router 'ridge' predicts norms, which gate {self.gate!r} does not weigh; use gate 'unit'")
+        if self.gate == "unit" and self.route_scale is not None:
+            raise UserError("gate 'unit' has no route_scale; leave it out")
+        if self.calibration_tokens < 1:
+            raise UserError(f"calibration_tokens is {self.calibration_tokens}; it must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def describe(self, entry: dict[str, Any]) -> str:
+        """Lines of the model card, given the `attention_moe` entry of the new config."""
+        return f"""\
+- Recipe: method `attention`. In {len(entry["layers"])} layers the attention is {entry["num_experts"]} experts (query
+  heads that share a key/value head), {entry["num_experts_per_tok"]} of them active per token. Each attends over the
+  tokens that were routed to it, and its cache holds only these.
+- Gate `{entry["gate"]}`, router start `{self.router}`, seed {self.seed}."""
+
+
+def attention_config(config: dict[str, Any], family: Family, options: AttentionOptions) -> AttentionMoEConfig:
+    """The `attention_moe` entry for a model, given its dense or converted config.json.
+
+    Raises:
+        UserError: a family without attention experts, layers that are not there, experts that do not fit the heads.
+    """
+    if family.name not in WITH_ATTENTION_EXPERTS:
+        known = ", ".join(WITH_ATTENTION_EXPERTS)
+        raise UserError(f"the attention of {family.name} cannot become experts; that of {known} can")
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", family.default_kv_heads) or heads
+    experts = kv_heads if options.experts is None else options.experts
+    top_k = experts if options.top_k is None else options.top_k
+    check_experts(experts, heads, kv_heads)
+    layers = parse_layers(options.layers, config["num_hidden_layers"])
+    scale = options.route_scale
+    if scale is None:
+        scale = 1.0 if options.gate == "unit" else float(top_k)
+    return AttentionMoEConfig(layers, experts, top_k, gate=options.gate, route_scale=scale)
+
+
+def attention_prefix(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn."
+
+
+def router_tensors(hidden_size: int, config: AttentionMoEConfig) -> Shapes:
+    """Names and shapes that attention experts add to the dense tensors of the checkpoint."""
+    E = config.num_experts
+    own: Shapes = {"weight": (E, hidden_size), "selection_bias": (E,)}
+    if config.gate == "unit":
+        own["gate_scale"] = (E,)
+    prefixes = [f"{attention_prefix(layer)}router." for layer in config.layers]
+    return {prefix + name: shape for prefix in prefixes for name, shape in own.items()}
