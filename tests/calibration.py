@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from lamella.calibrate import CalibrationTokens
-from lamella.calibrate.anatomy import ANATOMIES
 from lamella.calibrate.dense import document_mask
-from lamella.calibrate.two_matrix import open_two_matrix
 from lamella.convert.checkpoint import Checkpoint
 from lamella.data.packing import make_sample
 from lamella.partition.layer import FFN, LayerSample
@@ -43,7 +41,7 @@ def checkpoint(folder: Path, name: str = "llama") -> Checkpoint:
         family, changes, sharded, dtype = DENSE[name]
         return Checkpoint.open(tiny_checkpoint(folder, family, sharded, dtype, **changes))
     tiny_two_matrix(name).save_pretrained(folder)
-    return open_two_matrix(folder)
+    return Checkpoint.open(folder)
 
 
 def tiny_two_matrix(name: str) -> PreTrainedModel:
@@ -88,9 +86,11 @@ def whole_model(source: Checkpoint) -> PreTrainedModel:
 
 def ffn_modules(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """(up, down) of each layer."""
-    anatomy = ANATOMIES[model.config.model_type]
-    layers = getattr(model.get_decoder(), anatomy.layers)
-    return [(layer.get_submodule(anatomy.up), layer.get_submodule(anatomy.down)) for layer in layers]
+    up, down = {"gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}.get(
+        model.config.model_type, ("mlp.up_proj", "mlp.down_proj")
+    )
+    layers = model.get_decoder().h if model.config.model_type == "gpt2" else model.get_decoder().layers
+    return [(layer.get_submodule(up), layer.get_submodule(down)) for layer in layers]
 
 
 def whole_model_samples(model: PreTrainedModel, tokens: CalibrationTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -105,7 +105,7 @@ def whole_model_samples(model: PreTrainedModel, tokens: CalibrationTokens) -> li
         for layer, pair in enumerate(ffn_modules(model))
         for module in pair
     ]
-    mask = None if ANATOMIES[model.config.model_type].masks_documents else document_mask(tokens.positions_NL)
+    mask = document_mask(tokens.positions_NL) if model.config.model_type == "opt" else None
     logits_NLV = model(
         tokens.ids_NL, attention_mask=mask, position_ids=tokens.positions_NL, use_cache=False
     ).logits  # fmt: skip

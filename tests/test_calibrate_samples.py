@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lamella.calibrate import CalibrationTokens, calibrate, passes
-from lamella.calibrate.two_matrix import open_two_matrix
+from lamella.calibrate.anatomy import anatomy_of
 from lamella.convert.checkpoint import Checkpoint
 from lamella.errors import UserError
 from lamella.partition.layer import hidden, output
@@ -143,24 +143,14 @@ def test_the_embedded_model(tmp_path: Path) -> None:
         assert (results[layer]["dh"] - dh_TF[:, ::16]).abs().max() < 3e-4 * dh_TF.abs().max()
 
 
-def test_gpt2_tensors_may_be_named_from_inside_the_decoder(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    expected = checkpoint(tmp_path / "model", "gpt2").tensors
-    path = tmp_path / "model" / "model.safetensors"
-    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    save_file(stored | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, path)
-    assert set(open_two_matrix(tmp_path / "model").tensors) == set(expected)
-
-
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
-    from transformers import OPTConfig
-
-    OPTConfig(do_layer_norm_before=False).save_pretrained(tmp_path / "opt")
-    with pytest.raises(UserError, match="only pre-norm"):
-        open_two_matrix(tmp_path / "opt")
-    with pytest.raises(UserError, match="'llama'; this opens gpt2, opt"):
-        open_two_matrix(tiny_checkpoint(tmp_path / "llama"))
+    for config, message in (
+        ({"model_type": "opt", "do_layer_norm_before": False}, "knows pre-norm alone"),
+        ({"model_type": "opt", "word_embed_proj_dim": 16, "hidden_size": 32}, "knows equal widths alone"),
+        ({"model_type": "gemma"}, "'gemma' models cannot be calibrated"),
+    ):
+        with pytest.raises(UserError, match=message):
+            anatomy_of(config)
     source = checkpoint(tmp_path / "model", "llama")
     for layers in ([3], [], [-1]):
         with pytest.raises(UserError, match="the model has 0 to 2"):
@@ -198,6 +188,5 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     warm, shallow, deep = (float(line) for line in run.stdout.split())
     one_layer = (4 * D * D + 3 * D * F + T * D) * 4 / 2**20  # its weights and its input: 2 MiB
-    print(warm, shallow, deep)
     assert deep - shallow < 0.25 * 48 * one_layer  # modules without storage, the allocator's slack
     assert deep - warm < T * V * 4 / 2**20  # all logits at once would be 128 MiB

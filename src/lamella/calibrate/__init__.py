@@ -46,7 +46,7 @@ def calibrate(
             to last without gradients or with `replacement`, else last to first.
         method: name and settings of `on_layer` and `replacement`: with them, a folder is known to be of this
             calibration.
-        gradients: give samples their dh, the gradient of the summed next-token loss of the dense model.
+        gradients: give samples their dh, the gradient of the dense model's next-token loss, summed over all tokens.
         replacement: (the dense FFN, `on_layer`'s result) -> the FFN that takes its place, x [t, D] -> y [t, D], token
             by token: then later layers' samples are what they see behind the replaced ones (sequential calibration).
         layers: those wanted; None: all.

@@ -1,9 +1,7 @@
-"""Where a family's decoder layer keeps its FFN: the whole difference between families for calibration.
+"""What calibration knows of a family: where the decoder keeps its parts, and the FFN inside a layer.
 
 Every layer here is pre-norm, residual + FFN(norm(residual)), so the gradient of the FFN's output is that of the
 layer's output.
-
-Shapes: D model width, F FFN neurons.
 """
 
 from __future__ import annotations
@@ -13,44 +11,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lamella.convert.layout import ffn_layout
+from lamella.convert.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.partition.layer import FFN
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of modules, relative to the decoder or to its layer, and of keys in the config."""
+    """Names of the decoder's modules."""
 
-    up: str
-    """Its input is x."""
-    down: str
-    """Its input is h, its output is the FFN's."""
-    gate: str | None = None
     layers: str = "layers"
     final_norm: str = "norm"
-    activation: str = "hidden_act"
-    """Key in the config."""
-    transposed: bool = False
-    """Matrices are stored [in, out] (transformers' Conv1D)."""
     masks_documents: bool = True
     """The model itself keeps documents apart by their positions; else it is given a mask."""
 
 
-_LLAMA = Anatomy(up="mlp.up_proj", down="mlp.down_proj", gate="mlp.gate_proj")
+_LLAMA = Anatomy()
 # model_type of the config -> where things are
 ANATOMIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gpt2": Anatomy(
-        up="mlp.c_fc", down="mlp.c_proj", layers="h", final_norm="ln_f", activation="activation_function",
-        transposed=True,
-    ),
-    "opt": Anatomy(
-        up="fc1", down="fc2", final_norm="final_layer_norm", activation="activation_function", masks_documents=False
-    ),
-}  # fmt: skip
+    "gpt2": Anatomy("h", "ln_f"),
+    "opt": Anatomy("layers", "final_layer_norm", masks_documents=False),
+}
 
 
 def anatomy_of(config: dict[str, Any]) -> Anatomy:
@@ -59,22 +45,45 @@ def anatomy_of(config: dict[str, Any]) -> Anatomy:
     if family not in ANATOMIES:
         raise UserError(f"{family!r} models cannot be calibrated; known families: {', '.join(ANATOMIES)}")
     if not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm"):
-        raise UserError("this OPT normalises after its layers (as OPT-350m does); only pre-norm models are known")
+        raise UserError("this OPT normalises behind its layers (as OPT-350m does); calibration knows pre-norm alone")
+    if config.get("word_embed_proj_dim", config.get("hidden_size")) != config.get("hidden_size"):
+        raise UserError("this OPT's embedding is not as wide as its layers; calibration knows equal widths alone")
     return ANATOMIES[family]
 
 
-def ffn_of(layer: nn.Module, anatomy: Anatomy, activation: str) -> FFN:
-    """The FFN's matrices, views of the layer's weights."""
-    up, down = layer.get_submodule(anatomy.up), layer.get_submodule(anatomy.down)
-    gate_FD = None if anatomy.gate is None else _matrix(layer.get_submodule(anatomy.gate), anatomy)
-    return FFN(gate_FD, _matrix(up, anatomy), _matrix(down, anatomy), _bias(up), _bias(down), activation)
+class LayerFFN:
+    """The FFN of one decoder layer: where its weights and modules are."""
+
+    def __init__(self, config: dict[str, Any], index: int, prefix: str):
+        """`prefix`: of the layer's tensors in the checkpoint."""
+        self._layout, self._prefix = ffn_layout(config), prefix
+        self._names = {part: name.removeprefix(prefix) for part, name in self._layout.names(index).items()}
+
+    def up(self, layer: nn.Module) -> nn.Module:
+        """The module that is given x."""
+        return layer.get_submodule(self._names["up"].removesuffix(".weight"))
+
+    def down(self, layer: nn.Module) -> nn.Module:
+        """The module that is given h; its output is the FFN's."""
+        return layer.get_submodule(self._names["down"].removesuffix(".weight"))
+
+    def weights(self, layer: nn.Module) -> FFN:
+        """Views of the layer's weights."""
+        return self._ffn({part: layer.get_parameter(name).detach() for part, name in self._names.items()})
+
+    def read(self, tensors: dict[str, SourceTensor]) -> FFN:
+        """The same out of the checkpoint, float32."""
+        return self._ffn({part: read_whole(tensors[self._prefix + name]) for part, name in self._names.items()})
+
+    def _ffn(self, parts: dict[str, Tensor]) -> FFN:
+        if self._layout.transposed:
+            parts = parts | {part: parts[part].T for part in ("up", "down")}
+        return FFN(
+            parts.get("gate"), parts["up"], parts["down"], parts.get("up_bias"), parts.get("down_bias"),
+            self._layout.activation,
+        )  # fmt: skip
 
 
-def _matrix(module: Any, anatomy: Anatomy) -> Tensor:
-    weight = module.weight.detach()
-    return weight.T if anatomy.transposed else weight
-
-
-def _bias(module: Any) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return None if bias is None else bias.detach()
+def read_whole(tensor: SourceTensor) -> Tensor:
+    """A tensor of the checkpoint, float32."""
+    return tensor.read(0, tensor.numel).view(tensor.shape).float()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lamella.calibrate.anatomy import anatomy_of
+from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.tensors import SourceTensor
 from lamella.errors import UserError
+from lamella.partition.layer import FFN
 
 
 class LayerInput(NamedTuple):
@@ -42,7 +42,7 @@ class DenseModel:
     """Layers, embedding and head of a checkpoint, each read when it is asked for."""
 
     def __init__(self, source: Checkpoint):
-        self.anatomy, self._tensors = anatomy_of(source.config), source.tensors
+        self.anatomy, self._tensors, self._source_config = anatomy_of(source.config), source.tensors, source.config
         self.config: Any = config_of(source)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
@@ -62,7 +62,7 @@ class DenseModel:
         for name, parameter in list(decoder.named_parameters()):
             if prefix + name != self._embedding.name:
                 module, _, leaf = name.rpartition(".")
-                value = _read(self._tensors[prefix + name]).view_as(parameter)
+                value = read_whole(self._tensors[prefix + name]).view_as(parameter)
                 setattr(decoder.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
         if hasattr(decoder, "rotary_emb"):  # computed from the config, not stored
             decoder.rotary_emb = type(decoder.rotary_emb)(self.config)
@@ -80,9 +80,17 @@ class DenseModel:
         """A decoder layer with its weights, float32; memory is free again when the caller lets go of it."""
         layer = copy.deepcopy(self._layers[index])
         names = layer.state_dict()
-        weights = {name: _read(self._tensors[self._prefixes[index] + name]) for name in names}
+        weights = {name: read_whole(self._tensors[self._prefixes[index] + name]) for name in names}
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
+
+    def ffn(self, index: int) -> FFN:
+        """A layer's FFN alone, float32."""
+        return self.ffn_modules(index).read(self._tensors)
+
+    def ffn_modules(self, index: int) -> LayerFFN:
+        """Where that layer has its FFN."""
+        return LayerFFN(self._source_config, index, self._prefixes[index])
 
     def embed(self, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
         """The first layer's input [B, L, D]; UserError for a token beyond the vocabulary."""
@@ -110,11 +118,7 @@ class DenseModel:
 
     def head_VD(self) -> Tensor:
         """The output head, or the embedding where they are tied; float32."""
-        return _read(self._head)
-
-    @property
-    def activation(self) -> str:
-        return getattr(self.config, self.anatomy.activation)
+        return read_whole(self._head)
 
 
 def config_of(source: Checkpoint) -> PreTrainedConfig:
@@ -128,7 +132,3 @@ def document_mask(positions_BL: Tensor) -> Tensor:
     document_BL = (positions_BL == 0).cumsum(dim=1)
     same_BLL = document_BL[:, :, None] == document_BL[:, None, :]
     return same_BLL.tril()[:, None]
-
-
-def _read(tensor: SourceTensor) -> Tensor:
-    return tensor.read(0, tensor.numel).view(tensor.shape).float()

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lamella.calibrate.anatomy import ffn_of
 from lamella.calibrate.dense import DenseModel
 from lamella.data.packing import IGNORE_INDEX
 from lamella.partition.layer import FFN, LayerSample
@@ -28,22 +27,18 @@ class WatchedLayer:
     def __init__(self, model: DenseModel, index: int, without_ffn: bool = False):
         """`without_ffn`: the layer's output is the residual that the FFN's output is to be added to."""
         self.model, self.index = model, index
-        self.module = model.layer(index)
+        self.module, ffn = model.layer(index), model.ffn_modules(index)
+        self.ffn: FFN = ffn.weights(self.module)
         # The hooks know this dict, not the layer: in a cycle the weights would outlive their use.
         self.seen: dict[str, Tensor] = {}
-        up, down = (self.module.get_submodule(name) for name in (model.anatomy.up, model.anatomy.down))
-        up.register_forward_pre_hook(_see(self.seen, "x_TD"))
-        down.register_forward_pre_hook(_see(self.seen, "h_TF"))
+        ffn.up(self.module).register_forward_pre_hook(_see(self.seen, "x_TD"))
+        ffn.down(self.module).register_forward_pre_hook(_see(self.seen, "h_TF"))
         if without_ffn:
-            down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+            ffn.down(self.module).register_forward_hook(lambda module, args, y: torch.zeros_like(y))
 
     def __call__(self, hidden_BLD: Tensor, positions_BL: Tensor) -> Tensor:
         args, kwargs = self.model.call(self.index, positions_BL)
         return self.module(hidden_BLD, *args, **kwargs)
-
-    @property
-    def ffn(self) -> FFN:
-        return ffn_of(self.module, self.model.anatomy, self.model.activation)
 
 
 def _see(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
