@@ -39,13 +39,15 @@ class Rows(NamedTuple):
 
 def tiled_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
     """[T, D] -> [T, D]; once differentiable."""
-    return _Tiled.apply(x_TD, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK, *frozen, *trainable)
+    packed = (*frozen, *trainable)
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
+    return _Tiled.apply(x_TD, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK, saves, *packed)
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor,
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
         frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
     ) -> Tensor:  # fmt: skip
         frozen, trainable = Experts(frozen_gate_up, frozen_down), Experts(trainable_gate_up, trainable_down)
@@ -57,12 +59,14 @@ class _Tiled(torch.autograd.Function):
         f = trainable_down.shape[-1] if len(trainable_down) else frozen_down.shape[-1]
 
         y_TD = torch.zeros_like(x_TD)
-        gate_up_N2f = x_TD.new_empty(len(ids_N), 2 * f)
+        # without a backward pass one expert's activations take the place of the last one's, which stays in cache
+        gate_up_N2f = x_TD.new_empty(len(ids_N) if saves else max(counts_E), 2 * f)
         for rows in _experts_with_rows(counts_E, len(frozen_down)):
             gate_up, down = _weights(rows, frozen, trainable)
             token_n = token_N[rows.span]
             x_nD = x_TD.index_select(0, token_n)
-            gate_nf, up_nf = torch.mm(x_nD, gate_up.t(), out=gate_up_N2f[rows.span]).chunk(2, dim=-1)
+            gate_up_n2f = gate_up_N2f[rows.span] if saves else gate_up_N2f[: len(token_n)]
+            gate_nf, up_nf = torch.mm(x_nD, gate_up.t(), out=gate_up_n2f).chunk(2, dim=-1)
             hidden_nf = F.silu(gate_nf).mul_(up_nf).mul_(weights_N[rows.span, None])
             y_TD.index_add_(0, token_n, torch.mm(hidden_nf, down.t(), out=x_nD))
 
@@ -76,7 +80,7 @@ class _Tiled(torch.autograd.Function):
         x_TD, weights_N, order_N, token_N, gate_up_N2f, *packed = ctx.saved_tensors
         frozen, trainable = Experts(*packed[:2]), Experts(*packed[2:])
         grads = [
-            torch.zeros_like(p) if needed else None for p, needed in zip(packed, ctx.needs_input_grad[3:], strict=True)
+            torch.zeros_like(p) if needed else None for p, needed in zip(packed, ctx.needs_input_grad[4:], strict=True)
         ]
         dx_TD, dweights_N = torch.zeros_like(x_TD), torch.empty_like(weights_N)
         for rows in _experts_with_rows(ctx.counts_E, len(frozen.down_proj)):
@@ -96,7 +100,7 @@ class _Tiled(torch.autograd.Function):
                 torch.mm(dgate_up_n2f.t(), x_TD.index_select(0, token_n), out=dgate_up[rows.expert])
             dx_TD.index_add_(0, token_n, torch.mm(dgate_up_n2f, gate_up, out=dy_nD))
         dweights_TK = torch.empty_like(dweights_N).index_copy_(0, order_N, dweights_N).view(ctx.weights_shape)
-        return dx_TD, dweights_TK, None, *grads
+        return dx_TD, dweights_TK, None, None, *grads
 
 
 def _gate_up_gradient(dhidden_nf: Tensor, gate_nf: Tensor, up_nf: Tensor, silu_nf: Tensor) -> Tensor:
