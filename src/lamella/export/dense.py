@@ -73,10 +73,10 @@ def sliced_tensors(config: dict[str, Any]) -> Shapes:
     """Every tensor that a converted checkpoint with this config must hold, with its shape."""
     dense, moe = dense_config(config), ffn_config(config)
     shapes, layout = dense_tensors(dense, family_of(dense)), ffn_layout(dense)
-    for layer in moe.moe_layers if moe else ():
+    for layer, layer_moe in {i: moe.for_layer(i) for i in moe.moe_layers}.items() if moe else ():
         for name in layout.names(layer).values():
             del shapes[name]
-        own = moe_tensors(layout.hidden_size, moe.for_layer(layer))
+        own = moe_tensors(layout.hidden_size, layer_moe)
         shapes |= {layout.prefix(layer) + name: shape for name, shape in own.items()}
     if attention := config.get("attention_moe"):
         shapes |= router_tensors(dense["hidden_size"], AttentionMoEConfig.from_dict(attention))

@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from lamella.errors import UserError
 from lamella.moe.ragged import Keys
 
+_REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # not their subclasses, which hold more than keys and values
+
 
 class RaggedLayer(CacheLayerMixin):
     """One layer of a `Cache`; to transformers it is as long as the others, whatever it keeps.
@@ -103,12 +105,13 @@ def ragged_layer(cache: Cache, index: int, window: int | None) -> RaggedLayer:
     layer = cache.layers[index]
     if isinstance(layer, RaggedLayer):
         return layer
-    if cache.offloading or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if cache.offloading or not isinstance(layer, DynamicLayer) or type(layer) not in _REPLACEABLE:
         raise UserError(
             f"attention experts cannot keep their keys in a {type(layer).__name__}"
             f"{' that is offloaded' if cache.offloading else ''}; leave cache_implementation out"
         )
     if layer.get_seq_length():
         raise UserError("the cache was filled by another model; start with an empty one")
-    cache.layers[index] = RaggedLayer(window)
-    return cache.layers[index]
+    ragged = RaggedLayer(window)
+    cache.layers[index] = ragged
+    return ragged

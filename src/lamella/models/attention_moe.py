@@ -71,8 +71,8 @@ class AttentionExperts(nn.Module):
 
     @property
     def weights(self) -> AttentionWeights:
-        linears = (Projection(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        return AttentionWeights(*linears, self.head_dim, self.config.num_experts, self.q_norm, self.k_norm)
+        q, k, v, o = (Projection(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return AttentionWeights(q, k, v, o, self.head_dim, self.config.num_experts, self.q_norm, self.k_norm)
 
     def forward(
         self,

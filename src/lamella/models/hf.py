@@ -100,8 +100,10 @@ class _SlicedForCausalLM(PreTrainedModel):
         "learned" are all experts with weight 1, which is the dense attention."""
         if mode not in get_args(Mode):
             raise UserError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        for layer in (*self.moe_layers, *self.attention_experts):
+        for layer in self.moe_layers:
             layer.mode = mode
+        for attention in self.attention_experts:
+            attention.mode = mode
 
     def set_expert_path(self, path: ExpertPath) -> None:
         """How every MoE layer computes it (see lamella.moe.experts)."""
