@@ -19,6 +19,7 @@ from lamella.partition.gradient import gradient_mass
 from lamella.partition.layer import ACTIVATIONS, Partition, Parts, expert_norms, expert_outputs, hidden, output
 from lamella.partition.oracle import best, largest
 from lamella.partition.reconstruct import dense_output, reconstruct, relative_error
+from lamella.partition.refit import refit_down
 from lamella.partition.ridge import RidgeProblem
 from lamella.partition.search import search_shared, split_tokens
 from lamella.partition.static import IMPORTANCES, flap, kept_output, static
@@ -65,8 +66,8 @@ def test_assignment_by_prices_is_nearly_as_good_as_the_exact_one(skew):
     def excess(exact: bool) -> float:
         return (cost_NE.gather(1, balanced_assign(cost_NE, 75, exact)[:, None]).sum() - cheapest).item()
 
-    # Prices leave a few items where they do not belong.
-    assert excess(True) <= excess(False) + 1e-3 <= 1.03 * excess(True) + 6
+    # Prices leave a few items where they do not belong; 1e-3: a sum of 600 costs in fp32.
+    assert excess(True) - 1e-3 <= excess(False) <= 1.01 * excess(True) + 0.5
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -193,6 +194,29 @@ def test_the_residual_bias_removes_the_mean_error():
     reference_TD, y_TD = normal(T, D), normal(T, D, seed=1)
     compensated_TD = y_TD + residual_bias(reference_TD, y_TD)
     torch.testing.assert_close(compensated_TD.mean(0), reference_TD.mean(0))
+
+
+def test_refitted_kept_neurons_take_over_what_they_can_predict():
+    """Every second neuron is off and is a multiple of its neighbour, so that nothing need be lost."""
+    sample = sample_of()
+    h_TF = sample.h_TF.clone()
+    h_TF[:, 1::2] = 3 * h_TF[:, ::2] + 1
+    sample = sample._replace(h_TF=h_TF)
+    masked_TF = h_TF * (torch.arange(F) % 2 == 0)
+    refit = refit_down(sample, masked_TF)
+    reference_TD = dense_output(sample)
+    assert relative_error(reference_TD, output(sample.ffn, masked_TF)) > 0.5
+    assert relative_error(reference_TD, masked_TF @ refit.down_DF.T + refit.bias_D) < 0.05
+
+
+def test_a_refit_leaves_neurons_alone_that_are_never_on():
+    sample = sample_of(gated=False)
+    masked_TF = sample.h_TF * (torch.arange(F) < 24)
+    refit = refit_down(sample, masked_TF)
+    assert torch.equal(refit.down_DF[:, 24:], sample.ffn.down_DF[:, 24:])
+    found_TD = masked_TF @ refit.down_DF.T + refit.bias_D + sample.ffn.down_bias_D
+    before = relative_error(dense_output(sample), output(sample.ffn, masked_TF))
+    assert relative_error(dense_output(sample), found_TD) < before
 
 
 def test_gradient_mass_is_the_first_order_change_of_the_loss():

@@ -13,8 +13,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-EXACT_ITEMS = 4096
-"""Up to so many items the exact way is taken: its cost matrix has 134 MB (float64) and takes seconds."""
+EXACT_ITEMS = 512
+"""Up to so many items the exact way is taken. On distances of real tokens it takes seconds for 1,536 items in 12 groups
+and minutes for 4,096; prices take under a second and end within 3e-5 of the exact cost."""
 PRICE_ROUNDS = 200
 
 
@@ -28,7 +29,8 @@ def balanced_assign(cost_NE: Tensor, capacity: int, exact: bool | None = None) -
     assert capacity * E >= N, "the groups cannot hold the items"
     if exact if exact is not None else N <= EXACT_ITEMS:
         return _exact(cost_NE, capacity)
-    return _repair(cost_NE, _prices(cost_NE, capacity), capacity)
+    cost_NE = cost_NE.double()
+    return _repair(cost_NE + _prices(cost_NE, capacity), capacity)
 
 
 def _exact(cost_NE: Tensor, capacity: int) -> Tensor:
@@ -42,7 +44,6 @@ def _exact(cost_NE: Tensor, capacity: int) -> Tensor:
 def _prices(cost_NE: Tensor, capacity: int) -> Tensor:
     """[E] prices >= 0 that bring each item's cheapest group near balance: subgradient ascent on the dual."""
     N, E = cost_NE.shape
-    cost_NE = cost_NE.double()
     price_E = torch.zeros(E, dtype=torch.float64)
     step = (cost_NE - cost_NE.mean(1, keepdim=True)).abs().mean()
     best_E, best_excess = price_E, N + 1
@@ -58,11 +59,10 @@ def _prices(cost_NE: Tensor, capacity: int) -> Tensor:
     return best_E
 
 
-def _repair(cost_NE: Tensor, price_E: Tensor, capacity: int) -> Tensor:
-    """Each item's cheapest group at these prices; then overfull groups give away what is cheapest to move."""
-    priced_NE = cost_NE.double() + price_E
+def _repair(priced_NE: Tensor, capacity: int) -> Tensor:
+    """[N]: each item's cheapest group; then overfull groups give away what is cheapest to move."""
     group_N = priced_NE.argmin(1)
-    load_E = group_N.bincount(minlength=cost_NE.shape[1])
+    load_E = group_N.bincount(minlength=priced_NE.shape[1])
     while (load_E > capacity).any():
         donor_N = (load_E > capacity)[group_N].nonzero().flatten()
         target_E = (load_E < capacity).nonzero().flatten()

@@ -15,9 +15,9 @@ from torch import Tensor
 from lamella.partition.assign import balanced_assign
 
 Metric = Literal["l2", "cosine"]
-MAX_POINTS = 8192
+MAX_POINTS = 4096
 """Of more points a random draw of so many is clustered; the rest go to the nearest centroid."""
-ROUNDS = 20
+ROUNDS = 10
 
 
 def balanced_kmeans(
