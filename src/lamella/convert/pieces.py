@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError
-from lamella.moe.slicing import add_noise, matrix_std
+from lamella.moe.slicing import NOISE_BLOCK, add_noise, matrix_std
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SplitColumns:
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
         D, F = self.source.shape
         f, std = F // self.slices, noise_std(self.source, self.noise)
-        for row, rows in spans(0, D, max(1, CHUNK_ELEMENTS // F)):
+        for row, rows in spans(0, D, _rows_per_chunk(F)):
             block_rF = _elements(self.source, row * F, rows * F, dtype, std, self.noise).view(rows, F)
             for i, part_rf in enumerate(block_rF.split(f, dim=1)):
                 sink.place((i * D + row) * f, part_rf)
@@ -111,6 +111,12 @@ class Values:
             sink.append(torch.full((self.repeat,), value, dtype=dtype))
 
 
+def _rows_per_chunk(width: int) -> int:
+    """As many rows as a chunk holds; whole blocks of noise where possible, since part of one costs all of it."""
+    rows, unit = max(1, CHUNK_ELEMENTS // width), NOISE_BLOCK // math.gcd(width, NOISE_BLOCK)
+    return rows - rows % unit if rows >= unit else rows
+
+
 def noise_std(source: SourceTensor, noise: Noise | None) -> float:
     """Standard deviation of the noise to add, in the weights' own units; 0 without noise."""
     if noise is None or noise.scale == 0:
@@ -125,9 +131,17 @@ def _elements(
     source: SourceTensor, start: int, count: int, dtype: torch.dtype, std: float, noise: Noise | None
 ) -> Tensor:
     data = source.read(start, count)
-    if noise is not None and std:
-        data = add_noise(data.float(), source.name, noise.seed, std, start)
-    cast = data.to(dtype)
+    cast = data.to(dtype) if noise is None or not std else _noisy(data, source.name, start, dtype, std, noise)
     if dtype == torch.float16 and cast is not data and not cast.isfinite().all():
         raise UserError(f"{source.name} holds values beyond float16's range; use --dtype bfloat16 or float32")
     return cast
+
+
+def _noisy(data: Tensor, name: str, start: int, dtype: torch.dtype, std: float, noise: Noise) -> Tensor:
+    """`data`, the elements from `start` on, plus noise, by blocks of the noise: they stay in a core's own cache."""
+    noisy = torch.empty(data.numel(), dtype=dtype)
+    for block in range(start // NOISE_BLOCK, -(-(start + data.numel()) // NOISE_BLOCK)):
+        begin, end = max(start, block * NOISE_BLOCK), min(start + data.numel(), (block + 1) * NOISE_BLOCK)
+        part = slice(begin - start, end - start)
+        noisy[part] = add_noise(data[part].float(), name, noise.seed, std, begin)
+    return noisy

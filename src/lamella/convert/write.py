@@ -18,48 +18,57 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lamella.convert.blocks import BlockFile, Stream
 from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.tensors import CHUNK_ELEMENTS, DTYPES, encode_header, read_bytes, spans
+from lamella.convert.tensors import DTYPES, encode_header
 from lamella.errors import UserError
 
 # A thread holds a few chunks of 4 MiB. More threads than this do not help a disk.
 MAX_THREADS = 16
+MAX_STREAMS = 64  # open at a time in one tensor, each with a buffer
 _SPARE_BYTES = 64 << 20  # tokenizer, manifest and the file system's own needs
 
 
 class FileSink:
-    """One output tensor's place in an open file, and the hash of what was written there."""
+    """One output tensor's place in a file, and the hash of what was written there."""
 
-    def __init__(self, fd: int, path: Path, offset: int, tensor: OutputTensor, on_bytes: Callable[[int], None]):
-        self._fd, self._path, self._offset, self._tensor, self._on_bytes = fd, path, offset, tensor, on_bytes
+    def __init__(self, file: BlockFile, offset: int, tensor: OutputTensor, on_bytes: Callable[[int], None]):
+        self._file, self._offset, self._tensor, self._on_bytes = file, offset, tensor, on_bytes
         self._hash = xxhash.xxh3_128()
+        self._streams: dict[int, Stream] = {}  # by their end: slices of columns are as many streams
         self._appended = 0
         self._placed = 0
 
     def append(self, data: Tensor) -> None:
         view = _bytes_of(data)
         self._hash.update(view)
-        self._write(self._appended, view)
+        self._write(self._offset + self._appended, view)
         self._appended += len(view)
 
     def place(self, start: int, data: Tensor) -> None:
         view = _bytes_of(data)
-        self._write(start * data.element_size(), view)
+        self._write(self._offset + start * data.element_size(), view)
         self._placed += len(view)
 
     def _write(self, at: int, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], self._offset + at + done)
+        stream = self._streams.pop(at, None)
+        if stream is None:
+            if len(self._streams) == MAX_STREAMS:
+                self._streams.pop(next(iter(self._streams))).close()
+            stream = Stream(self._file, at)
+        stream.write(view)
+        self._streams[stream.end] = stream
         self._on_bytes(len(view))
 
     def digest(self) -> str:
-        """xxh3_128 of the tensor's bytes. Those placed out of order are read back, from the page cache."""
+        """Finish writing: xxh3_128 of the tensor's bytes. Those placed out of order are read back."""
         assert self._appended + self._placed == self._tensor.nbytes, self._tensor.name
         assert not (self._appended and self._placed), self._tensor.name
+        for stream in self._streams.values():
+            stream.close()
         if self._placed:
-            for start, count in spans(self._offset, self._placed, 4 * CHUNK_ELEMENTS):
-                self._hash.update(read_bytes(self._path, start, count).data)
+            for view in self._file.read(self._offset, self._placed):
+                self._hash.update(view)
         return self._hash.hexdigest()
 
 
@@ -74,31 +83,29 @@ def write_tensors(plan: Plan, folder: Path, on_bytes: Callable[[int], None] = la
         name -> xxh3_128 of each tensor's little-endian bytes.
     """
     jobs: list[tuple[OutputTensor, FileSink]] = []
-    fds: list[int] = []
+    files: list[BlockFile] = []
     try:
-        for file, tensors in plan.shards().items():
-            fds.append(os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-            jobs += _lay_out(fds[-1], folder / file, tensors, on_bytes)
+        for name, tensors in plan.shards().items():
+            header = encode_header([(t.name, t.dtype, t.shape) for t in tensors])
+            files.append(BlockFile(folder / name, len(header) + sum(t.nbytes for t in tensors)))
+            files[-1].write(0, memoryview(header))
+            jobs += _lay_out(files[-1], len(header), tensors, on_bytes)
         hashes = _run(jobs)
-        for fd in fds:
-            os.fsync(fd)
+        for file in files:
+            file.sync()
     finally:
-        for fd in fds:
-            os.close(fd)
+        for file in files:
+            file.close()
     _write_index(plan, folder)
     return hashes
 
 
 def _lay_out(
-    fd: int, path: Path, tensors: list[OutputTensor], on_bytes: Callable[[int], None]
+    file: BlockFile, offset: int, tensors: list[OutputTensor], on_bytes: Callable[[int], None]
 ) -> Iterator[tuple[OutputTensor, FileSink]]:
-    """Write the header, give the file its full length, and yield each tensor with its place."""
-    header = encode_header([(t.name, t.dtype, t.shape) for t in tensors])
-    os.posix_fallocate(fd, 0, len(header) + sum(t.nbytes for t in tensors))
-    os.pwrite(fd, header, 0)
-    offset = len(header)
+    """Each tensor with its place, one after the other from `offset` on."""
     for tensor in tensors:
-        yield tensor, FileSink(fd, path, offset, tensor, on_bytes)
+        yield tensor, FileSink(file, offset, tensor, on_bytes)
         offset += tensor.nbytes
 
 

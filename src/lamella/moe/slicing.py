@@ -83,6 +83,8 @@ def gaussian_noise(name: str, seed: int, start: int, count: int) -> Tensor:
     for block in range(start // NOISE_BLOCK, -(-(start + count) // NOISE_BLOCK)):
         drawn = torch.empty(NOISE_BLOCK).normal_(generator=noise_generator(f"{name}#{block}", seed))
         first = block * NOISE_BLOCK
+        if start == first and count == NOISE_BLOCK:
+            return drawn
         begin, end = max(start, first), min(start + count, first + NOISE_BLOCK)
         noise[begin - start : end - start] = drawn[begin - first : end - first]
     return noise
@@ -99,11 +101,15 @@ def matrix_std(chunks: Iterable[Tensor]) -> float:
     Summed in float64 by numpy, in one thread: the last digit does not depend on the machine's cores.
     """
     count, total, squares = 0, 0.0, 0.0
+    buffer = np.empty(0)  # reused: fresh pages cost more than the sums
     for chunk in chunks:
-        values = chunk.double().numpy().ravel()
+        if buffer.size < chunk.numel():
+            buffer = np.empty(chunk.numel())
+        values = buffer[: chunk.numel()]
+        torch.from_numpy(values).copy_(chunk.reshape(-1))
         count += values.size
         total += float(values.sum())
-        squares += float(np.square(values).sum())
+        squares += float(np.square(values, out=values).sum())
     if not math.isfinite(squares):
         return math.nan
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
