@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import statistics
@@ -21,6 +22,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def wait_for_ranks(device: torch.device) -> None:
+    """The device's work is done, on every rank where there are several."""
+    synchronise(device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def interleaved_seconds(
     steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
@@ -30,10 +38,10 @@ def interleaved_seconds(
         step()  # warm-up
     for _ in range(repeats):
         for name, step in steps.items():
-            synchronise(device)
+            wait_for_ranks(device)
             start = time.perf_counter()
             step()
-            synchronise(device)
+            wait_for_ranks(device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -79,6 +87,22 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     with _LiveBytes() as counter:
         step()
     return counter.peak
+
+
+def peak_resident_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """As `peak_bytes`, but on a CPU by the process's resident memory (Linux): it sees FSDP's buffers, too."""
+    if device.type == "cuda":
+        return peak_bytes(step, device)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status_bytes("VmRSS")
+    step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -51,9 +51,8 @@ class Contestant:
     flops_per_token: int = 0
 
     def state_bytes(self) -> int:
-        """Weights, optimizer state and gradients of this rank, after a step."""
+        """Weights and optimizer state of this rank, after a step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
         for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
             tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(local(t).nbytes for t in tensors)
@@ -97,7 +96,8 @@ def draw_weights(model: nn.Module) -> None:
 def write_model_folder(shape: Shape, seq_len: int, folder: Path, sliced: bool) -> Path:
     """A folder with the config.json that recipes are checked against; the weights are drawn, not read."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = hf_values(shape, seq_len) | {"model_type": "llama"}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    values = hf_values(shape, seq_len) | {"model_type": "llama", "dtype": dtype}
     if sliced:
         values |= {"model_type": "lamella_llama", "moe": moe_config(shape).to_dict()}
     (folder / "config.json").write_text(json.dumps(values))
@@ -105,19 +105,17 @@ def write_model_folder(shape: Shape, seq_len: int, folder: Path, sliced: bool) -
 
 
 def titan_lamella(
-    shape: Shape, seq_len: int, folder: Path, trains: str, checkpointing: str, options: dict[str, Any]
+    shape: Shape, seq_len: int, folder: Path, checkpointing: str, options: dict[str, Any], **settings: str
 ) -> Contestant:
-    """The model that `lamella train` trains: sliced with trains experts+router, dense with trains all."""
+    """The model that `lamella train` trains: sliced, or dense with trains="all". `settings` are the recipe's."""
     from lamella.recipe import Recipe
     from lamella.train.assemble import model_config, optimizer_config
     from lamella.train.balance import Balance
     from lamella.train.flops import training_flops_per_token
     from lamella.train.parallel import parallelize
 
-    write_model_folder(shape, seq_len, folder, sliced=trains != "all")
-    recipe = Recipe(
-        model=str(folder), seq_len=seq_len, trains=trains, lr=LR, activation_checkpointing=checkpointing
-    )  # type: ignore[arg-type]
+    write_model_folder(shape, seq_len, folder, sliced=settings.get("trains") != "all")
+    recipe = Recipe(model=str(folder), seq_len=seq_len, lr=LR, activation_checkpointing=checkpointing, **settings)  # type: ignore[arg-type]
     config = model_config(recipe)
     model, dims = _titan_model(config, parallelize, recipe, options)
     optimizers = optimizer_config(recipe).build(model_parts=[model])
@@ -207,10 +205,11 @@ def _titan_model(config: Any, parallelize: Any, recipe: Any, options: dict[str, 
         compile_config=CompileConfig(), ac_config=activation_checkpoint(recipe), dump_folder="",
     )  # fmt: skip
     model.to_empty(device=device_type)
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "_init_self_buffers"):
-                module._init_self_buffers()
+    if config.enable_weight_tying:
+        model.tok_embeddings.weight = model.lm_head.weight
+    for module in model.modules():
+        if hasattr(module, "_init_self_buffers"):
+            module._init_self_buffers()
     draw_weights(model)
     return model.train(), dims
 
@@ -219,7 +218,6 @@ def _titan_step(model: nn.Module, optimizers: Any, dims: Any, batch: Batch, mark
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.distributed.utils import clip_grad_norm_, dist_sum_tensor
 
-    optimizers.zero_grad(set_to_none=True)
     count = (batch.labels >= 0).sum()
     if dims.dp_enabled:
         count = dist_sum_tensor(count, dims.get_mesh("batch"))
@@ -230,6 +228,7 @@ def _titan_step(model: nn.Module, optimizers: Any, dims: Any, batch: Batch, mark
     clip_grad_norm_(list(model.parameters()), 1.0, foreach=True)
     mark("clip")
     optimizers.step()
+    optimizers.zero_grad(set_to_none=True)  # last, not first: the other models' steps come between
     mark("optimizer")
 
 
@@ -272,7 +271,6 @@ def transformers_model(shape: Shape, seq_len: int, sliced: bool, checkpointing: 
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
 
     def step(batch: Batch, mark: Mark) -> None:
-        optimizer.zero_grad(set_to_none=True)
         logits = model(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
         mark("forward")
@@ -281,6 +279,7 @@ def transformers_model(shape: Shape, seq_len: int, sliced: bool, checkpointing: 
         torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
         mark("clip")
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         mark("optimizer")
 
     return Contestant(model, optimizer, step, _hf_flops(model, shape, seq_len))

@@ -10,7 +10,9 @@ transformers.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,15 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import interleaved_seconds, median_spread, peak_bytes, print_table, provenance, synchronise, write_json
+from measure import (
+    interleaved_seconds,
+    median_spread,
+    peak_resident_bytes,
+    print_table,
+    provenance,
+    synchronise,
+    write_json,
+)
 from train_models import Batch, Contestant, Shape, titan_lamella, titan_llama, transformers_model
 
 SHAPES = {
@@ -39,8 +49,8 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 def has_torchtitan() -> bool:
     try:
-        import lamella.models.titan_device  # noqa: F401
-        import torchtitan.trainer  # noqa: F401
+        for module in ("lamella.models.titan_device", "torchtitan.trainer"):
+            importlib.import_module(module)
     except ImportError:
         return False
     return True
@@ -57,8 +67,13 @@ def contestants(args: argparse.Namespace, folder: Path, dtype: torch.dtype) -> d
     options = {"fsdp_reshard_after_forward": args.reshard}
     return {
         "torchtitan Llama, all trained": lambda: titan_llama(shape, L, ac, options),
-        "lamella dense, all trained": lambda: titan_lamella(shape, L, folder / "dense", "all", ac, options),
-        "lamella, experts+router": lambda: titan_lamella(shape, L, folder / "moe", "experts+router", ac, options),
+        "lamella dense, all trained": lambda: titan_lamella(shape, L, folder / "dense", ac, options, trains="all"),
+        "lamella, experts+router, frozen sharded": lambda: titan_lamella(
+            shape, L, folder / "moe", ac, options, frozen_weights="sharded"
+        ),
+        "lamella, experts+router, frozen replicated": lambda: titan_lamella(
+            shape, L, folder / "moe", ac, options, frozen_weights="replicated"
+        ),
     }
 
 
@@ -92,8 +107,8 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     with tempfile.TemporaryDirectory() as folder:
         built = {
             name: make()
-            for name, make in contestants(args, Path(folder), dtype).items()
-            if not args.only or args.only in name
+            for index, (name, make) in enumerate(contestants(args, Path(folder), dtype).items())
+            if index == 0 or re.search(args.only, name)
         }
     clocks = {name: PhaseClock(device) for name in built}
 
@@ -106,13 +121,11 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     for name, contestant in built.items():
         seconds, spread = median_spread(timed[name])
         state = contestant.state_bytes()
-        contestant.optimizer.zero_grad(set_to_none=True)
-        state_without_gradients = contestant.state_bytes()
-        peak = peak_bytes(lambda name=name: step(name), device)
+        peak = peak_resident_bytes(lambda name=name: step(name), device)
         rows.append({
             "impl": name, "step_s": seconds, "spread": spread, "tokens_per_s": args.tokens / seconds,
             "flops_per_token": contestant.flops_per_token, "trained_parameters": contestant.num_trained(),
-            "peak_bytes": largest(state_without_gradients + peak), "state_bytes": largest(state),
+            "peak_bytes": largest(state + peak), "state_bytes": largest(state),
             **{f"{phase}_s": median_spread(clocks[name].seconds[phase][1:-1])[0] for phase in PHASES},
         })  # fmt: skip
     for row in rows:
@@ -153,6 +166,10 @@ def worker(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks))
+        if args.home == "torchtitan":
+            from lamella.train.worker import return_freed_memory
+
+            return_freed_memory()  # as training does; it holds for all models here
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = measure(args, device, dtype)
@@ -181,7 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reshard", choices=["default", "always", "never"], default="default", help="after forward")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of a rank (default: its share of the cores)")
-    parser.add_argument("--only", help="models whose name contains this")
+    parser.add_argument("--only", default="", help="beside the first, models whose name matches this expression")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.tokens % (args.seq_len * args.ranks):

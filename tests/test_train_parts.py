@@ -249,3 +249,11 @@ def test_progress_says_what_people_want_to_know(capsys):
 def test_share_ramp():
     share = TwinShare(target=0.6, ramp_steps=3)
     assert [share.at(step) for step in (1, 2, 3, 4, 9)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.6])
+
+
+def test_weights_that_the_precision_would_round_are_not_replicated(tmp_path):
+    tiny_moe("llama", tmp_path)  # float32
+    chosen = {p: model_config(Recipe(model=str(tmp_path), precision=p, seq_len=32)) for p in ("float32", "bfloat16")}
+    assert {p: c.frozen_weights for p, c in chosen.items()} == {"float32": "replicated", "bfloat16": "sharded"}
+    with pytest.raises(UserError, match="would round the float32 weights"):
+        model_config(Recipe(model=str(tmp_path), precision="bfloat16", frozen_weights="replicated", seq_len=32))

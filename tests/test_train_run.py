@@ -36,6 +36,7 @@ COMMON = {
     "heldout_every_steps": 4,
     "heldout_samples": 8,  # no multiple of ranks * micro-batch: blank samples fill the rest
     "threads_per_rank": 1,
+    "frozen_weights": "sharded",
     "tensorboard": "false",
 }
 # fp32: another number of ranks or micro-batches adds the same terms in another order; 5e-7 was seen after 12 steps
@@ -47,6 +48,8 @@ RUNS_ON_3 = {
     "experts": {"trains": "experts", "activation_checkpointing": "full", "steps": 4},
     "all": {"trains": "all", "activation_checkpointing": "selective", "weight_decay": 0.1},
     "full_ac": {"activation_checkpointing": "full"},
+    "replicated": {"frozen_weights": "replicated", "activation_checkpointing": "full"},
+    "replicated_all": {"frozen_weights": "replicated", "trains": "all", "steps": 4},
     "flat": {"model": "flat-model", "bias_rate": 0.05},
     "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: expert matrices are cut across, not along
     "uneven": {"model": "uneven-model", "steps": 4},  # and where the ranks do not divide them, padded
@@ -155,9 +158,9 @@ def test_resume_is_bit_equal(runs):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("other", ["accumulated", "alone", "moved", "full_ac"])
+@pytest.mark.parametrize("other", ["accumulated", "alone", "moved", "full_ac", "replicated"])
 def test_the_same_global_batch_gives_the_same_losses(runs, other):
-    """Micro-batches, 1 rank in place of 3, from 3 ranks to 1 in the middle, recomputed activations."""
+    """Micro-batches, 1 rank in place of 3, from 3 ranks to 1 in the middle, recomputed activations, whole weights."""
     assert losses(runs, other) == pytest.approx(losses(runs, "whole"), abs=REORDERED)
 
 
@@ -168,7 +171,7 @@ def test_more_ranks_than_slices(runs, name):
     assert ("expert shards are padded" in log) == (name == "uneven")
 
 
-@pytest.mark.parametrize("name", ["whole", "all", "held", "flat"])
+@pytest.mark.parametrize("name", ["whole", "all", "held", "flat", "replicated", "replicated_all"])
 def test_frozen_experts_keep_their_bytes(runs, name):
     before = load_file(runs / ("flat-model" if name == "flat" else "twin-model") / "model.safetensors")
     after = load_file(materialise(runs / name) / "model.safetensors")
@@ -177,7 +180,7 @@ def test_frozen_experts_keep_their_bytes(runs, name):
     assert not any("frozen" in key for key in changed)
     assert all(key in changed for key in before if "trainable" in key or "router.weight" in key)
     others = {key for key in before if ".mlp.experts." not in key and ".mlp.router." not in key}
-    assert others <= changed if name == "all" else not others & changed
+    assert others <= changed if name in ("all", "replicated_all") else not others & changed
 
 
 def test_only_experts_train_when_told_so(runs):

@@ -96,6 +96,9 @@ class Recipe(_Strict):
     """auto: flex where there is a GPU, sdpa elsewhere."""
     expert_path: ExpertPath = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    frozen_weights: Literal["auto", "sharded", "replicated"] = "auto"
+    """replicated: every rank holds all that does not train, and none of it is gathered during a step. Worth its memory
+    where ranks are joined by a slow network. auto: sharded where there is a GPU, replicated elsewhere."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: parameters, gradients and optimizer wait in main memory (GPU runs only)."""
     threads_per_rank: int = Field(default=0, ge=0)
@@ -112,6 +115,8 @@ class Recipe(_Strict):
             problems.append("warmup_steps is larger than steps")
         if self.keep_checkpoints == 1:
             problems.append("keep_checkpoints must be 0 (all) or at least 2: the newest may be half-written")
+        if self.frozen_weights == "replicated" and self.offload == "cpu":
+            problems.append("offload: cpu needs frozen_weights: sharded")
         if not self.data:
             problems.append("data names no text")
         if problems:

@@ -261,6 +261,7 @@ class LamellaDecoder(Decoder):
     class Config(Decoder.Config):
         sliding_window: int | None = None
         trains: str = "experts+router"
+        frozen_weights: str = "sharded"
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """(parameters, training FLOPs per token); see `lamella.train.flops`."""

@@ -27,6 +27,7 @@ from lamella.train.overlay import overlay
 from lamella.train.parallel import parallelize
 from lamella.train.state_dict import LamellaStateDictAdapter
 from lamella.train.trainer import LamellaTrainer, TokenisedAlready
+from lamella.train.weights import model_dtype
 
 
 def has_gpu() -> bool:
@@ -41,7 +42,7 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
     if attention != "sdpa" and not has_gpu():
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
     config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
-    config.trains = recipe.trains
+    config.trains, config.frozen_weights = recipe.trains, _frozen_weights(recipe)
     if recipe.seq_len > config.max_seq_len:
         raise UserError(
             f"seq_len {recipe.seq_len} is longer than the model's {config.max_seq_len} positions; lower seq_len"
@@ -49,6 +50,25 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
     if read_hf_config(recipe.model)[2] is None and recipe.trains != "all":
         raise UserError(f"{recipe.model} is a dense model without experts; convert it first, or set trains: all")
     return config
+
+
+def _frozen_weights(recipe: Recipe) -> str:
+    """Replicated weights are held in the precision of the computation, which must not change them."""
+    if recipe.frozen_weights == "auto":
+        return "sharded" if has_gpu() or recipe.precision == "bfloat16" else "replicated"
+    dtype = str(model_dtype(Path(recipe.model))).removeprefix("torch.")
+    if recipe.frozen_weights == "replicated" and _precision(recipe) not in ("float32", dtype):
+        raise UserError(
+            f"frozen_weights: replicated would round the {dtype} weights of {recipe.model} to {_precision(recipe)}; "
+            f"set frozen_weights: sharded or precision: float32"
+        )
+    return recipe.frozen_weights
+
+
+def _precision(recipe: Recipe) -> str:
+    if recipe.precision == "auto":
+        return "bfloat16" if has_gpu() else "float32"
+    return recipe.precision
 
 
 def trainer_config(
@@ -103,9 +123,6 @@ def trainer_config(
 
 
 def training_config(recipe: Recipe) -> TrainingConfig:
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bfloat16" if has_gpu() else "float32"
     return TrainingConfig(
         local_batch_size=recipe.samples_per_micro_batch,
         global_batch_size=recipe.samples_per_step,
@@ -114,7 +131,7 @@ def training_config(recipe: Recipe) -> TrainingConfig:
         steps=recipe.steps,
         enable_cpu_offload=recipe.offload == "cpu",
         disable_cuda_graphs=True,  # the expert paths synchronise with the host
-        mixed_precision_param=precision,
+        mixed_precision_param=_precision(recipe),  # type: ignore[arg-type]
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lamella.models.titan_device  # noqa: F401  first
@@ -45,18 +47,45 @@ def parallelize(
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     mesh = parallel_dims.get_mesh(names)
     _keep_shards_even(model, mesh.size())
-    apply_fsdp_to_decoder(
-        model,
-        mesh,
-        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-        pp_enabled=False,
-        cpu_offload=training.enable_cpu_offload,
-        reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
-    )
+    param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    whole = _replicated(model, param_dtype) if model.config.frozen_weights == "replicated" else set()
+    with _set_aside(model, whole):
+        apply_fsdp_to_decoder(
+            model,
+            mesh,
+            param_dtype=param_dtype,
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+            pp_enabled=False,
+            cpu_offload=training.enable_cpu_offload,
+            reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
+        )
     if not torch.accelerator.is_available():
         _sum_reductions(model)
     return model
+
+
+def _replicated(model: nn.Module, dtype: torch.dtype) -> set[nn.Parameter]:
+    """What does not train, cast to the dtype of the computation, as FSDP does with what it gathers."""
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    return frozen
+
+
+@contextmanager
+def _set_aside(model: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
+    """Inside, the model is without these parameters: FSDP leaves them as they are."""
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in parameters
+    ]
+    for module, name, _ in places:
+        delattr(module, name)
+    yield
+    for module, name, parameter in places:
+        module.register_parameter(name, parameter)
 
 
 def _keep_shards_even(model: LamellaDecoder, num_ranks: int) -> None:
