@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from lamella.config import MoEConfig
-from lamella.moe.balancing import expert_counts, max_violation, routing_entropy, share_bias, sign_update
+from lamella.moe.balancing import (
+    add_gradient_of,
+    auxiliary_loss,
+    balanced_bias,
+    expert_counts,
+    max_violation,
+    routing_entropy,
+    share_bias,
+    sign_update,
+)
 from lamella.moe.routing import choose_pairs, choose_top_k, expert_scores, pair_margins
 
 S, T = 8, 4096
@@ -76,3 +85,59 @@ def test_the_sign_update_balances_a_skewed_router_and_settles():
         bias_E = sign_update(bias_E, counts_E, rate)
     assert violations[0] > 0.5
     assert max(violations[-100:]) < 0.15  # all of the last hundred steps, so it does not swing either
+
+
+def test_auxiliary_loss_tells_collapse_from_balance():
+    """1 when even, E/K when K experts have everything, and its gradient lowers the scores of the overloaded."""
+    T, E, K = 64, 8, 2
+    even = torch.stack([torch.arange(T) % E, (torch.arange(T) + 1) % E], dim=1)
+    flat = torch.full((T, E), 0.5)
+    torch.testing.assert_close(auxiliary_loss(flat, even), torch.tensor(1.0))
+    peaked = torch.full((T, E), 1e-4)
+    peaked[:, :K] = 1.0
+    collapsed = torch.arange(K).expand(T, K)
+    assert auxiliary_loss(peaked, collapsed) == pytest.approx(E / K, rel=1e-2)
+    scores = flat.clone().requires_grad_()
+    auxiliary_loss(scores, collapsed).backward()
+    assert (scores.grad[:, :K] > 0).all()
+    assert (scores.grad[:, K:] < 0).all()
+
+
+def test_descending_the_auxiliary_loss_balances_a_collapsed_router():
+    torch.manual_seed(0)
+    T, D, E, K = 512, 16, 8, 2
+    x_TD, weight_ED = torch.randn(T, D), torch.randn(E, D) * 0.1
+    x_TD[:, 0] += 3.0
+    weight_ED[:2, 0] += 2.0  # two experts that everyone likes
+    weight_ED.requires_grad_()
+    optimizer = torch.optim.Adam([weight_ED], lr=0.02)
+
+    def step() -> float:
+        scores = (x_TD @ weight_ED.T).sigmoid()
+        ids = scores.topk(K, dim=-1).indices
+        optimizer.zero_grad()
+        auxiliary_loss(scores, ids).backward()
+        optimizer.step()
+        return max_violation(expert_counts(ids, E)).item()
+
+    first = step()
+    last = [step() for _ in range(200)][-1]
+    assert first > 2
+    assert last < 0.5 * first
+
+
+def test_a_gradient_is_added_without_a_change_of_the_value():
+    x = torch.randn(4, requires_grad=True)
+    y = add_gradient_of(2 * x, 3 * x.sum())
+    torch.testing.assert_close(y, 2 * x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((4,), 5.0))
+
+
+def test_balanced_bias_reaches_its_target():
+    torch.manual_seed(0)
+    scores = torch.randn(2048, 8) + torch.arange(8) * 0.3
+    before = max_violation(expert_counts(scores.topk(2).indices, 8))
+    bias = balanced_bias(scores, torch.zeros(8), 2, 0.05)
+    assert before > 1
+    assert max_violation(expert_counts((scores + bias).topk(2).indices, 8)) <= 0.05

@@ -8,6 +8,8 @@ Shapes: E experts, S pairs, T tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,37 @@ def balanced_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int, target: float, 
             break
         bias_E = sign_update(bias_E, counts_E, 0.03 * spread / (1 + round_ / 50))
     return best_E
+
+
+def auxiliary_loss(scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """E sum over e of f_e P_e (Switch Transformer, arXiv 2101.03961): 1 when load or probability is even, E/K when K
+    experts have everything. f_e: share of the routed rows that expert e got, without gradient. P_e: mean over the
+    tokens of the score's share in the token's scores.
+
+    Scores must be positive (sigmoid or softmax).
+    """
+    E = scores_TE.shape[-1]
+    f_E = expert_counts(expert_ids_TK, E) / expert_ids_TK.numel()
+    p_E = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
+    return E * (f_E * p_E).sum()
+
+
+class _AddGradientOf(torch.autograd.Function):
+    """y, with the gradient of `loss` added to the graph's: the loss need not travel to where losses are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.ones((), dtype=ctx.dtype, device=dy.device)
+
+
+def add_gradient_of(y: Tensor, loss: Tensor) -> Tensor:
+    """y unchanged; its backward pass also runs that of the scalar `loss`."""
+    return _AddGradientOf.apply(y, loss)
 
 
 def max_violation(counts_E: Tensor) -> Tensor:
