@@ -176,6 +176,29 @@ def test_a_conversation_and_a_cropped_cache_go_on_as_from_the_start(llama: Path)
     assert (model(ids, past_key_values=cache, use_cache=True).logits - expected).abs().max() < FP32_BOUND
 
 
+@torch.no_grad()
+def test_sequences_of_a_cache_can_be_repeated_and_chosen(llama: Path) -> None:
+    model, ids = uneven(llama), tokens()
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    swapped = ids.flip(0)
+    got = model(swapped[:, 12:], past_key_values=cache, use_cache=True).logits
+    assert (got - logits(model, swapped)[:, 12:]).abs().max() < FP32_BOUND
+
+
+def test_bfloat16(dense: Path) -> None:
+    """As near to the float32 logits as the dense model in bfloat16 is, within a factor for other roundings."""
+    expected, folder = logits(load(dense), tokens()), converted(dense, experts=4)
+    theirs, ours = (
+        (logits(load(path, dtype=torch.bfloat16), tokens()) - expected).abs().max() for path in (dense, folder)
+    )
+    assert ours < 3 * theirs
+    model: Any = load(folder, dtype=torch.bfloat16)
+    assert model.attention_experts[0].router.selection_bias.dtype == torch.float32
+    assert model.generate(tokens(), **GREEDY).shape == (2, 36)
+
+
 def test_gradients_reach_router_and_projections(llama: Path) -> None:
     model: Any = load(converted(llama, experts=2, top_k=1, gate="sigmoid", router="random"))
     model.train()
@@ -211,6 +234,7 @@ def test_files(dense: Path) -> None:
         assert (folder / file).read_bytes() == (folder.parent / "twin" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_generates_at_once_with_remote_code(llama: Path) -> None:
     folder = converted(llama, experts=2, top_k=1, router="random")
     code = (
