@@ -102,7 +102,7 @@ def test_one_file_and_several_give_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
 
 
-@pytest.mark.parametrize("output", ["bias", "align"])
+@pytest.mark.parametrize("output", ["refit", "bias", "align"])
 def test_the_output_has_the_dense_mean_on_the_calibration_text(tmp_path: Path, output: str) -> None:
     """With one converted layer, whose input is the dense model's: calibration text = the text that is measured."""
     from lamella.calibrate import CalibrationOptions, calibration_tokens

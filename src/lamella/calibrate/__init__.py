@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from lamella.calibrate.dense import DenseModel
 from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
-from lamella.calibrate.store import LOCK, STREAMS, ResultFolder, fingerprint
+from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
 from lamella.calibrate.text import CalibrationOptions, CalibrationTokens, calibration_tokens
 from lamella.convert.checkpoint import Checkpoint
@@ -37,7 +36,7 @@ def calibrate(
     layers: Iterable[int] | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> dict[int, dict[str, Tensor]]:
+) -> LayerResults:
     """Hand every layer's sample to `on_layer` and keep what it returns; resume where an earlier call was interrupted.
 
     Args:
@@ -54,7 +53,7 @@ def calibrate(
         on_progress: told of each finished step.
 
     Returns:
-        layer -> result, ascending.
+        layer -> result, ascending; a mapping that reads a layer's file when it is asked for.
 
     Raises:
         UserError: unknown family, layers that are not there, a folder of something else or in use, a full disk.
@@ -72,7 +71,7 @@ def calibrate(
         if not all(results.has(layer) for layer in chosen):
             run.all()
         stream.remove()
-    return {layer: results.load(layer) for layer in chosen}
+    return LayerResults(results, chosen)
 
 
 def _checked_layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,39 @@ class ResultFolder:
         temporary.rename(self.folder / FINGERPRINT)
 
     def has(self, layer: int) -> bool:
-        return self._path(layer).is_file()
+        return self.path(layer).is_file()
 
     def save(self, layer: int, result: dict[str, Tensor]) -> None:
         temporary = self.folder / "layer.new"
         save_file({name: tensor.detach().contiguous() for name, tensor in result.items()}, temporary)
         with temporary.open("rb") as file:
             os.fsync(file)
-        temporary.rename(self._path(layer))
+        temporary.rename(self.path(layer))
 
     def load(self, layer: int) -> dict[str, Tensor]:
-        return load_file(self._path(layer))
+        return load_file(self.path(layer))
 
-    def _path(self, layer: int) -> Path:
+    def path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"
+
+
+class LayerResults(Mapping[int, dict[str, Tensor]]):
+    """layer -> result, ascending; read from the folder each time, so that they need not fit in memory together."""
+
+    def __init__(self, results: ResultFolder, layers: tuple[int, ...]):
+        self._results, self._layers = results, layers
+
+    def __getitem__(self, layer: int) -> dict[str, Tensor]:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        return self._results.load(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def path(self, layer: int) -> Path:
+        """The safetensors file of a layer."""
+        return self._results.path(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lamella.convert.layout import ffn_layout
 from lamella.convert.partition import plan_partition
 from lamella.convert.partition_options import PartitionOptions
 from lamella.convert.plan import Plan
+from lamella.convert.tensors import SourceTensor, read_header
 from lamella.convert.work import Work
 from lamella.partition.decide import Axes, Decision, converted_layer, decide
 from lamella.partition.layer import FFN, LayerSample, weights_only
@@ -27,14 +29,26 @@ def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -
     layers = options.chosen_layers(layout.num_layers)
     options.check(layout.ffn_width)
     if work.folder is None:
-        return plan_partition(source, sizes_only(options), _decide_all(source, sizes_only(options), layers, work))
-    decisions = _decide_all(source, options, layers, work)
+        axes = sizes_only(options)
+        return plan_partition(source, axes, _decide_all(source, axes, layers, work).decisions)
+    decided = _decide_all(source, options, layers, work)
     if options.guard is None:
-        return plan_partition(source, options, decisions, options.dtype)
-    verdicts = _test(source, options, decisions, work)
-    kept = {verdict.layer: decisions[verdict.layer] for verdict in verdicts if verdict.kept}
-    plan = plan_partition(source, options, kept, options.dtype)
+        return plan_partition(source, options, decided.decisions, options.dtype, decided.refitted)
+    verdicts = _test(source, options, decided, work)
+    kept = {verdict.layer: decided.decisions[verdict.layer] for verdict in verdicts if verdict.kept}
+    plan = plan_partition(source, options, kept, options.dtype, decided.refitted)
     return dataclasses.replace(plan, notes={"guard": [verdict._asdict() for verdict in verdicts]})
+
+
+class Decided(NamedTuple):
+    """What every layer becomes. Refitted matrices stay in their files: together they are a third of the FFNs."""
+
+    decisions: dict[int, Decision]
+    refitted: dict[int, SourceTensor]
+
+    def whole(self, layer: int) -> Decision:
+        decision, down = self.decisions[layer], self.refitted.get(layer)
+        return decision if down is None else decision._replace(down_DF=down.read(0, down.numel).view(down.shape))
 
 
 def sizes_only(options: PartitionOptions) -> PartitionOptions:
@@ -45,9 +59,7 @@ def sizes_only(options: PartitionOptions) -> PartitionOptions:
     )
 
 
-def _decide_all(
-    source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Work
-) -> dict[int, Decision]:
+def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Work) -> Decided:
     axes = options.axes()
 
     def on_layer(layer: int, sample: LayerSample) -> dict[str, Tensor]:
@@ -56,7 +68,7 @@ def _decide_all(
 
     if not axes.needs_sample:
         model = DenseModel(source)
-        return {layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}
+        return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
     assert work.folder is not None
     results = calibrate(
         source, calibration_tokens(source, options.calibration), work.folder, on_layer,
@@ -64,7 +76,11 @@ def _decide_all(
         gradients=axes.needs_gradient, replacement=replacement(axes) if options.sequential else None,
         layers=layers, overwrite=True, on_progress=work.on_progress,
     )  # fmt: skip
-    return {layer: Decision(**tensors) for layer, tensors in results.items()}
+    headers = {layer: read_header(results.path(layer)) for layer in layers}
+    return Decided(
+        {layer: Decision(**results[layer])._replace(down_DF=None) for layer in layers},
+        {layer: header["down_DF"] for layer, header in headers.items() if "down_DF" in header},
+    )
 
 
 def replacement(axes: Axes) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]:
@@ -72,12 +88,12 @@ def replacement(axes: Axes) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tens
     return lambda ffn, tensors: converted_layer(ffn, Decision(**tensors), axes)
 
 
-def _test(source: Checkpoint, options: PartitionOptions, decisions: dict[int, Decision], work: Work) -> list[Verdict]:
+def _test(source: Checkpoint, options: PartitionOptions, decided: Decided, work: Work) -> list[Verdict]:
     assert options.guard is not None
     num_tokens = max(options.guard.tokens, options.calibration.sequence_length)
     tokens = calibration_tokens(source, dataclasses.replace(options.calibration, num_tokens=num_tokens))
     axes = options.axes()
     return guarded(
-        DenseModel(source), tokens, options.guard, decisions,
-        lambda layer, ffn: converted_layer(ffn, decisions[layer], axes), work.on_verdict,
+        DenseModel(source), tokens, options.guard, decided.decisions,
+        lambda layer, ffn: converted_layer(ffn, decided.whole(layer), axes), work.on_verdict,
     )  # fmt: skip

@@ -25,12 +25,19 @@ from lamella.errors import UserError
 from lamella.partition.decide import Axes, Decision, layer_config, layer_fields
 
 
-def plan_partition(source: Checkpoint, axes: Axes, decisions: Mapping[int, Decision], dtype: str | None = None) -> Plan:
+def plan_partition(
+    source: Checkpoint,
+    axes: Axes,
+    decisions: Mapping[int, Decision],
+    dtype: str | None = None,
+    refitted: Mapping[int, SourceTensor] | None = None,
+) -> Plan:
     """All tensors and the config of the partitioned model.
 
     Args:
         decisions: by layer; layers that are not in it stay dense.
         dtype: "float32", "bfloat16", "float16", or None for that of the source.
+        refitted: by layer, down projections [D, F] in the place of the dense ones.
 
     Raises:
         UserError: no layer at all is converted.
@@ -48,7 +55,11 @@ def plan_partition(source: Checkpoint, axes: Axes, decisions: Mapping[int, Decis
             tensors.append(OutputTensor(name, _dtype(tensor.dtype, dtype), tensor.shape, Runs.copy(tensor)))
         elif name == next(iter(layout.names(layer).values())):
             parts = ffn_parts(source, layout, layer)
-            tensors += _layer(parts, layout.prefix(layer), decisions[layer], moe.for_layer(layer), dtype)
+            down = (refitted or {}).get(layer, parts["down"])
+            stored = _dtype(parts["down"].dtype, dtype)
+            tensors += _layer(
+                parts | {"down": down}, layout.prefix(layer), decisions[layer], moe.for_layer(layer), stored
+            )
     return Plan(tensors, sliced_config(source.config, source.family, moe, dtype))
 
 
@@ -72,7 +83,7 @@ def _dtype(stored: str, wanted: str | None) -> str:
 
 
 def _layer(
-    parts: dict[str, SourceTensor], prefix: str, decision: Decision, moe: MoEConfig, dtype: str | None
+    parts: dict[str, SourceTensor], prefix: str, decision: Decision, moe: MoEConfig, stored: str
 ) -> list[OutputTensor]:
     pieces = {f"experts.trainable_{name}": piece for name, piece in _experts(parts, decision.experts_Ef, decision)}
     if len(decision.shared_n):
@@ -86,9 +97,7 @@ def _layer(
     }
     pieces |= {name: Given(value) for name, value in given.items() if value is not None}
     return [
-        OutputTensor(
-            prefix + name, "F32" if name in FLOAT32 else _dtype(parts["down"].dtype, dtype), shape, pieces[name]
-        )
+        OutputTensor(prefix + name, "F32" if name in FLOAT32 else stored, shape, pieces[name])
         for name, shape in moe_tensors(parts["up"].width, moe).items()
     ]
 

@@ -23,10 +23,12 @@ from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
 from lamella.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
 from lamella.partition.align import alignment, residual_bias
 from lamella.partition.layer import FFN, LayerSample, Partition, Parts, RouterInit, check_parts, router_logits
-from lamella.partition.reconstruct import dense_output
+from lamella.partition.reconstruct import dense_output, masked_hidden
+from lamella.partition.refit import refit_down
 from lamella.partition.search import search_shared
 
 GateName = Literal["unit", "normalised", "softmax"]
+OutputName = Literal["refit", "bias", "align", "plain"]
 # Normalised gates are 1 at the start only as far as the scores are equal: within 0.005 nats of unit gates up to a
 # standard deviation of the logits of 0.5.
 LOGIT_STD = {"unit": 1.0, "normalised": 0.1, "softmax": 0.1}
@@ -53,16 +55,17 @@ class Axes:
     """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
     balance: float | None = None
     """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
-    output: Literal["bias", "align", "plain"] = "bias"
-    """bias: add the mean of what the dropped experts give. align: match each channel's mean and variance to the dense
-    layer's. plain: neither."""
+    output: OutputName = "refit"
+    """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
+    missing (lamella.partition.refit), and a bias. bias: its mean alone. align: each channel's mean and variance are
+    brought to the dense layer's. plain: nothing. With all parts active nothing is missing."""
 
     def __post_init__(self) -> None:
         choices: dict[str, list[str]] = {
             "neurons": [*PARTITIONS],
             "router": [*ROUTERS],
             "gate": [*get_args(GateName)],
-            "output": ["bias", "align", "plain"],
+            "output": [*get_args(OutputName)],
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -109,6 +112,8 @@ class Decision(NamedTuple):
     output_bias_D: Tensor | None = None
     row_scale_D: Tensor | None = None
     """Factor on the rows of the down projections."""
+    down_DF: Tensor | None = None
+    """Takes the dense down projection's place."""
 
     def to_dict(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
@@ -158,7 +163,9 @@ def layer_config(
 def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
     """The converted layer's tensors, gathered from the dense ones."""
     ids_Ef, shared_n = decision.experts_Ef, decision.shared_n
-    down_DF = ffn.down_DF if decision.row_scale_D is None else ffn.down_DF * decision.row_scale_D[:, None]
+    down_DF = ffn.down_DF if decision.down_DF is None else decision.down_DF
+    if decision.row_scale_D is not None:
+        down_DF = down_DF * decision.row_scale_D[:, None]
     experts: AnyExperts
     shared: SharedExpert | TwoMatrixShared
     down_EDf, down_Dn = down_DF[:, ids_Ef].transpose(0, 1).contiguous(), down_DF[:, shared_n].contiguous()
@@ -178,9 +185,24 @@ def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
 
 def converted_layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], Tensor]:
     """x [t, D] -> y [t, D] of the layer with its experts."""
+    run = _layer(ffn, decision, axes)
+    return lambda x_TD: run(x_TD)[0]
+
+
+def routed_output(sample: LayerSample, decision: Decision, axes: Axes) -> tuple[Tensor, Tensor]:
+    """(y [T, D], the experts [T, K] that the sample's tokens choose)"""
+    return _layer(sample.ffn, decision, axes)(sample.x_TD)
+
+
+def _layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     config = layer_config(decision, axes, ffn.gate_FD is not None, ffn.activation)  # type: ignore[arg-type]
     weights = layer_weights(ffn, decision)
-    return lambda x_TD: moe_ffn(x_TD, weights, config)[0]
+
+    def run(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        y_TD, routing, _ = moe_ffn(x_TD, weights, config)
+        return y_TD, routing.expert_ids_TK
+
+    return run
 
 
 def _parts(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Parts:
@@ -223,9 +245,14 @@ def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
 
 
 def _corrected(sample: LayerSample, decision: Decision, axes: Axes) -> Decision:
-    """With what makes up, on average, for the experts that were not chosen."""
-    y_TD, reference_TD = converted_layer(sample.ffn, decision, axes)(sample.x_TD), dense_output(sample)
+    """With what makes up for the experts that were not chosen."""
+    y_TD, ids_TK = routed_output(sample, decision, axes)
     bias_D = torch.zeros(y_TD.shape[1]) if decision.output_bias_D is None else decision.output_bias_D
+    if axes.output == "refit":
+        partition = Partition(decision.shared_n, decision.experts_Ef)
+        down_DF, shift_D = refit_down(sample, masked_hidden(sample, partition, ids_TK))
+        return decision._replace(output_bias_D=bias_D + shift_D, down_DF=down_DF)
+    reference_TD = dense_output(sample)
     if axes.output == "bias":
         return decision._replace(output_bias_D=bias_D + residual_bias(reference_TD, y_TD))
     scale_D, shift_D = alignment(reference_TD, y_TD)
