@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from measure import print_table, provenance, write_json
 
-from lamella.convert.families import dense_tensors, family_of
-from lamella.convert.tensors import encode_header
+from lamella.conversion.families import dense_tensors, family_of
+from lamella.conversion.tensors import encode_header
 
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -43,7 +43,7 @@ VOCAB_PER_LAYER = 128256 // 32
 MERGEKIT = "mergekit==0.1.5"
 IMPORT_ONLY = "import torch"
 CONVERT = (
-    "import sys, torch; from lamella.convert import SliceOptions, convert\n"
+    "import sys, torch; from lamella.conversion import SliceOptions, convert\n"
     "report = convert(sys.argv[1], sys.argv[2], SliceOptions(noise=float(sys.argv[3])))\n"
     "print(report.bytes_written)"
 )

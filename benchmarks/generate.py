@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 
 from measure import interleaved_seconds, median_spread, print_table, provenance, write_json
 
-from lamella.convert import convert
+from lamella.conversion import convert
 from lamella.export import export
 from lamella.models.hf import load
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTC
 
 from lamella.calibrate import CalibrationTokens
 from lamella.calibrate.dense import document_mask
-from lamella.convert.checkpoint import Checkpoint
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.data.packing import make_sample
 from lamella.partition.layer import FFN, LayerSample
 

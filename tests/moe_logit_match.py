@@ -17,7 +17,7 @@ import typer
 from tiny import save_llama
 
 from lamella.cli import run_command
-from lamella.convert import SliceOptions, convert
+from lamella.conversion import SliceOptions, convert
 from lamella.embedded import embedded_model
 from lamella.errors import UserError
 from lamella.evaluate.commands import verify

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lamella.config import AttentionMoEConfig
-from lamella.convert import SliceOptions, convert
-from lamella.convert.attention import attention_experts
-from lamella.convert.attention_options import AttentionOptions
-from lamella.convert.attention_router import ridge_router
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.tensors import read_header
+from lamella.conversion import SliceOptions, convert
+from lamella.conversion.attention import attention_experts
+from lamella.conversion.attention_options import AttentionOptions
+from lamella.conversion.attention_router import ridge_router
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.tensors import read_header
 from lamella.errors import UserError
 from lamella.export import export
 from lamella.models.attention_cache import RaggedLayer

@@ -17,7 +17,7 @@ from torch import Tensor
 from lamella.calibrate import Progress, calibrate
 from lamella.calibrate.store import FINGERPRINT, LOCK, STREAMS, ResultFolder
 from lamella.calibrate.stream import StreamFolder
-from lamella.convert.checkpoint import Checkpoint
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.errors import UserError
 
 MODES: dict[str, dict[str, Any]] = {

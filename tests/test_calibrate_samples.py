@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from lamella.calibrate import CalibrationTokens, calibrate, passes
 from lamella.calibrate.anatomy import anatomy_of
-from lamella.convert.checkpoint import Checkpoint
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.errors import UserError
 from lamella.partition.layer import hidden, output
 
@@ -167,7 +167,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from calibration import random_tokens
 from lamella.calibrate import calibrate
-from lamella.convert import Checkpoint, peak_rss_mib
+from lamella.conversion import Checkpoint, peak_rss_mib
 
 tokens = random_tokens(16, 128)
 for name in {names!r}:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lamella.calibrate import CalibrationOptions, calibration_tokens
-from lamella.convert.checkpoint import Checkpoint
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.data.packing import IGNORE_INDEX
 from lamella.data.sources import documents
 from lamella.errors import UserError

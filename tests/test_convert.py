@@ -14,8 +14,8 @@ from safetensors import safe_open
 from tiny_models import CONFIGS, LLAMA3_ROPE, dense_ffn, moe_prefix, sliced_by_hand, tiny_checkpoint
 
 from lamella.config import DENSE_BIAS
-from lamella.convert import SliceOptions, convert, plan_conversion
-from lamella.convert.options import parse_layers
+from lamella.conversion import SliceOptions, convert, plan_conversion
+from lamella.conversion.options import parse_layers
 from lamella.errors import UserError
 from lamella.export.dense import to_dense
 from lamella.models.hf import load
@@ -303,7 +303,7 @@ def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
 def test_shards_and_index(tmp_path: Path, tokens: torch.Tensor) -> None:
     import dataclasses
 
-    from lamella.convert.write import write_json, write_tensors
+    from lamella.conversion.write import write_json, write_tensors
 
     dense = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
     _, plan = plan_conversion(dense, SliceOptions(slices=4))
@@ -372,7 +372,7 @@ def test_back_to_dense_after_training(tmp_path: Path) -> None:
 
 
 def test_the_command_reports_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lamella.convert.command import run
+    from lamella.conversion.command import run_slicing as run
 
     dense, out = tiny_checkpoint(tmp_path / "dense"), tmp_path / "moe"
     run(str(dense), out, {"slices": 4, "layers": "1"}, dry_run=True)
@@ -385,7 +385,7 @@ def test_the_command_reports_what_it_made(tmp_path: Path, capsys: pytest.Capture
     assert listed.keys() == moe.keys()
     assert all(str(list(tensor.shape)) in listed[name] for name, tensor in moe.items())
     assert f"{len(moe)} tensors, {sum(t.numel() for t in moe.values()):,} parameters" in plan
-    assert "1 of 3 layers with 4 slices" in plan
+    assert "1 of 3 layers with 4 frozen slices" in plan
 
 
 def test_interrupted_or_full_disk_keeps_nothing(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
 
-from lamella.convert import SliceOptions, convert
-from lamella.convert.recipe import load_conversion
+from lamella.conversion import SliceOptions, convert
+from lamella.conversion.recipe import load_conversion
 from lamella.errors import UserError
 from lamella.export.dense import to_dense
 
@@ -289,7 +289,7 @@ def test_bad_output(case: str, tmp_path: Path) -> None:
 
 
 def test_not_enough_room_is_found_before_writing(tmp_path: Path) -> None:
-    from lamella.convert.write import check_output
+    from lamella.conversion.write import check_output
 
     with pytest.raises(UserError, match="are free"):
         check_output(tmp_path / "moe", False, 1 << 60)

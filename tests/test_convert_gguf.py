@@ -11,7 +11,7 @@ import torch
 from tiny_models import SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lamella.convert import Checkpoint, SliceOptions, convert
+from lamella.conversion import Checkpoint, SliceOptions, convert
 from lamella.errors import UserError
 from lamella.models.hf import load
 

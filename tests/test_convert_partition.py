@@ -13,8 +13,8 @@ from tiny import VOCAB, save_tokenizer
 from tiny_models import CONFIGS, tiny_checkpoint
 
 from lamella.calibrate.guard import Verdict
-from lamella.convert import convert
-from lamella.convert.recipe import load_conversion
+from lamella.conversion import convert
+from lamella.conversion.recipe import load_conversion
 from lamella.errors import UserError
 from lamella.models.hf import load
 from lamella.partition import PARTITIONS, ROUTERS
@@ -106,7 +106,7 @@ def test_one_file_and_several_give_the_same(tmp_path: Path) -> None:
 def test_the_output_has_the_dense_mean_on_the_calibration_text(tmp_path: Path, output: str) -> None:
     """With one converted layer, whose input is the dense model's: calibration text = the text that is measured."""
     from lamella.calibrate import CalibrationOptions, calibration_tokens
-    from lamella.convert.checkpoint import Checkpoint
+    from lamella.conversion.checkpoint import Checkpoint
 
     dense = dense_model(tmp_path / "dense")
     out = partition(dense, tmp_path / "moe", "active=2", "layers=0", f"output={output}", "shared=1")
@@ -127,7 +127,7 @@ def test_the_output_has_the_dense_mean_on_the_calibration_text(tmp_path: Path, o
 
 def test_balance_bounds_the_violation(tmp_path: Path) -> None:
     from lamella.calibrate import CalibrationOptions, calibration_tokens
-    from lamella.convert.checkpoint import Checkpoint
+    from lamella.conversion.checkpoint import Checkpoint
     from lamella.moe.balancing import expert_counts, max_violation
 
     dense = dense_model(tmp_path / "dense")

@@ -16,9 +16,9 @@ from tiny import VOCAB, save_tokenizer
 from tiny_models import TWO_MATRIX, dense_ffn, moe_prefix, sliced_by_hand, tiny_checkpoint
 
 from lamella.config import MoEConfig
-from lamella.convert import SliceOptions, convert
-from lamella.convert.tensors import read_header
-from lamella.convert.transposed import matrices, transposed
+from lamella.conversion import SliceOptions, convert
+from lamella.conversion.tensors import read_header
+from lamella.conversion.transposed import matrices, transposed
 from lamella.errors import UserError
 from lamella.evaluate.logit_match import logit_match
 from lamella.evaluate.perplexity import evaluate

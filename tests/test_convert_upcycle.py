@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import CONFIGS, tiny_checkpoint
 
-from lamella.convert import convert
-from lamella.convert.recipe import load_conversion
+from lamella.conversion import convert
+from lamella.conversion.recipe import load_conversion
 from lamella.errors import UserError
 from lamella.models.hf import load
 

@@ -11,12 +11,12 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lamella.convert import blocks
-from lamella.convert.blocks import BLOCK_BYTES, BUFFER_BYTES, BlockFile, Stream
-from lamella.convert.pieces import Noise, Piece, Run, Runs, SplitColumns
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, read_header
-from lamella.convert.write import MAX_STREAMS, write_tensors
+from lamella.conversion import blocks
+from lamella.conversion.blocks import BLOCK_BYTES, BUFFER_BYTES, BlockFile, Stream
+from lamella.conversion.pieces import Noise, Piece, Run, Runs, SplitColumns
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, read_header
+from lamella.conversion.write import MAX_STREAMS, write_tensors
 from lamella.moe.slicing import add_noise, matrix_std, slice_down
 
 # Within a block, across one, exactly blocks, and over several buffers; none of the starts is that of a block.

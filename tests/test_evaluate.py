@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import EOS, VOCAB, save_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from lamella.convert import SliceOptions, convert
+from lamella.conversion import SliceOptions, convert
 from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import model_path, open_checkpoint

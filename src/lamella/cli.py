@@ -71,7 +71,7 @@ def convert_by_slicing(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
 ) -> None:
     """Cut a dense model's FFNs into frozen slices and trainable copies; the logits stay the dense model's."""
-    from lamella.convert.command import run_slicing
+    from lamella.conversion.command import run_slicing
 
     options = {"slices": slices, "noise": noise, "seed": seed, "layers": layers, "routing": routing, "gate": gate}
     run_slicing(model, out, options | {"top_k": top_k, "dtype": dtype}, overwrite=overwrite, dry_run=dry_run)
@@ -94,7 +94,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
 ) -> None:
     """Make experts out of a dense model by any method, as a recipe says; see launch/conversions/."""
-    from lamella.convert.command import run_recipe, run_slicing
+    from lamella.conversion.command import run_recipe, run_slicing
 
     if words:
         run_recipe(words, model, out, overwrite=overwrite, dry_run=dry_run)

@@ -103,7 +103,7 @@ def convert(demo: Demo) -> None:
 
 
 def _convert(out: Path) -> dict[str, Any]:
-    from lamella.convert import convert, peak_rss_mib
+    from lamella.conversion import convert, peak_rss_mib
 
     before = peak_rss_mib()
     result = convert(out=out)
@@ -182,7 +182,7 @@ def _launch(demo: Demo, out: Path) -> None:
 
 def frozen_unchanged(demo: Demo) -> bool:
     """Whether every frozen tensor of the trained model has the hash that the conversion's manifest gives it."""
-    from lamella.convert.checkpoint import read_folder
+    from lamella.conversion.checkpoint import read_folder
     from lamella.train.weights import materialise
 
     manifest = json.loads((demo.moe / "lamella.json").read_text())["tensors"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lamella.convert.layout import ffn_layout
-from lamella.convert.tensors import SourceTensor
+from lamella.conversion.layout import ffn_layout
+from lamella.conversion.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.partition.layer import FFN
 

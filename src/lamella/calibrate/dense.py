@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
-from lamella.convert.checkpoint import Checkpoint
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.errors import UserError
 from lamella.partition.layer import FFN
 

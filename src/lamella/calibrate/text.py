@@ -19,8 +19,8 @@ import xxhash
 from torch import Tensor
 
 from lamella.calibrate.dense import config_of
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.write import write_json
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.write import write_json
 from lamella.data.packing import PackedSamples, TokenFile, token_file
 from lamella.data.sources import Split, open_source
 from lamella.errors import UserError

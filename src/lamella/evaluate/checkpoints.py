@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamella.convert.families import FAMILIES, SLICED_PREFIX, ffn_layout
+from lamella.conversion.families import FAMILIES, SLICED_PREFIX, ffn_layout
 from lamella.embedded import embedded_model
 from lamella.errors import UserError, did_you_mean
 from lamella.models.hf import load

@@ -12,8 +12,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lamella.convert import DEFAULT_OUT, SliceOptions, convert
-from lamella.convert.command import progress_bar
+from lamella.conversion import DEFAULT_OUT, SliceOptions, convert
+from lamella.conversion.command import progress_bar
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import EMBEDDED, check_json_path, model_path, open_checkpoint, write_json
 from lamella.evaluate.logit_match import Check, logit_match

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lamella.convert.layout import ffn_layout
+from lamella.conversion.layout import ffn_layout
 from lamella.models.hf_blocks import decoder_layers, ffn_modules, replace_ffn
 from lamella.partition.layer import FFN
 

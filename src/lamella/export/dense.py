@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lamella.config import AttentionMoEConfig, MoEConfig
-from lamella.convert.attention_options import router_tensors
-from lamella.convert.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
-from lamella.convert.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of, may_be_stored
-from lamella.convert.layout import FFNLayout, ffn_layout
-from lamella.convert.pieces import JoinColumns, Piece, Run, Runs
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.slice import moe_tensors
-from lamella.convert.tensors import SourceTensor
-from lamella.convert.transposed import matrices, transposed
-from lamella.convert.write import appearing_folder, check_output, write_json, write_tensors
+from lamella.conversion.attention_options import router_tensors
+from lamella.conversion.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
+from lamella.conversion.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of, may_be_stored
+from lamella.conversion.layout import FFNLayout, ffn_layout
+from lamella.conversion.pieces import JoinColumns, Piece, Run, Runs
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.slice import moe_tensors
+from lamella.conversion.tensors import SourceTensor
+from lamella.conversion.transposed import matrices, transposed
+from lamella.conversion.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.errors import UserError
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from lamella.config import AttentionMoEConfig, MoEConfig
-from lamella.convert.attention_options import attention_prefix
-from lamella.convert.pieces import Run, Runs, Sink, Values
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.slice import ffn_prefix
-from lamella.convert.tensors import SourceTensor
+from lamella.conversion.attention_options import attention_prefix
+from lamella.conversion.pieces import Run, Runs, Sink, Values
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.slice import ffn_prefix
+from lamella.conversion.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.export.dense import dense_config, sliced_family
 

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lamella.config import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
-from lamella.convert.two_matrix import MASKS
+from lamella.conversion.two_matrix import MASKS
 from lamella.errors import UserError
 from lamella.models.attention_moe import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.models.hf_blocks import PackedExperts, Router, Shared, SlicedMoE, decoder_layers, replace_ffn

@@ -91,7 +91,7 @@ def _model_folder(recipe: Recipe, rank: int) -> Path:
     if recipe.model != Recipe.model_fields["model"].default:
         raise UserError(f"there is no model {folder}; make it with `uv run convert_by_slicing.py --out {folder}`")
     if rank == 0:
-        from lamella.convert import convert
+        from lamella.conversion import convert
 
         print(f"There is no {folder} yet: converting the embedded model first.", flush=True)
         convert(out=folder)

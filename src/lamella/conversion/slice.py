@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from lamella.config import DENSE_BIAS, MoEConfig
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.families import SLICED_PREFIX, Family, Shapes, dense_tensors, ffn_layout
-from lamella.convert.layout import FFNLayout
-from lamella.convert.options import DTYPE_NAMES, SliceOptions, parse_layers
-from lamella.convert.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.tensors import SourceTensor
-from lamella.convert.transposed import transposed
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.families import SLICED_PREFIX, Family, Shapes, dense_tensors, ffn_layout
+from lamella.conversion.layout import FFNLayout
+from lamella.conversion.options import DTYPE_NAMES, SliceOptions, parse_layers
+from lamella.conversion.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.tensors import SourceTensor
+from lamella.conversion.transposed import transposed
 from lamella.errors import UserError
 from lamella.moe.slicing import check_slices
 from lamella.moe.two_matrix import expert_shapes
@@ -75,7 +75,7 @@ def sliced_config(dense: dict[str, Any], family: Family, moe: MoEConfig, dtype: 
 
 
 def ffn_prefix(layer: int) -> str:
-    """Of a Llama-like layer's FFN; `lamella.convert.layout` knows every family's."""
+    """Of a Llama-like layer's FFN; `lamella.conversion.layout` knows every family's."""
     return f"model.layers.{layer}.mlp."
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from lamella.calibrate import calibrate, calibration_tokens
 from lamella.calibrate.dense import DenseModel
 from lamella.calibrate.guard import Verdict, guarded
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.layout import ffn_layout
-from lamella.convert.partition import plan_partition
-from lamella.convert.partition_options import PartitionOptions
-from lamella.convert.plan import Plan
-from lamella.convert.tensors import SourceTensor, read_header
-from lamella.convert.work import Work
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.layout import ffn_layout
+from lamella.conversion.partition import plan_partition
+from lamella.conversion.partition_options import PartitionOptions
+from lamella.conversion.plan import Plan
+from lamella.conversion.tensors import SourceTensor, read_header
+from lamella.conversion.work import Work
 from lamella.partition.decide import Axes, Decision, converted_layer, decide
 from lamella.partition.layer import FFN, LayerSample, weights_only
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lamella.convert.layout import SLICED_PREFIX, FFNLayout, ffn_layout
-from lamella.convert.two_matrix import Shapes, check_two_matrix, gpt2_tensors, opt_tensors
+from lamella.conversion.layout import SLICED_PREFIX, FFNLayout, ffn_layout
+from lamella.conversion.two_matrix import Shapes, check_two_matrix, gpt2_tensors, opt_tensors
 from lamella.errors import UserError, did_you_mean
 
 __all__ = [

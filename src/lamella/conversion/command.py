@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from lamella.convert import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.layout import ffn_layout
-from lamella.convert.options import Options
-from lamella.convert.plan import Plan
-from lamella.convert.sidecars import holds_conversion
-from lamella.convert.write import check_output
+from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.layout import ffn_layout
+from lamella.conversion.options import Options
+from lamella.conversion.plan import Plan
+from lamella.conversion.sidecars import holds_conversion
+from lamella.conversion.write import check_output
 
 
 def run_slicing(
@@ -39,7 +39,7 @@ def run_recipe(
     words: list[str], model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Convert by a recipe: `words` are an optional YAML file and then key=value settings."""
-    from lamella.convert.recipe import load_conversion
+    from lamella.conversion.recipe import load_conversion
 
     path = words[0] if words and "=" not in words[0] else None
     recipe = load_conversion(path, words if path is None else words[1:])
@@ -107,6 +107,8 @@ def _summary(source: Checkpoint, plan: Plan) -> str:
 
 
 def _experts(moe: dict[str, Any]) -> str:
+    if "num_frozen_experts" not in moe:
+        return f"attention of {moe['num_experts']} experts, {moe['num_experts_per_tok']} of them active"
     if moe["num_frozen_experts"]:
         return f"{moe['num_frozen_experts']} frozen slices and {moe['num_trainable_experts']} trainable copies"
     shared = f" and {moe['shared_intermediate_size']} shared neurons" if moe["shared_intermediate_size"] else ""

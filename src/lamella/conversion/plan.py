@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamella.convert.pieces import Piece
-from lamella.convert.tensors import DTYPES
+from lamella.conversion.pieces import Piece
+from lamella.conversion.tensors import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -16,15 +16,16 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from lamella.convert.options import Options
+from lamella.conversion.options import Options
 from lamella.errors import UserError, did_you_mean
 from lamella.recipe import parse_yaml, read_recipe_text, set_by_word
 
 # method -> module and class of its options; the modules are imported when they are asked for
 OPTIONS = {
-    "slice": ("lamella.convert.options", "SliceOptions"),
-    "partition": ("lamella.convert.partition_options", "PartitionOptions"),
-    "upcycle": ("lamella.convert.upcycle", "UpcycleOptions"),
+    "slice": ("lamella.conversion.options", "SliceOptions"),
+    "partition": ("lamella.conversion.partition_options", "PartitionOptions"),
+    "upcycle": ("lamella.conversion.upcycle", "UpcycleOptions"),
+    "attention": ("lamella.conversion.attention_options", "AttentionOptions"),
 }
 _OWN_KEYS = ("model", "out", "method")
 

@@ -15,16 +15,23 @@ from typing import Any
 import torch
 
 from lamella.config import AttentionMoEConfig
-from lamella.convert.attention_options import AttentionOptions, attention_config, attention_prefix
-from lamella.convert.attention_router import RouterStartValues, start_routers
-from lamella.convert.checkpoint import Checkpoint, card_licence, check_tensors, copy_sidecars, read_config, read_folder
-from lamella.convert.families import SLICED_PREFIX, may_be_stored
-from lamella.convert.gather import Given
-from lamella.convert.pieces import Runs
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.sidecars import MANIFEST, manifest, write_remote_code
-from lamella.convert.slice import REMOTE_CODE
-from lamella.convert.write import appearing_folder, check_output, write_json, write_tensors
+from lamella.conversion.attention_options import AttentionOptions, attention_config, attention_prefix
+from lamella.conversion.attention_router import RouterStartValues, start_routers
+from lamella.conversion.checkpoint import (
+    Checkpoint,
+    card_licence,
+    check_tensors,
+    copy_sidecars,
+    read_config,
+    read_folder,
+)
+from lamella.conversion.families import SLICED_PREFIX, may_be_stored
+from lamella.conversion.gather import Given
+from lamella.conversion.pieces import Runs
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.sidecars import MANIFEST, manifest, write_remote_code
+from lamella.conversion.slice import REMOTE_CODE
+from lamella.conversion.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.errors import UserError
 from lamella.export.dense import dense_config, sliced_family, sliced_tensors
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lamella import __version__
-from lamella.convert.checkpoint import Checkpoint, read_json
-from lamella.convert.families import Family
-from lamella.convert.layout import ffn_layout
-from lamella.convert.options import Options
-from lamella.convert.plan import Plan
-from lamella.convert.slice import REMOTE_CODE
-from lamella.convert.write import write_json
+from lamella.conversion.checkpoint import Checkpoint, read_json
+from lamella.conversion.families import Family
+from lamella.conversion.layout import ffn_layout
+from lamella.conversion.options import Options
+from lamella.conversion.plan import Plan
+from lamella.conversion.slice import REMOTE_CODE
+from lamella.conversion.write import write_json
 
 MANIFEST = "lamella.json"
 

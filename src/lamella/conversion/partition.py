@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lamella.config import MoEConfig
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.gather import GatherColumns, GatherElements, GatherRows, Given
-from lamella.convert.layout import FFNLayout, ffn_layout
-from lamella.convert.options import DTYPE_NAMES
-from lamella.convert.pieces import Piece, Runs
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
-from lamella.convert.tensors import SourceTensor
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.gather import GatherColumns, GatherElements, GatherRows, Given
+from lamella.conversion.layout import FFNLayout, ffn_layout
+from lamella.conversion.options import DTYPE_NAMES
+from lamella.conversion.pieces import Piece, Runs
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
+from lamella.conversion.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.partition.decide import Axes, Decision, layer_config, layer_fields
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.convert.families import Family, Shapes, dense_tensors, family_of, may_be_stored
-from lamella.convert.tensors import DTYPES, SourceTensor, read_header
-from lamella.convert.two_matrix import full_names
+from lamella.conversion.families import Family, Shapes, dense_tensors, family_of, may_be_stored
+from lamella.conversion.tensors import DTYPES, SourceTensor, read_header
+from lamella.conversion.two_matrix import full_names
 from lamella.embedded import embedded_model
 from lamella.errors import UserError
 
@@ -54,7 +54,7 @@ class Checkpoint:
             return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
         path = Path(model).expanduser()
         if path.suffix == ".gguf":
-            from lamella.convert.gguf import open_gguf
+            from lamella.conversion.gguf import open_gguf
 
             return open_gguf(path)
         if path.is_file():

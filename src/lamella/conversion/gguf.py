@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.convert.checkpoint import Checkpoint, check_dense, read_config
-from lamella.convert.families import family_of
-from lamella.convert.tensors import SourceTensor, read_bytes
-from lamella.convert.two_matrix import PREFIXES
+from lamella.conversion.checkpoint import Checkpoint, check_dense, read_config
+from lamella.conversion.families import family_of
+from lamella.conversion.tensors import SourceTensor, read_bytes
+from lamella.conversion.two_matrix import PREFIXES
 from lamella.errors import UserError
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

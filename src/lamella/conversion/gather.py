@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamella.convert.pieces import Sink
-from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, spans
-from lamella.convert.transposed import TransposedTensor
+from lamella.conversion.pieces import Sink
+from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
+from lamella.conversion.transposed import TransposedTensor
 
 
 @dataclass(frozen=True, eq=False)

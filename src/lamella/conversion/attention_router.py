@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import AttentionMoEConfig
-from lamella.convert.attention_options import RANDOM_STD, AttentionOptions
+from lamella.conversion.attention_options import RANDOM_STD, AttentionOptions
 from lamella.errors import UserError
 from lamella.moe.attention import expert_norms
 from lamella.partition.ridge import LinearMap, RidgeProblem

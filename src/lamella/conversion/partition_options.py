@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from lamella.calibrate.guard import Guard
 from lamella.calibrate.text import CalibrationOptions
-from lamella.convert.options import DTYPE_NAMES, parse_layers
+from lamella.conversion.options import DTYPE_NAMES, parse_layers
 from lamella.errors import UserError, did_you_mean
 from lamella.partition.decide import Axes
 

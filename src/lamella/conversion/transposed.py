@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.convert.tensors import DTYPES, SourceTensor, read_bytes
+from lamella.conversion.tensors import DTYPES, SourceTensor, read_bytes
 from lamella.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, spans
+from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError
 from lamella.moe.slicing import NOISE_BLOCK, add_noise, matrix_std
 

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from lamella.config import MoEConfig
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.gather import Given
-from lamella.convert.layout import FFNLayout, ffn_layout
-from lamella.convert.options import DTYPE_NAMES, parse_layers
-from lamella.convert.pieces import Noise, Piece, Runs, Sink, Values, noise_std
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
-from lamella.convert.tensors import CHUNK_ELEMENTS, SourceTensor, spans
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.gather import Given
+from lamella.conversion.layout import FFNLayout, ffn_layout
+from lamella.conversion.options import DTYPE_NAMES, parse_layers
+from lamella.conversion.pieces import Noise, Piece, Runs, Sink, Values, noise_std
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.slice import FLOAT32, ffn_parts, in_model_order, moe_tensors, sliced_config
+from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError, did_you_mean
 from lamella.moe.slicing import check_slices, gaussian_noise, noise_generator
 

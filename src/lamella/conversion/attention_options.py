@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from lamella.config import AttentionMoEConfig, GateKind
-from lamella.convert.families import Family, Shapes
-from lamella.convert.options import parse_layers
+from lamella.conversion.families import Family, Shapes
+from lamella.conversion.options import parse_layers
 from lamella.errors import UserError, did_you_mean
 from lamella.moe.attention import check_experts
 

@@ -9,24 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamella.convert.checkpoint import Checkpoint
-from lamella.convert.options import Options, SliceOptions
-from lamella.convert.plan import Plan
-from lamella.convert.sidecars import write_sidecars
-from lamella.convert.slice import plan_slices
-from lamella.convert.upcycle import plan_upcycle
-from lamella.convert.work import Work
-from lamella.convert.write import appearing_folder, check_output, write_tensors
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.options import Options, SliceOptions
+from lamella.conversion.plan import Plan
+from lamella.conversion.sidecars import write_sidecars
+from lamella.conversion.slice import plan_slices
+from lamella.conversion.upcycle import plan_upcycle
+from lamella.conversion.work import Work
+from lamella.conversion.write import appearing_folder, check_output, write_tensors
+from lamella.errors import UserError
 
 DEFAULT_OUT = Path("artifacts/moe")
 
 
 def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
-    from lamella.convert.calibrated import plan_calibrated  # imports transformers, which slicing does without
+    from lamella.conversion.calibrated import plan_calibrated  # imports transformers, which slicing does without
 
     return plan_calibrated(source, options, work)
 
 
+ATTENTION = "attention"
 METHODS: dict[str, Callable[[Checkpoint, Any, Work], Plan]] = {
     "slice": lambda source, options, work: plan_slices(source, options),
     "partition": _plan_partition,
@@ -43,7 +45,7 @@ class ConversionReport:
     bytes_written: int
     """Bytes of weights."""
     moe: dict[str, Any]
-    """The `moe` entry of the new config."""
+    """The `moe` entry of the new config, or its `attention_moe`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What the method found: a guard's verdicts."""
 
@@ -52,7 +54,10 @@ def plan_conversion(
     model: str | Path | None = None, options: Options | None = None, work: Work | None = None
 ) -> tuple[Checkpoint, Plan]:
     """Open a dense model (see `Checkpoint.open`) and plan its conversion; without `work` it reads headers only."""
-    options, source = options or SliceOptions(), Checkpoint.open(model)
+    options = options or SliceOptions()
+    if options.method == ATTENTION:
+        raise UserError("method 'attention' copies every tensor and adds routers: it has no plan to show")
+    source = Checkpoint.open(model)
     return source, METHODS[options.method](source, options, work or Work(None))
 
 
@@ -82,6 +87,8 @@ def convert(
         UserError: bad input, before anything is written; or the disk became full, and nothing is kept.
     """
     options, out, began = options or SliceOptions(), Path(out), time.perf_counter()
+    if options.method == ATTENTION:
+        return _convert_attention(model, out, options, overwrite, on_bytes)
     check_output(out, overwrite)  # before a model is downloaded
     work = Work(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict)
     source = Checkpoint.open(model)
@@ -98,6 +105,16 @@ def convert(
     return ConversionReport(
         out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config["moe"], plan.notes
     )
+
+
+def _convert_attention(
+    model: str | Path | None, out: Path, options: Any, overwrite: bool, on_bytes: Callable[[int], None]
+) -> ConversionReport:
+    """Its source may be a converted model, so it has a way of its own."""
+    from lamella.conversion.attention import attention_experts
+
+    report = attention_experts(model, out, options, overwrite=overwrite, on_bytes=on_bytes)
+    return ConversionReport(out, report.wall_s, peak_rss_mib(), report.bytes_written, report.config.to_dict())
 
 
 def peak_rss_mib() -> float:

@@ -18,9 +18,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lamella.convert.blocks import BlockFile, Stream
-from lamella.convert.plan import OutputTensor, Plan
-from lamella.convert.tensors import DTYPES, encode_header
+from lamella.conversion.blocks import BlockFile, Stream
+from lamella.conversion.plan import OutputTensor, Plan
+from lamella.conversion.tensors import DTYPES, encode_header
 from lamella.errors import UserError
 
 # A thread holds a few chunks of 4 MiB. More threads than this do not help a disk.

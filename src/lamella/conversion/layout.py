@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamella.config import Activation
-from lamella.convert.two_matrix import activation_of, gpt2_ffn_width
+from lamella.conversion.two_matrix import activation_of, gpt2_ffn_width
 
 SLICED_PREFIX = "lamella_"
 

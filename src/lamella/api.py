@@ -1,0 +1,45 @@
+"""From Python as short as the command: a dense model in, a transformers model and its tokenizer out."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def convert(model: str | Path | None = None, out: str | Path | None = None, **recipe: Any) -> tuple[Any, Any]:
+    """Convert a dense model and load the result; both generate at once.
+
+        model, tokenizer = lamella.convert("path/to/Llama", method="partition", active=8)
+
+    Args:
+        model: folder, .gguf file or hub name; None: the embedded SmolLM2-135M.
+        out: folder to keep; None keeps none.
+        recipe: the keys of a conversion recipe: `method` and the fields of its options
+            (lamella.conversion.recipe.OPTIONS).
+
+    Returns:
+        (transformers model in evaluation mode, in the checkpoint's dtype; its tokenizer)
+
+    Raises:
+        UserError: as the command, before anything is written.
+    """
+    from lamella import conversion
+    from lamella.conversion.recipe import make_conversion
+
+    chosen = make_conversion(recipe | {"model": model, "out": out})
+    if out is not None:
+        conversion.convert(chosen.model, out, chosen.options)
+        return load(out)
+    with tempfile.TemporaryDirectory(prefix="lamella.") as folder:
+        conversion.convert(chosen.model, Path(folder) / "model", chosen.options)
+        return load(Path(folder) / "model")  # mapped files live on without their names
+
+
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder that lamella made, or of a dense one."""
+    from transformers import AutoTokenizer
+
+    from lamella.models.hf import load as load_model
+
+    return load_model(folder), AutoTokenizer.from_pretrained(folder)

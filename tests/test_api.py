@@ -1,0 +1,52 @@
+"""`lamella.convert`: from a dense model to one that generates, in one call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB, save_tokenizer
+from tiny_models import tiny_checkpoint
+
+import lamella
+from lamella.errors import UserError
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "slice": {"slices": 4},
+    "partition": {"parts": 4, "active": 2, "calibration": {"num_tokens": 256, "sequence_length": 64}},
+    "upcycle": {"experts": 2, "top_k": 1},
+    "attention": {"top_k": 1, "router": "random"},
+}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_model_and_its_tokenizer_that_generate_at_once(tmp_path: Path, method: str, keep: bool) -> None:
+    tiny_checkpoint(tmp_path / "dense", vocab_size=VOCAB)
+    save_tokenizer(tmp_path / "dense")
+    out = tmp_path / "moe" if keep else None
+    model, tokenizer = lamella.convert(tmp_path / "dense", out, method=method, **RECIPES[method])
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["dense", "moe"] if keep else ["dense"])
+    prompt = tokenizer("import", return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert text.shape == (1, len("import") + 5)
+    if out is not None:
+        again, _ = lamella.load(out)
+        with torch.no_grad():
+            assert torch.equal(again(text).logits, model(text).logits)
+
+
+def test_bad_recipes_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'neurons'"):
+        lamella.convert(tmp_path, method="partition", neuron="random")
+    with pytest.raises(UserError, match="unknown method 'slic'"):
+        lamella.convert(tmp_path, method="slic")
+
+
+def test_importing_lamella_imports_no_torch() -> None:
+    code = "import sys, lamella; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
