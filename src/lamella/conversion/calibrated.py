@@ -53,9 +53,14 @@ class Decided(NamedTuple):
 
 def sizes_only(options: PartitionOptions) -> PartitionOptions:
     """Options that give tensors of the same sizes without a look at the weights (the shared count may differ)."""
-    shared = 0 if options.shared == "search" else options.shared
     return dataclasses.replace(
-        options, neurons="contiguous", router="zero", shared=shared, balance=None, output="plain", guard=None
+        options,
+        neurons="contiguous",
+        router="zero",
+        shared=options.fixed_shared or 0,
+        balance=None,
+        output="plain",
+        guard=None,
     )
 
 

@@ -44,8 +44,9 @@ class Axes:
     """G: parts of equal width that the FFN is cut into."""
     active: int = 8
     """A: parts that each token passes, shared ones included."""
-    shared: int | Literal["search"] = "search"
-    """s: parts that every token passes; "search" takes, layer by layer, the count that reconstructs best."""
+    shared: int | Literal["search"] | None = None
+    """s: parts that every token passes; None: half of the active ones. "search" takes, layer by layer, the count that
+    reconstructs best, and is that many times slower."""
     router: str = "ridge"
     """Router rows at the start; see lamella.partition.ROUTERS."""
     gate: GateName = "unit"
@@ -95,7 +96,14 @@ class Axes:
 
     def check(self, ffn_width: int) -> None:
         """UserError where the counts do not fit each other or the FFN."""
-        check_parts(ffn_width, Parts(self.parts, 0 if self.shared == "search" else self.shared, self.active))
+        check_parts(ffn_width, Parts(self.parts, self.fixed_shared or 0, self.active))
+
+    @property
+    def fixed_shared(self) -> int | None:
+        """s where it is known before the weights are seen."""
+        if self.shared == "search":
+            return 0 if self.all_active else None
+        return self.active // 2 if self.shared is None else self.shared
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -207,11 +215,12 @@ def _layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], tuple
 
 def _parts(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Parts:
     axes.check(sample.ffn.up_FD.shape[0])
-    if axes.shared != "search":
-        return Parts(axes.parts, axes.shared, axes.active)
-    if axes.all_active:
-        return Parts(axes.parts, 0, axes.active)
-    found, _ = search_shared(sample, axes.parts, axes.active, PARTITIONS[axes.neurons], ROUTERS[axes.router], generator)
+    if axes.fixed_shared is not None:
+        return Parts(axes.parts, axes.fixed_shared, axes.active)
+    candidates = {round(i * (axes.active - 1) / 4) for i in range(5)}
+    found, _ = search_shared(
+        sample, axes.parts, axes.active, PARTITIONS[axes.neurons], ROUTERS[axes.router], generator, sorted(candidates)
+    )
     return Parts(axes.parts, found, axes.active)
 
 

@@ -44,9 +44,10 @@ def refit_down(sample: LayerSample, masked_TF: Tensor, reference_TD: Tensor | No
     missing_TD = target_TD - torch.nn.functional.linear(masked_TF, ffn.down_DF, ffn.down_bias_D)
     fit = round(len(masked_TF) * (1 - HELDOUT_SHARE))
     trial = RidgeProblem(masked_TF[:fit])
+    moments = trial.moments(missing_TD[:fit])
 
     def error(strength: float) -> float:
-        found = trial.fit(missing_TD[:fit], strength)(masked_TF[fit:])
+        found = trial.solve(moments, strength)(masked_TF[fit:])
         return (missing_TD[fit:] - found).square().sum().item()
 
     change = RidgeProblem(masked_TF).fit(missing_TD, min(STRENGTHS, key=error))

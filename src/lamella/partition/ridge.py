@@ -1,5 +1,6 @@
-"""Ridge regression with an intercept: weight = (Xc' Xc + alpha I)^-1 Xc' Yc, of which one eigendecomposition serves
-every alpha.
+"""Ridge regression with an intercept: weight = (Xc' Xc + alpha I)^-1 Xc' Yc, by Cholesky decomposition.
+
+Products over tokens are float32, a few thousand tokens at a time, and add up in float64; the systems are float64.
 
 Shapes: T tokens, D inputs, E targets.
 """
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TOKENS_AT_ONCE = 4096
+
 
 class LinearMap(NamedTuple):
     weight_ED: Tensor
@@ -20,19 +23,37 @@ class LinearMap(NamedTuple):
         return x_TD @ self.weight_ED.T + self.bias_E
 
 
+class Moments(NamedTuple):
+    """All that a fit asks of the targets; float64."""
+
+    cross_DE: Tensor
+    mean_E: Tensor
+
+
 class RidgeProblem:
-    """x -> y for any y: holds the eigendecomposition of x's covariance (float64)."""
+    """x -> y for any y: holds x's covariance times T (float64)."""
 
     def __init__(self, x_TD: Tensor):
-        x_TD = x_TD.double()
-        self.mean_D = x_TD.mean(0)
-        self.centred_TD = x_TD - self.mean_D
-        self.values_D, self.vectors_DD = torch.linalg.eigh(self.centred_TD.T @ self.centred_TD)
+        self.mean_D = x_TD.mean(0, dtype=torch.float64)
+        self.centred_TD = x_TD - self.mean_D.float()
+        self.gram_DD = _product(self.centred_TD, self.centred_TD)
+
+    def moments(self, y_TE: Tensor) -> Moments:
+        mean_E = y_TE.mean(0, dtype=torch.float64)
+        return Moments(_product(self.centred_TD, y_TE - mean_E.float()), mean_E)
+
+    def solve(self, moments: Moments, strength: float) -> LinearMap:
+        """The map at alpha = strength times the mean variance of an input times T."""
+        alpha = strength * self.gram_DD.diagonal().mean().clamp(min=1e-12)
+        factor_DD = torch.linalg.cholesky(self.gram_DD + alpha * torch.eye(len(self.gram_DD), dtype=torch.float64))
+        weight_ED = torch.cholesky_solve(moments.cross_DE, factor_DD).T
+        return LinearMap(weight_ED.float(), (moments.mean_E - weight_ED @ self.mean_D).float())
 
     def fit(self, y_TE: Tensor, strength: float) -> LinearMap:
-        """The map at alpha = strength times the mean variance of an input times T."""
-        mean_E = y_TE.double().mean(0)
-        moment_DE = self.vectors_DD.T @ (self.centred_TD.T @ (y_TE.double() - mean_E))
-        alpha = strength * self.values_D.mean().clamp(min=1e-12)
-        weight_ED = (self.vectors_DD @ (moment_DE / (self.values_D.clamp(min=0) + alpha)[:, None])).T
-        return LinearMap(weight_ED.float(), (mean_E - weight_ED @ self.mean_D).float())
+        return self.solve(self.moments(y_TE), strength)
+
+
+def _product(a_TD: Tensor, b_TE: Tensor) -> Tensor:
+    """a' b, float64."""
+    parts = zip(a_TD.split(TOKENS_AT_ONCE), b_TE.split(TOKENS_AT_ONCE), strict=True)
+    return torch.stack([(a.T @ b).double() for a, b in parts]).sum(0)

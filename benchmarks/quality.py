@@ -1,0 +1,206 @@
+"""Run: uv run benchmarks/quality.py [--quick] [--json FILE]
+
+Perplexity right after conversion, over the dense model's, for ways to make experts that use fewer neurons per token,
+beside what a user could do without experts: `static` (keep the most important neurons) and `flap` (the same, with a
+bias for what is dropped; arXiv 2312.11983). All see the same calibration tokens; evaluation text is held out of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
+
+from measure import print_table, provenance, write_json
+
+from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
+from lamella.conversion.checkpoint import Checkpoint
+from lamella.embedded import embedded_model
+from lamella.evaluate.perplexity import perplexity, text_samples
+from lamella.models.hf import load
+from lamella.moe.balancing import expert_counts, max_violation
+from lamella.partition.decide import Axes, Decision, decide, routed_output
+from lamella.partition.layer import FFN, LayerSample, Partition, hidden, weights_only
+from lamella.partition.oracle import largest
+from lamella.partition.reconstruct import reconstruct
+from lamella.partition.refit import refit_down
+from lamella.partition.static import Kept, flap, kept_output, static
+
+PARTS = 16
+OURS = "coadapted"
+# name -> the axes in which it differs from the defaults; published methods with unit gates, as facts are compared
+PARTITIONED: dict[str, dict[str, Any]] = {
+    "random": {"neurons": "random", "output": "plain"},
+    "residual split": {"neurons": "gradient-max", "router": "kmeans", "output": "plain"},  # LLaMA-MoE-v2's
+    "cmoe": {"neurons": "coactivation", "router": "analytic", "output": "plain"},
+    OURS: {"output": "plain"},
+    f"{OURS}, bias": {"output": "bias"},
+    f"{OURS}, refit": {},
+    f"{OURS}, refit, balanced": {"balance": 0.1},
+}
+PRUNED = ("static", "flap", "static, refit")
+ORACLE = f"{OURS}, oracle router"
+QUICK = ("flap", "cmoe")
+
+
+def axes_of(name: str, active: int) -> Axes:
+    return Axes(parts=PARTS, active=active, **PARTITIONED[name])
+
+
+def on_layer(names: list[str], actives: list[int], seed: int) -> Callable[[int, LayerSample], dict[str, Tensor]]:
+    """Every method's choices about a layer, under '<active>/<method>/<tensor>'."""
+
+    def run(layer: int, sample: LayerSample) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for active in actives:
+            for name in names:
+                generator = torch.Generator().manual_seed(seed * 10_000 + layer)
+                values = _choices(name, active, sample, generator)
+                found |= {f"{active}/{name}/{key}": value for key, value in values.items()}
+        return found
+
+    return run
+
+
+def _choices(name: str, active: int, sample: LayerSample, generator: torch.Generator) -> dict[str, Tensor]:
+    if name == ORACLE:  # the split of ours
+        return _choices(OURS, active, sample, generator)
+    if name not in PRUNED:
+        return decide(sample, axes_of(name, active), generator).to_dict()
+    count = active * len(sample.ffn.up_FD) // PARTS
+    kept = flap(sample, count) if name == "flap" else static(sample, count)
+    if name != "static, refit":
+        return kept._asdict()
+    masked = torch.zeros_like(sample.h_TF)
+    masked[:, kept.neurons_n] = sample.h_TF[:, kept.neurons_n]
+    refit = refit_down(sample, masked)
+    return {"neurons_n": kept.neurons_n, "bias_D": refit.bias_D, "down_DF": refit.down_DF}
+
+
+def replaced(
+    name: str, active: int, ffn: FFN, choices: dict[str, Tensor], loads: list[Tensor]
+) -> Callable[..., Tensor]:
+    """The FFN's forward with these choices; appends the experts' loads."""
+    if "down_DF" in choices and name in PRUNED:
+        ffn = ffn._replace(down_DF=choices["down_DF"])
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.flatten(0, -2)
+        if name in PRUNED:
+            sample = weights_only(ffn)._replace(x_TD=x_TD, h_TF=hidden(ffn, x_TD))
+            y_TD = kept_output(sample, Kept(choices["neurons_n"], choices["bias_D"]))
+        elif name == ORACLE:
+            sample = weights_only(ffn)._replace(x_TD=x_TD, h_TF=hidden(ffn, x_TD))
+            partition = Partition(choices["shared_n"], choices["experts_Ef"])
+            chosen = active - len(partition.shared_n) // partition.experts_Ef.shape[1]
+            y_TD = reconstruct(sample, partition, largest(sample, partition, chosen))
+        else:
+            decision = Decision(**choices)
+            sample = weights_only(ffn)._replace(x_TD=x_TD)
+            y_TD, ids_TK = routed_output(sample, decision, axes_of(name, active))
+            loads.append(expert_counts(ids_TK, len(decision.experts_Ef)))
+        return y_TD.view_as(hidden_states)
+
+    return forward
+
+
+def run_seed(args: argparse.Namespace, seed: int, model: Any, samples: Any, tokenizer: Any, rows: list[dict]) -> None:
+    source = Checkpoint.open(args.model)
+    options = CalibrationOptions(num_tokens=args.calibration_tokens, seed=seed)
+    tokens = calibration_tokens(source, options)
+    ffns = [layer.mlp for layer in model.model.layers]
+    with tempfile.TemporaryDirectory(prefix="quality.", dir=args.work) as folder:
+        began = time.perf_counter()
+        results = calibrate(
+            source, tokens, Path(folder) / "calibration", on_layer(args.methods, args.active, seed),
+            method={"benchmark": args.methods, "active": args.active, "seed": seed}, gradients=True,
+        )  # fmt: skip
+        print(f"seed {seed}: calibrated in {time.perf_counter() - began:.0f} s", flush=True)
+        for active in args.active:
+            for name in args.methods:
+                loads: list[list[Tensor]] = [[] for _ in ffns]
+                for index, ffn in enumerate(ffns):
+                    prefix = f"{active}/{name}/"
+                    own = {k.removeprefix(prefix): v for k, v in results[index].items() if k.startswith(prefix)}
+                    weights = FFN(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
+                    ffn.forward = replaced(name, active, weights, own, loads[index])
+                found = perplexity(model, samples, tokenizer, args.tokens)
+                for ffn in ffns:
+                    del ffn.forward
+                row = {"method": name, "active": active / PARTS, "seed": seed, "perplexity": found.perplexity}
+                row["max_vio"] = max((max_violation(sum(layer)).item() for layer in loads if layer), default=None)
+                rows.append(row)
+                print(f"  {active}/{PARTS} {name:<28} {found.perplexity:10.2f}  MaxVio {row['max_vio']}", flush=True)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    folder = str(args.model or embedded_model())
+    model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model.requires_grad_(False)
+    samples = text_samples("python-docs", "heldout", folder, 512, args.tokens)
+    dense = perplexity(model, samples, tokenizer, args.tokens)
+    rows: list[dict] = []
+    settings = {"calibration_tokens": args.calibration_tokens, "tokens": dense.tokens, "parts": PARTS}
+    report = {
+        **provenance(torch.device("cpu")), **settings, "dense_perplexity": dense.perplexity, "rows": rows,
+    }  # fmt: skip
+    for seed in args.seeds:
+        run_seed(args, seed, model, samples, tokenizer, rows)
+        for row in rows:
+            row["ratio"] = row["perplexity"] / dense.perplexity
+        write_json(args.json, report)  # after each seed: a run of hours may be cut short
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    rows = report["rows"]
+    actives = sorted({row["active"] for row in rows}, reverse=True)
+    table = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        line = [name]
+        for active in actives:
+            ratios = [row["ratio"] for row in rows if (row["method"], row["active"]) == (name, active)]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            line.append(f"{mean:.3f}" + (f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(ratios) > 1 else ""))
+        violations = [row["max_vio"] for row in rows if row["method"] == name and row["max_vio"] is not None]
+        table.append([*line, f"{max(violations):.2f}" if violations else "-"])
+    title = (
+        f"perplexity over dense ({report['dense_perplexity']:.2f}) on {report['tokens']} held-out tokens, "
+        f"{report['calibration_tokens']} calibration tokens"
+    )
+    print_table(title, ["method", *(f"{active:.0%} active" for active in actives), "worst MaxVio"], table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*PRUNED, *PARTITIONED, ORACLE]
+    parser.add_argument("--model", type=Path, help="a dense Llama-like folder (default: the embedded SmolLM2)")
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--active", nargs="+", type=int, default=[12, 8, 4], help=f"active parts of {PARTS}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text and the draws")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
+    parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
+    parser.add_argument("--work", type=Path, help="folder for the calibration's streams")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.quick:
+        quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 2048}
+        args = argparse.Namespace(**(vars(args) | quick))
+    show(measure(args))
+
+
+if __name__ == "__main__":
+    main()
