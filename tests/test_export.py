@@ -56,6 +56,16 @@ CASES = {
     "flat": {"moe": {"routing": "flat"}},
     "flat, other top-k": {"moe": {"routing": "flat", "num_experts_per_tok": 3}},
     "not normalised": {"moe": {"norm_topk_prob": False, "route_scale": 2.5}},
+    "partitioned": {"moe": {"routing": "flat", "num_frozen_experts": 0, "num_experts_per_tok": 2}},
+    "partitioned, shared": {
+        "moe": {
+            "routing": "flat",
+            "num_frozen_experts": 0,
+            "num_trainable_experts": 6,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 2 * F // S,
+        },
+    },
     "first layer dense": {"moe": {"moe_layers": (1, 2)}},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},

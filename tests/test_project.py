@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import save_llama
 
+from lamella.conversion.recipe import load_conversion
 from lamella.demo import check_arguments, run_demo
 from lamella.errors import UserError
 
@@ -55,6 +56,7 @@ REDUCED = {
     "uv run torchrun --nproc-per-node=3 train.py": ["steps=2", "warmup_steps=1", "seq_len=64", "heldout_samples=3"],
 }
 CONTEXT = ["seq_len=64", "heldout_samples=3"]  # the tiny model's context is short
+CALIBRATION = ["calibration={num_tokens: 1024, sequence_length: 128}", "guard=null"]  # no budget for random weights
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,8 @@ def test_every_command_of_the_readme_works(checkout: Path) -> None:
         words = words_of(command, checkout) + REDUCED.get(command, [])
         if "launch/recipes/demo.yaml" in command:
             words += CONTEXT
+        if "launch/conversions/" in command:
+            words += CALIBRATION
         if "lamella evaluate" in command:
             words += ["--tokens", "256", "--seq-len", "64"]
         done = run(words, checkout)
@@ -90,6 +94,11 @@ def test_every_command_of_the_readme_works(checkout: Path) -> None:
     check_demo(json.loads((checkout / "artifacts/demo/report.json").read_text()))
     assert (checkout / "artifacts/demo/training.png").stat().st_size > 10_000
     assert json.loads((checkout / "artifacts/llama-glm4/config.json").read_text())["model_type"] == "glm4_moe"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/conversions").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_conversion_recipe_is_valid(path: Path) -> None:
+    assert load_conversion(path).out
 
 
 def check_demo(report: dict) -> None:

@@ -12,7 +12,7 @@ from pydoc_data import topics
 import pytest
 import torch
 from safetensors.torch import load_file
-from titan_models import trainable_moe
+from titan_models import PARTITIONED, trainable_moe
 from torch.distributed.checkpoint import FileSystemReader
 
 from lamella.data.packing import IGNORE_INDEX
@@ -51,6 +51,8 @@ RUNS_ON_3 = {
     "replicated": {"frozen_weights": "replicated", "activation_checkpointing": "full"},
     "replicated_all": {"frozen_weights": "replicated", "trains": "all", "steps": 4},
     "flat": {"model": "flat-model", "bias_rate": 0.05},
+    "flat_aux": {"model": "flat-model", "balancing": "aux", "aux_coefficient": 0.3},
+    "partitioned": {"model": "partitioned-model"},
     "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: expert matrices are cut across, not along
     "uneven": {"model": "uneven-model", "steps": 4},  # and where the ranks do not divide them, padded
     "flat_unbalanced": {"model": "flat-model", "bias_rate": 0.0},
@@ -81,6 +83,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     trainable_moe(folder / "twin-model")
     trainable_moe(folder / "flat-model", routing="flat")
+    trainable_moe(folder / "partitioned-model", moe_changes=PARTITIONED | {"router": "linear"})
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
     trainable_moe(folder / "two-slices", slices=2, hidden_size=48, intermediate_size=96)
     trainable_moe(folder / "uneven-model", slices=2)
@@ -218,6 +221,26 @@ def test_bias_balances_flat_routing(runs):
     bias = load_file(materialise(runs / "flat") / "model.safetensors")["model.layers.0.mlp.router.selection_bias"]
     assert bias.dtype == torch.float32
     assert bias.abs().sum() > 0
+
+
+def test_the_auxiliary_loss_balances_without_a_bias(runs):
+    end, unbalanced = (
+        sum(sum(line["max_vio"]) for line in lines(runs, name)[-4:]) for name in ("flat_aux", "flat_unbalanced")
+    )
+    assert end < 0.9 * unbalanced
+    assert losses(runs, "flat_aux")[-1] < losses(runs, "flat_aux")[0]
+    bias = load_file(materialise(runs / "flat_aux") / "model.safetensors")["model.layers.0.mlp.router.selection_bias"]
+    assert not bias.any()
+
+
+def test_a_partitioned_model_trains(runs):
+    """Shared expert, unit gates, output bias, fields that differ by layer: all of it moves, and the loss falls."""
+    assert losses(runs, "partitioned")[-1] < losses(runs, "partitioned")[0]
+    before = load_file(runs / "partitioned-model" / "model.safetensors")
+    after = load_file(materialise(runs / "partitioned") / "model.safetensors")
+    for name in ("shared.gate_up_proj", "experts.trainable_down_proj", "router.gate_scale", "output_bias"):
+        key = f"model.layers.0.mlp.{name}"
+        assert not torch.equal(before[key], after[key]), name
 
 
 def test_tied_embeddings_stay_tied(runs):

@@ -76,6 +76,10 @@ class Recipe(_Strict):
 
     twin_share: Literal["free"] | TwinShare = "free"
     """Twin routing. free: the router decides alone."""
+    balancing: Literal["bias", "aux"] = "bias"
+    """Flat routing. bias: a selection bias follows the load. aux: the auxiliary loss of Switch Transformer."""
+    aux_coefficient: float = Field(default=0.01, gt=0)
+    """Factor on the auxiliary loss, of each layer."""
     bias_rate: float = Field(default=1e-3, ge=0)
     """Flat routing: step of the balancing bias towards rarely chosen experts (arXiv 2408.15664)."""
     router_init_std: float = Field(default=0.02, ge=0)

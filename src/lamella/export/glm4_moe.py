@@ -51,7 +51,7 @@ def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> P
     _check_fits(config, moe)
     tensors = []
     for name, source in sources.items():
-        if not any(part in name for part in (".mlp.experts.", ".mlp.router.", ".self_attn.router.")):
+        if not any(part in name for part in (".mlp.experts.", ".mlp.router.", ".mlp.shared.", ".self_attn.router.")):
             tensors.append(OutputTensor(name, source.dtype, source.shape, Runs.copy(source)))
     for layer in moe.moe_layers:
         tensors += _layer_tensors(ffn_prefix(layer), sources, moe)
@@ -63,7 +63,10 @@ def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> P
 
 def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig) -> list[OutputTensor]:
     tensors = []
-    for kind, first in (("frozen", 0), ("trainable", moe.num_frozen_experts)):
+    kinds = {"frozen": (0, moe.num_frozen_experts), "trainable": (moe.num_frozen_experts, moe.num_trainable_experts)}
+    for kind, (first, count) in kinds.items():
+        if not count:
+            continue
         gate_up = sources[f"{prefix}experts.{kind}_gate_up_proj"]
         down = sources[f"{prefix}experts.{kind}_down_proj"]
         D, f = down.shape[1:]
@@ -76,6 +79,8 @@ def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig
     for name, source in (("gate.weight", weight), ("gate.e_score_correction_bias", bias)):
         piece = Mirrored(source) if moe.routing == "twin" else Runs.copy(source)
         tensors.append(OutputTensor(prefix + name, source.dtype, (moe.num_experts, *source.shape[1:]), piece))
+    if moe.shared_intermediate_size:
+        return tensors + _shared_expert(prefix, sources, moe)
     return tensors + _zero_shared_expert(prefix, weight, moe)
 
 
@@ -83,6 +88,14 @@ def _part(name: str, packed: SourceTensor, index: int, shape: tuple[int, int]) -
     """The `index`-th matrix of this shape within a packed tensor, where they lie one after another."""
     count = shape[0] * shape[1]
     return OutputTensor(name, packed.dtype, shape, Runs((Run(packed, index * count, count),)))
+
+
+def _shared_expert(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig) -> list[OutputTensor]:
+    gate_up, down = sources[f"{prefix}shared.gate_up_proj"], sources[f"{prefix}shared.down_proj"]
+    D, n = down.shape
+    name = f"{prefix}shared_experts."
+    halves = [_part(f"{name}{part}.weight", gate_up, i, (n, D)) for i, part in enumerate(("gate_proj", "up_proj"))]
+    return [*halves, _part(f"{name}down_proj.weight", down, 0, (D, n))]
 
 
 def _zero_shared_expert(prefix: str, router: SourceTensor, moe: MoEConfig) -> list[OutputTensor]:
@@ -116,7 +129,7 @@ def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
         "moe_intermediate_size": moe.moe_intermediate_size,
-        "n_shared_experts": 1,
+        "n_shared_experts": max(1, moe.shared_intermediate_size // moe.moe_intermediate_size),
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": moe.moe_layers[0],
@@ -153,7 +166,15 @@ def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
         )
     problems = []
     if moe.gate != "sigmoid":
-        problems.append(f"its gate is sigmoid, this model's is {moe.gate}; convert with --gate sigmoid")
+        problems.append(f"its gate is sigmoid, this model's is {moe.gate}; convert with gate sigmoid (normalised)")
+    if moe.router != "linear":
+        problems.append(f"its router is linear, this model's is {moe.router}; convert with another router")
+    if moe.output_bias:
+        problems.append("its layers have no output bias, this model's have; convert with output plain")
+    if moe.per_layer:
+        problems.append("its layers are all alike, this model's differ (per_layer); convert with shared as a number")
+    if moe.shared_intermediate_size % moe.moe_intermediate_size:
+        problems.append("its shared expert is a multiple of a routed one, this model's is not")
     if not moe.moe_layers or moe.moe_layers != tuple(range(moe.moe_layers[0], config["num_hidden_layers"])):
         problems.append("its dense layers can only come first, this model's moe_layers have gaps")
     if has_qkv_bias(config) and not sliced_family(config).qkv_bias:

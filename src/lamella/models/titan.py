@@ -26,7 +26,7 @@ from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.protocols.module import Module
 
 from lamella.config import ExpertPath, MoEConfig
-from lamella.moe.balancing import expert_counts, share_bias
+from lamella.moe.balancing import add_gradient_of, auxiliary_loss, expert_counts, share_bias
 from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed
 from lamella.moe.routing import Routing, pair_margins
 from lamella.moe.slicing import Experts
@@ -188,6 +188,8 @@ class SlicedMoE(Module):
         self.output_bias = nn.Parameter(torch.empty(dim)) if moe.output_bias else None
         self.next_share: float | None = None
         """Share of the tokens that the twins should get after the next bias update; None gathers no share bias."""
+        self.auxiliary_factor = 0.0
+        """On the auxiliary loss of one forward (flat routing); 0 computes none."""
         self.last_routing: Routing | None = None
         # counts [E], tokens, tokens * share bias [S]: sums over forwards. Only ratios of them are used, so a
         # forward that activation checkpointing repeats changes nothing.
@@ -217,6 +219,11 @@ class SlicedMoE(Module):
         if self.training:
             assert scores_TE is not None
             self._gather(self.last_routing, scores_TE)
+            if self.auxiliary_factor:
+                # gate "unit" has logits in the place of scores
+                positive_TE = scores_TE.sigmoid() if self.moe.gate == "unit" else scores_TE
+                loss = auxiliary_loss(positive_TE, self.last_routing.expert_ids_TK)
+                y_TD = add_gradient_of(y_TD, self.auxiliary_factor * loss)
         return y_TD.view_as(x_BLD)
 
     @torch.no_grad()

@@ -40,6 +40,12 @@ class Balance:
         """`mesh`: the device mesh over which batches differ; None on one rank."""
         self.layers = model.moe_layers
         self.recipe, self.mesh = recipe, mesh
+        if recipe.balancing == "aux":
+            for layer in self.layers:
+                if layer.moe.routing == "flat":  # the gradients of a step's micro-batches, on all ranks, add up
+                    layer.auxiliary_factor = (
+                        recipe.aux_coefficient * recipe.samples_per_micro_batch / recipe.samples_per_step
+                    )
         self.summed: list[Tensor] = []
 
     def aim(self, step: int) -> None:
@@ -66,7 +72,8 @@ class Balance:
         E = layer.moe.num_experts
         bias = layer.router.selection_bias
         if layer.moe.routing == "flat":
-            bias.copy_(sign_update(bias, statistics[:E], self.recipe.bias_rate))
+            if self.recipe.balancing == "bias":
+                bias.copy_(sign_update(bias, statistics[:E], self.recipe.bias_rate))
         elif layer.next_share is not None:
             bias.copy_(statistics[E + 1 :] / statistics[E])
 
