@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 EXACT_ITEMS = 512
-"""Up to so many items the exact way is taken. On distances of real tokens it takes seconds for 1,536 items in 12 groups
-and minutes for 4,096; prices take under a second and end within 3e-5 of the exact cost."""
+"""Up to so many items the exact way is taken. Prices end within 3e-5 of its cost on distances of real tokens (1,536 and
+4,096 of them, 12 groups), and take a tenth of its time on 2,048 items of random cost."""
 PRICE_ROUNDS = 200
 
 
