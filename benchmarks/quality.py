@@ -29,8 +29,8 @@ from lamella.embedded import embedded_model
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.models.hf import load
 from lamella.moe.balancing import expert_counts, max_violation
-from lamella.partition.decide import Axes, Decision, decide, routed_output
-from lamella.partition.layer import FFN, LayerSample, Partition, hidden, weights_only
+from lamella.partition.decide import Axes, Decision, finish, routed_output, split
+from lamella.partition.layer import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
 from lamella.partition.oracle import largest
 from lamella.partition.reconstruct import reconstruct
 from lamella.partition.refit import refit_down
@@ -48,7 +48,7 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     f"{OURS}, refit": {},
     f"{OURS}, refit, balanced": {"balance": 0.1},
 }
-PRUNED = ("static", "flap", "static, refit")
+PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"
 QUICK = ("flap", "cmoe")
 
@@ -58,28 +58,33 @@ def axes_of(name: str, active: int) -> Axes:
 
 
 def on_layer(names: list[str], actives: list[int], seed: int) -> Callable[[int, LayerSample], dict[str, Tensor]]:
-    """Every method's choices about a layer, under '<active>/<method>/<tensor>'."""
+    """Every method's choices about a layer, under '<active>/<method>/<tensor>'. Methods share splits, not draws."""
 
     def run(layer: int, sample: LayerSample) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for active in actives:
+            splits: dict[tuple[str, str], tuple[Partition, RouterInit]] = {}
             for name in names:
-                generator = torch.Generator().manual_seed(seed * 10_000 + layer)
-                values = _choices(name, active, sample, generator)
-                found |= {f"{active}/{name}/{key}": value for key, value in values.items()}
+                values = (
+                    _pruned(name, active, sample) if name in PRUNED else _routed(name, active, sample, splits, layer)
+                )
+                found |= {f"{active}/{name}/{key}": value.clone() for key, value in values.items()}
         return found
+
+    def _routed(name: str, active: int, sample: LayerSample, splits: dict, layer: int) -> dict[str, Tensor]:
+        axes = axes_of(OURS if name == ORACLE else name, active)
+        key = (axes.neurons, axes.router)
+        if key not in splits:
+            splits[key] = split(sample, axes, torch.Generator().manual_seed(seed * 10_000 + layer))
+        return finish(sample, axes, *splits[key]).to_dict()
 
     return run
 
 
-def _choices(name: str, active: int, sample: LayerSample, generator: torch.Generator) -> dict[str, Tensor]:
-    if name == ORACLE:  # the split of ours
-        return _choices(OURS, active, sample, generator)
-    if name not in PRUNED:
-        return decide(sample, axes_of(name, active), generator).to_dict()
+def _pruned(name: str, active: int, sample: LayerSample) -> dict[str, Tensor]:
     count = active * len(sample.ffn.up_FD) // PARTS
-    kept = flap(sample, count) if name == "flap" else static(sample, count)
-    if name != "static, refit":
+    kept = (flap if name.startswith("flap") else static)(sample, count)
+    if not name.endswith("refit"):
         return kept._asdict()
     masked = torch.zeros_like(sample.h_TF)
     masked[:, kept.neurons_n] = sample.h_TF[:, kept.neurons_n]

@@ -122,7 +122,7 @@ def test_a_finished_calibration_is_only_read(source: Checkpoint, tmp_path: Path)
 @pytest.mark.parametrize("change", ["model", "text", "method", "mode", "layers"])
 def test_another_calibrations_folder(change: str, source: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    before = calibrate(source, random_tokens(), out, busiest, method={"name": "a"})
+    before = dict(calibrate(source, random_tokens(), out, busiest, method={"name": "a"}))  # read before it is replaced
     stamp = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     method, tokens, options, message = {"name": "a"}, random_tokens(), {}, change
     if change == "model":

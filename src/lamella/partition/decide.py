@@ -129,9 +129,18 @@ class Decision(NamedTuple):
 
 def decide(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Decision:
     """UserError if the sample lacks what the axes need."""
+    return finish(sample, axes, *split(sample, axes, generator))
+
+
+def split(sample: LayerSample, axes: Axes, generator: torch.Generator) -> tuple[Partition, RouterInit]:
+    """The slow half of `decide`: which neurons make an expert, and who chooses it."""
     parts = _parts(sample, axes, generator)
     partition = PARTITIONS[axes.neurons](sample, parts, generator)
-    router = ROUTERS[axes.router](sample, partition, parts.num_chosen, generator)
+    return partition, ROUTERS[axes.router](sample, partition, parts.num_chosen, generator)
+
+
+def finish(sample: LayerSample, axes: Axes, partition: Partition, router: RouterInit) -> Decision:
+    """Gate, balance and output, for a split that the axes' own names need not have made."""
     decision = _routed(sample, partition, router, axes)
     if axes.all_active or axes.output == "plain":
         return decision
