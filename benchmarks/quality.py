@@ -46,7 +46,7 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     OURS: {"output": "plain"},
     f"{OURS}, bias": {"output": "bias"},
     f"{OURS}, refit": {},
-    f"{OURS}, refit, balanced": {"balance": 0.1},
+    f"{OURS}, bias, balanced": {"output": "bias", "balance": 0.1},
 }
 PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"
