@@ -52,8 +52,13 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak, self.seen = 0, 0, set()
+        self.outside: set[int] = set()
+        """Storages that were there before: a view of a weight is nothing new."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                self.outside.add(tensor.untyped_storage()._cdata)
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -62,7 +67,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.seen or storage.nbytes() == 0:
+        if key in self.seen or key in self.outside or storage.nbytes() == 0:
             return
         size = storage.nbytes()
         self.seen.add(key)
