@@ -79,7 +79,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=VARIANTS, default=list(VARIANTS))
     args = parse(parser, "ablate", {"only": list(QUICK)})
     named = [(name, seed) for seed in args.seeds for name in args.only]
     runs = [({"variant": name, "axis": VARIANTS[name].axis, "seed": seed}, VARIANTS[name]) for name, seed in named]

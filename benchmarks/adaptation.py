@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import provenance, write_json
+from measure import positive, provenance, write_json
 
 from lamella.conversion import convert
 from lamella.conversion.recipe import make_conversion
@@ -172,9 +172,9 @@ def earlier_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, 
 def options(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens of a sample; a step has two")
-    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of each text")
+    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--seq-len", type=positive, default=256, help="tokens of a sample; a step has two")
+    parser.add_argument("--tokens", type=positive, default=4096, help="held-out tokens of each text")
     parser.add_argument("--quick", action="store_true", help="a few variants, four steps, little text")
     parser.add_argument("--work", type=Path, help="folder for models and runs, of which one at a time is kept (4 GB)")
     parser.add_argument("--json", type=Path, help="rows that it holds are not run again")

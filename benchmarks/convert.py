@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import print_table, provenance, write_json
+from measure import positive, print_table, provenance, write_json
 
 from lamella.conversion.families import dense_tensors, family_of
 from lamella.conversion.tensors import encode_header
@@ -208,8 +208,8 @@ def file_system(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, default=Path())
     arguments = parser.parse_args()

@@ -197,13 +197,13 @@ def resuming(tokens: TokenFolder, mapped: Any, repeats: int) -> list[dict[str, A
 
 def main() -> None:
     import torch
-    from measure import print_table, provenance, write_json
+    from measure import positive, print_table, provenance, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text-mb", type=int, default=24)
-    parser.add_argument("--large-tokens", type=int, default=110_000_000)
-    parser.add_argument("--samples", type=int, default=1500)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--text-mb", type=positive, default=24)
+    parser.add_argument("--large-tokens", type=positive, default=110_000_000)
+    parser.add_argument("--samples", type=positive, default=1500)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--step-tokens-per-s", type=float, default=78, help="of a training step (train_step.py)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

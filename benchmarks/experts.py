@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import interleaved_seconds, median_spread, peak_bytes, print_table, provenance, write_json
+from measure import interleaved_seconds, median_spread, peak_bytes, positive, print_table, provenance, write_json
 
 from lamella.config import MoEConfig
 from lamella.moe.experts import PATHS, MoEWeights, moe_ffn
@@ -287,10 +287,10 @@ def show(shape: tuple[int, int, int], rows: list[dict], dtype: torch.dtype) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default=None, help="default: 1k on a CPU, 8b on a GPU")
-    parser.add_argument("--tokens", type=int, help=f"tokens (default: the shape's on a CPU, {GPU_TOKENS} on a GPU)")
+    parser.add_argument("--tokens", type=positive, help=f"default: the shape's on a CPU, {GPU_TOKENS} on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--only", help="implementations whose name contains this")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

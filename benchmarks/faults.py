@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from measure import positive
 from titan_models import trainable_moe
 
 from lamella.run_dir import RunDir
@@ -78,11 +79,11 @@ def needed_step_s(measured: dict[str, Any], spent: dict[str, Any], share: float 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--save-every", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--steps", type=positive, default=120)
+    parser.add_argument("--save-every", type=positive, default=2)
+    parser.add_argument("--seq-len", type=positive, default=512)
+    parser.add_argument("--samples", type=positive, default=16)
+    parser.add_argument("--hidden", type=positive, default=256)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -104,7 +104,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(seeds=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", metavar="NAME", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     args = parse(parser, "frontier", {"kinds": list(QUICK), "rates": [3e-4], "seeds": [0]})
     made = variants(args.kinds, args.rates).items()

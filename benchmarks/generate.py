@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import interleaved_seconds, median_spread, print_table, provenance, write_json
+from measure import interleaved_seconds, median_spread, positive, print_table, provenance, write_json
 
 from lamella.conversion import convert
 from lamella.export import export
@@ -44,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, help="dense folder (default: the embedded model)")
     parser.add_argument("--moe", type=Path, help="its conversion (default: made in a temporary folder)")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=positive, default=48)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--json", type=Path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import platform
@@ -134,6 +135,13 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
                 cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             )
         )
+
+
+def positive(text: str) -> int:
+    """A count as argparse reads it."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def write_json(path: Path | None, content: Any) -> None:

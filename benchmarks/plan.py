@@ -164,7 +164,9 @@ def compare(folder: Path, model: Model, ranks: int, settings: dict[str, Any]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", type=int, help="ranks of the one run to make")
+    parser.add_argument(
+        "--only", type=int, choices=sorted({run[0] for run in RUNS}), help="ranks of the one run to make"
+    )
     args = parser.parse_args()
     import torch
     from measure import print_table, provenance, write_json

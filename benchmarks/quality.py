@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import print_table, provenance, write_json
+from measure import positive, print_table, provenance, write_json
 
 from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
 from lamella.conversion.checkpoint import Checkpoint
@@ -197,10 +197,18 @@ def main() -> None:
     known = [*PRUNED, *PARTITIONED, ORACLE]
     parser.add_argument("--model", type=Path, help="a dense Llama-like folder (default: the embedded SmolLM2)")
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
-    parser.add_argument("--active", nargs="+", type=int, default=[12, 8, 4], help=f"active parts of {PARTS}")
+    parser.add_argument(
+        "--active",
+        nargs="+",
+        type=int,
+        metavar="N",
+        choices=range(1, PARTS + 1),
+        default=[12, 8, 4],
+        help="active parts",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text and the draws")
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
+    parser.add_argument("--calibration-tokens", type=positive, default=16384)
+    parser.add_argument("--tokens", type=positive, default=8192, help="held-out tokens")
     parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
     parser.add_argument("--work", type=Path, help="folder for the calibration's streams")
     parser.add_argument("--json", type=Path)

@@ -31,6 +31,7 @@ from measure import (
     interleaved_seconds,
     median_spread,
     peak_resident_bytes,
+    positive,
     print_table,
     provenance,
     synchronise,
@@ -189,14 +190,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
     parser.add_argument("--shape", choices=[*SHAPES], default="8b-layers" if gpu else "smollm2")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=16384 if gpu else 1024, help="of one step, over all ranks")
-    parser.add_argument("--seq-len", type=int, default=2048 if gpu else 256)
+    parser.add_argument("--ranks", type=positive, default=1)
+    parser.add_argument("--tokens", type=positive, default=16384 if gpu else 1024, help="of one step, over all ranks")
+    parser.add_argument("--seq-len", type=positive, default=2048 if gpu else 256)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
     parser.add_argument("--home", choices=["torchtitan", "transformers"], help="default: torchtitan where it is")
     parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--reshard", choices=["default", "always", "never"], default="default", help="after forward")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of a rank (default: its share of the cores)")
     parser.add_argument("--only", default="", help="beside the first, models whose name matches this expression")
     parser.add_argument("--json", type=Path)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lamella.errors import UserError
-from lamella.recipe import HARMLESS, Recipe, differences, load_recipe, make_recipe
+from lamella.recipe import HARMLESS, Recipe, differences, make_recipe
 from lamella.run_dir import RunDir, model_fingerprint
 from lamella.train.launch import arguments, check, prepare_recipe, prepare_stages
 
@@ -76,13 +76,15 @@ def test_files_that_are_no_recipes_are_refused(content, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_recipe(path)
+        prepare_recipe(str(path), [])
 
 
 def test_words_lie_over_the_file(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 5\nlr: 1e-4\ntorchtitan: {training: {gc_freq: 7}}\n")
-    recipe = load_recipe(path, ["steps=9", "twin_share.target=0.7", "torchtitan.training.gc_debug=true", "data=[a, b]"])
+    recipe = prepare_recipe(
+        str(path), ["steps=9", "twin_share.target=0.7", "torchtitan.training.gc_debug=true", "data=[a, b]"]
+    )
     assert (recipe.steps, recipe.lr, [p.source for p in recipe.data]) == (9, 1e-4, ["a", "b"])
     assert recipe.twin_share.target == 0.7
     assert recipe.torchtitan == {"training": {"gc_freq": 7, "gc_debug": True}}
@@ -112,7 +114,7 @@ def test_shipped_recipes_are_valid_and_yaml_survives(path):
 def test_the_demo_recipe_is_for_three_ranks_and_the_same_in_both_places():
     demo = prepare_recipe(None, [])
     demo.check_world_size(3)
-    assert demo == load_recipe(next(p for p in RECIPES if p.name == "demo.yaml"))
+    assert demo == prepare_recipe(str(next(p for p in RECIPES if p.name == "demo.yaml")), [])
 
 
 def test_world_sizes_that_do_not_divide_are_refused():

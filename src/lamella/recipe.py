@@ -218,18 +218,6 @@ def harmless_changes(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in keys if a[key] != b[key]]
 
 
-def load_recipe(path: str | Path | None, words: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe in a YAML file (None: all defaults) with `key=value` words laid over it.
-
-    Raises:
-        UserError: all problems of the file and the words at once.
-    """
-    values = {} if path is None else parse_yaml(read_recipe_text(Path(path)), str(path))
-    for word in words:
-        set_by_word(values, word)
-    return make_recipe(values)
-
-
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """Check plain values; UserError with one line for each problem."""
     if "stages" in values:

@@ -12,6 +12,7 @@ A stage's settings replace the common ones whole, sections too. Imports no torch
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def make_stages(values: dict[str, Any], words: Sequence[str] = ()) -> list[Recip
         try:
             places = {"model": model, "out": str(base / name)}
             if common.get("checkpoint_folder") and "checkpoint_folder" not in own:
-                places["checkpoint_folder"] = f"{common['checkpoint_folder']}/{name}"
+                places["checkpoint_folder"] = posixpath.join(str(common["checkpoint_folder"]), name)
             recipes[name] = make_recipe(common | own | places)
             if recipes[name].on_exhausted == "stop" and name != list(named)[-1]:
                 problems.append(f"stage {name!r}: on_exhausted: stop is for the last stage; a next one needs all steps")

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from lamella.config import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
 from lamella.conversion.two_matrix import MASKS
-from lamella.errors import UserError
+from lamella.errors import UserError, check_choice
 from lamella.models.attention_moe import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.models.hf_blocks import PackedExperts, Router, Shared, SlicedMoE, decoder_layers, replace_ffn
 
@@ -98,8 +98,7 @@ class _SlicedForCausalLM(PreTrainedModel):
     def set_mode(self, mode: Mode) -> None:
         """What every MoE layer computes from now on (see lamella.config.Mode); for attention experts "dense" and
         "learned" are all experts with weight 1, which is the dense attention."""
-        if mode not in get_args(Mode):
-            raise UserError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        check_choice("mode", mode, get_args(Mode))
         for layer in self.moe_layers:
             layer.mode = mode
         for attention in self.attention_experts:
@@ -107,8 +106,7 @@ class _SlicedForCausalLM(PreTrainedModel):
 
     def set_expert_path(self, path: ExpertPath) -> None:
         """How every MoE layer computes it (see lamella.moe.experts)."""
-        if path not in get_args(ExpertPath):
-            raise UserError(f"expert path is {path!r}; it must be one of {', '.join(get_args(ExpertPath))}")
+        check_choice("expert path", path, get_args(ExpertPath))
         for layer in self.moe_layers:
             if path not in ("auto", "loop") and not layer.config.gated:
                 raise UserError(f"expert path is {path!r}, but experts of two matrices have 'loop' alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,11 +48,10 @@ def _group(recipe: Recipe, pattern: str, lr: float, weight_decay: float) -> Para
 
 def group_name(param_names: list[str]) -> str:
     """What a group of `optimizer_config` is called in reports: router, lora, experts or rest."""
-    if all(".router." in name for name in param_names):
-        return "router"
-    if all(".experts.lora_" in name for name in param_names):
-        return "lora"
-    return "experts" if all(".moe." in name for name in param_names) else "rest"
+    for name, pattern in {"router": ROUTER, "lora": LORA, "experts": EXPERTS}.items():
+        if all(re.search(pattern, param) for param in param_names):
+            return name
+    return "rest"
 
 
 class Schedules(LRSchedulersContainer):
