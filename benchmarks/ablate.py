@@ -2,7 +2,7 @@
 
 What matters when a sliced SmolLM2 learns a new text: experts, routing, balancing, noise, shares, what trains. Every
 variant is a run of the trainer (torchtitan, one rank) on this Python's C headers; held-out headers say what it
-learned, the Python docs, which no variant trains on, what it forgot. Same text, tokens, steps and seed for all.
+learned, news and the Python docs, which none trains on, what it forgot. Same text, tokens, steps and seed for all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from adaptation import NEW, REPLAYED, Variant, measure, options, parse, picture, replay
+from adaptation import NEW, OLD, REPLAYED, Variant, measure, options, parse, picture, replay
 from measure import print_table
 
 FLAT = {"routing": "flat"}
@@ -53,12 +53,12 @@ def show(report: dict[str, Any]) -> None:
     table = [
         [
             row["variant"], f"{text(row['new_start'])} -> {text(row['new_end'])}",
-            f"{text(report['old_start'])} -> {text(row['old_end'])}", text(row["twin_share"], 2),
-            text(row["max_vio"], 2), text(row["tokens_per_s"], 0),
+            *(f"{text(report['old_start'][name])} -> {text(row['old_end'][name])}" for name in OLD),
+            text(row["twin_share"], 2), text(row["max_vio"], 2), text(row["tokens_per_s"], 0),
         ]
         for row in report["rows"]
     ]  # fmt: skip
-    header = ["variant", "learned text", "old text", "twin share", "MaxVio", "tokens/s"]
+    header = ["variant", NEW, *OLD, "twin share", "MaxVio", "tokens/s"]
     tokens = report["steps"] * 2 * report["seq_len"]
     print_table(f"nats per held-out token, {report['steps']} steps, {tokens} tokens", header, table)
 
@@ -66,13 +66,11 @@ def show(report: dict[str, Any]) -> None:
 def draw(report: dict[str, Any], path: Path) -> None:
     """A colour for each axis."""
     axes = list(dict.fromkeys(row["axis"] for row in report["rows"]))
-    near = [row for row in report["rows"] if row["old_end"] < report["old_start"] + 0.5]
-    panels = {"all": report["rows"]} | ({"near the dense model": near} if len(near) < len(report["rows"]) else {})
-    with picture(path, report["old_start"], list(panels)) as plots:
-        for plot, rows in zip(plots, panels.values(), strict=True):
-            for row in rows:
+    with picture(path, report["old_start"], [(name, f"learned, and remembered of {name}") for name in OLD]) as plots:
+        for plot, name in zip(plots, OLD, strict=True):
+            for row in report["rows"]:
                 colour = f"C{axes.index(row['axis'])}"
-                place = (row["old_end"], row["new_end"])
+                place = (row["old_end"][name], row["new_end"])
                 plot.scatter(*place, color=colour, s=30)
                 plot.annotate(row["variant"], place, (4, 3), textcoords="offset points", fontsize=8, color=colour)
 

@@ -1,14 +1,18 @@
 """What the training benchmarks share: train a variant on a new text, measure what it learned and what it forgot.
 
-New text: this Python's C headers (code). Old text: the Python docs (prose), on which no variant trains. Replayed text:
-the READMEs of the installed packages (prose, too). Every Python installation has all three.
+New text: this Python's C headers (code). Old text, on which no variant trains: news (prose; the Lee corpus, which the
+package gensim ships) and the Python docs (technical prose). Replayed text: the READMEs of the installed packages.
+
+The embedded model comes from a quantised file, so that training on anything mends it, and old text gets better at
+first whatever the new text is. Therefore the dense model is healed before: trained, all of it, on the training parts of
+the old and the replayed text. What is measured is held out of that.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
+import importlib.util
 import shutil
 import sys
 import sysconfig
@@ -21,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import positive, provenance, write_json
+from measure import earlier_rows, figure, positive, provenance, write_json
 
 from lamella.conversion import convert
 from lamella.conversion.recipe import make_conversion
@@ -35,8 +39,9 @@ from lamella.train.weights import materialise
 from lamella.train.worker import alone_without_torchrun, train_stage
 
 RESULTS = Path(__file__).parent / "results"
-NEW, OLD, REPLAYED = "headers", "python-docs", "readmes"
-QUICK = {"steps": 4, "seq_len": 64, "tokens": 512}
+NEW, NEWS, REPLAYED = "headers", "news", "readmes"
+OLD = (NEWS, "python-docs")
+QUICK = {"steps": 4, "seq_len": 64, "tokens": 512, "heal_steps": 2}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class Variant:
     conversion: dict[str, Any] | None = field(default_factory=dict)
     """Keys of a conversion recipe; None trains the dense model."""
     recipe: dict[str, Any] = field(default_factory=dict)
+
+
+DENSE = Variant(
+    "dense",
+    {"method": "partition", "neurons": "contiguous", "parts": 8, "active": 8, "router": "zero", "output": "plain"},
+    {"trains": "experts"},
+)
+"""Continued pretraining of the FFNs as they are: a partition of which every expert is always active."""
 
 
 def replay(**settings: Any) -> dict[str, Any]:
@@ -72,6 +85,17 @@ def copy_readmes(folder: Path) -> None:
             (folder / f"{package.name.lower()}.txt").write_text(text, encoding="utf-8", errors="replace")
 
 
+def copy_news(folder: Path) -> None:
+    """The 300 articles of the Lee background corpus, as text files."""
+    package = importlib.util.find_spec("gensim")
+    if package is None or package.origin is None:
+        sys.exit("error: the package gensim is missing, which ships the news; run uv sync")
+    corpus = Path(package.origin).parent / "test" / "test_data" / "lee_background.cor"
+    folder.mkdir()
+    for i, article in enumerate(corpus.read_text(encoding="utf-8").splitlines()):
+        (folder / f"{i:03}.txt").write_text(article, encoding="utf-8")
+
+
 def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path, work: Path) -> dict[str, Any]:
     """Plain values of a recipe, the texts' folders in the place of their names, half the steps in that of "half"."""
     common = {
@@ -79,8 +103,9 @@ def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path
         "samples_per_step": 2, "steps": args.steps, "warmup_steps": max(1, args.steps // 10), "lr": 3e-4,
         "seed": seed, "save_every_steps": args.steps, "heldout_every_steps": args.steps,
         "heldout_samples": args.tokens // args.seq_len, "tensorboard": False,
+        "precision": args.precision, "threads_per_rank": args.threads,
     }  # fmt: skip
-    places = {NEW: str(work / NEW), REPLAYED: str(work / REPLAYED), "half": args.steps // 2}
+    places = {name: str(work / name) for name in (NEW, NEWS, REPLAYED)} | {"half": args.steps // 2}
 
     def placed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -90,30 +115,50 @@ def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path
     return placed(common | variant.recipe)
 
 
+def train(variant: Variant, args: argparse.Namespace, seed: int, model: Path, work: Path) -> None:
+    if not train_stage(make_recipe(recipe_of(variant, args, seed, model, work)), 0, StopRequest()):
+        sys.exit(f"error: a run of {variant} did not finish")
+
+
+def healed(args: argparse.Namespace, work: Path) -> Path:
+    """The dense model that the variants start from: that of --dense, or made here."""
+    if args.dense is not None and args.dense.exists():
+        return args.dense
+    if not args.heal_steps:
+        return embedded_model()
+    folder = args.dense or work / "dense"
+    recipe = {"trains": "all", "lr": 2e-4, "data": [*OLD, REPLAYED], "steps": args.heal_steps}
+    train(Variant("heal", None, recipe), args, 0, embedded_model(), work)
+    shutil.move(materialise(work / "run"), folder)
+    shutil.rmtree(work / "run")
+    return folder
+
+
 @contextmanager
-def converted(variant: Variant, work: Path) -> Iterator[Path]:
+def converted(variant: Variant, dense: Path, work: Path) -> Iterator[Path]:
     if variant.conversion is None:
-        yield embedded_model()
+        yield dense
         return
     folder = work / "model"
-    convert(out=folder, options=make_conversion(variant.conversion).options)
+    convert(dense, folder, make_conversion(variant.conversion).options)
     yield folder
     shutil.rmtree(folder)
 
 
-def run(variant: Variant, args: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
+def run(
+    variant: Variant, args: argparse.Namespace, seed: int, dense: Path, work: Path, old: tuple[str, ...]
+) -> dict[str, Any]:
     """Train one variant and measure it; its folders are gone afterwards."""
     out = work / "run"
-    with converted(variant, work) as model:
+    with converted(variant, dense, work) as model:
         began = time.perf_counter()
-        if not train_stage(make_recipe(recipe_of(variant, args, seed, model, work)), 0, StopRequest()):
-            sys.exit(f"error: a run of {variant} did not finish")
+        train(variant, args, seed, model, work)
         seconds = time.perf_counter() - began
         metrics = list(RunDir(out).metrics())
         last = metrics[-1]
         row = {
             "wall_s": seconds, "new_start": metrics[0]["heldout_loss"],
-            "new_end": last["heldout_loss"], "old_end": old_loss(materialise(out), args),
+            "new_end": last["heldout_loss"], "old_end": old_losses(materialise(out), args, work, old) if old else {},
             "twin_share": mean(last["twin_share"]), "max_vio": mean(last["max_vio"]),
             "tokens_per_s": mean([line["tokens_per_s"] for line in metrics[2:]]),
         }  # fmt: skip
@@ -125,48 +170,48 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def old_loss(folder: Path, args: argparse.Namespace) -> float:
-    """Nats per token on the text that no variant trains on."""
+def old_losses(folder: Path, args: argparse.Namespace, work: Path, old: tuple[str, ...]) -> dict[str, float]:
+    """Nats per token on each text that no variant trains on."""
     from transformers import AutoTokenizer
 
-    samples = text_samples(OLD, "heldout", str(folder), args.seq_len, args.tokens)
-    with torch.no_grad():
-        return perplexity(
-            load(folder, torch.float32), samples, AutoTokenizer.from_pretrained(folder), args.tokens
-        ).nats_per_token
+    model, tokenizer, found = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder), {}
+    for name in old:
+        source = str(work / name) if (work / name).exists() else name
+        samples = text_samples(source, "heldout", str(folder), args.seq_len, args.tokens)
+        with torch.no_grad():
+            found[name] = perplexity(model, samples, tokenizer, args.tokens).nats_per_token
+    return found
 
 
-def measure(args: argparse.Namespace, runs: list[tuple[dict[str, Any], Variant]]) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, runs: list[tuple[dict[str, Any], Variant]], old: tuple[str, ...] = OLD
+) -> dict[str, Any]:
     """Run every variant whose row the JSON file does not hold yet, so that hours of work may come in pieces.
 
     Args:
         runs: what tells a row from the others (its "seed" among it), and the variant.
+        old: texts on which the trained model is measured besides.
     """
     alone_without_torchrun()
-    settings = {key: getattr(args, key) for key in QUICK}
+    settings = {key: getattr(args, key) for key in (*QUICK, "precision")}
     rows = earlier_rows(args.json, settings)
     with tempfile.TemporaryDirectory(prefix="adaptation.", dir=args.work) as folder:
         work = Path(folder)
         copy_headers(work / NEW)
+        copy_news(work / NEWS)
         copy_readmes(work / REPLAYED)
-        report = {**settings, "old_start": old_loss(embedded_model(), args), "rows": rows}
+        dense = healed(args, work)
+        report = {**settings, "old_start": old_losses(dense, args, work, old), "rows": rows}
         for identity, variant in runs:
             if any(identity.items() <= row.items() for row in rows):
                 continue
-            rows.append(identity | run(variant, args, identity["seed"], work) | provenance(torch.device("cpu")))
+            row = run(variant, args, identity["seed"], dense, work, old)
+            rows.append(identity | row | provenance(torch.device("cpu")))
             line = ", ".join(f"{value}" for value in identity.values())
-            print(f"{line}: new {rows[-1]['new_end']:.3f}, old {rows[-1]['old_end']:.3f}", flush=True)
+            losses = {"learned": rows[-1]["new_end"]} | rows[-1]["old_end"]
+            print(f"{line}: {', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())}", flush=True)
             write_json(args.json, report)
     return report
-
-
-def earlier_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    if path is None or not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    if any(report.get(key) != value for key, value in settings.items()):
-        sys.exit(f"error: {path} holds runs of other {', '.join(settings)}; give another --json, or remove it")
-    return report["rows"]
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -176,6 +221,10 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, default=256, help="tokens of a sample; a step has two")
     parser.add_argument("--tokens", type=positive, default=4096, help="held-out tokens of each text")
     parser.add_argument("--quick", action="store_true", help="a few variants, four steps, little text")
+    parser.add_argument("--heal-steps", type=int, default=120, help="of training the dense model on old text before")
+    parser.add_argument("--dense", type=Path, help="folder of the healed dense model; made there if it is missing")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of training")
+    parser.add_argument("--threads", type=int, default=0, help="of training; 0: all cores")
     parser.add_argument("--work", type=Path, help="folder for models and runs, of which one at a time is kept (4 GB)")
     parser.add_argument("--json", type=Path, help="rows that it holds are not run again")
     parser.add_argument("--picture", type=Path)
@@ -193,21 +242,10 @@ def parse(parser: argparse.ArgumentParser, name: str, quick: dict[str, Any]) -> 
 
 
 @contextmanager
-def picture(path: Path, old_start: float, titles: list[str], **settings: Any) -> Iterator[Any]:
-    """A plot for each title, old text across, new text up: down is learned, left is remembered. Saved at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    size = (7 * len(titles), 5.5)
-    figure, plots = plt.subplots(1, len(titles), figsize=size, layout="constrained", squeeze=False, **settings)
-    for plot, title in zip(plots[0], titles, strict=True):
-        plot.axvline(old_start, color="0.7", linewidth=1, label="old text before training")
-        plot.set(title=title, xlabel="old text, never trained on (nats per token)")
-    plots[0][0].set_ylabel("new text (nats per token)")
-    yield plots[0]
-    for plot in plots[0]:
-        plot.legend(loc="best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+def picture(path: Path, old_start: dict[str, float], titles: list[tuple[str, str]]) -> Iterator[list[Any]]:
+    """A plot for each (old text, title), old text across, new text up: down is learned, left is remembered."""
+    with figure(path, len(titles)) as plots:
+        for plot, (text, title) in zip(plots, titles, strict=True):
+            plot.axvline(old_start[text], color="0.7", linewidth=1, label=f"{text} before training")
+            plot.set(title=title, xlabel=f"{text}, never trained on (nats per token)", ylabel=f"{NEW} (nats per token)")
+        yield plots

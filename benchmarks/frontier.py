@@ -1,10 +1,8 @@
 """Run: uv run benchmarks/frontier.py [--quick] [--seeds 0 1 2] [--json FILE] [--picture FILE]
 
-Learning without forgetting: nats on new text (C headers) against nats on old text that is never trained on (the
+Learning without forgetting: nats on new text (C headers) against nats on old text that is never trained on (news, the
 Python docs), for dense continued pretraining of the FFNs over its learning rates and for twin routing over its own,
 with and without a quarter of other old text (READMEs) replayed. Same text, tokens and active FLOPs.
-
-The dense side is a partition of which every expert is always active: the FFNs' own weights, trained as they are.
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from adaptation import NEW, REPLAYED, Variant, measure, options, parse, picture, replay
+from adaptation import DENSE, NEW, OLD, REPLAYED, Variant, measure, options, parse, picture, replay
 from measure import print_table
 
 RATES = (1e-4, 3e-4, 1e-3)
-DENSE = {"method": "partition", "neurons": "contiguous", "parts": 8, "active": 8, "router": "zero", "output": "plain"}
 # A free router: rows of std 0.1, ten times the experts' rate, no bias that holds a share.
 TWIN: dict[str, Any] = {"router_init_std": 0.1, "router_lr_scale": 10.0}
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dense": (DENSE, {"trains": "experts"}),
+KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "dense": (DENSE.conversion, DENSE.recipe),
     "twin": ({}, TWIN),
     "twin, share 0.8": ({}, TWIN | {"twin_share": {"target": 0.8}}),
     "twin, routing loss": (
@@ -53,52 +50,53 @@ Point = tuple[float, float]
 """(nats on the new text, nats on the old text)"""
 
 
-def old_at(frontier: list[Point], new: float) -> float | None:
-    """Old-text nats of a frontier where it reaches `new`, linear between its points; None where it does not reach."""
-    points = sorted(frontier)
-    for (new_a, old_a), (new_b, old_b) in pairwise(points):
-        if new_a <= new <= new_b:
-            return old_a + (old_b - old_a) * (new - new_a) / max(new_b - new_a, 1e-12)
-    return None
+def old_at(line: list[Point], new: float) -> float | None:
+    """Lowest old-text nats on a line through its points where new-text nats are at most `new`; None: nowhere."""
+    found = [old for there, old in line if there <= new]
+    for (new_a, old_a), (new_b, old_b) in pairwise(line):
+        if min(new_a, new_b) < new < max(new_a, new_b):
+            found.append(old_a + (old_b - old_a) * (new - new_a) / (new_b - new_a))
+    return min(found, default=None)
 
 
-def gaps(rows: list[dict[str, Any]], kind: str, replayed: bool) -> list[tuple[float, float | None]]:
-    """(new-text nats of a dense point, how much lower the kind's old-text nats are there), means over the seeds."""
-    dense, other = (_points(rows, k, replayed) for k in ("dense", kind))
-    found = []
-    for new, old in sorted(dense):
-        there = old_at(other, new)
-        found.append((new, None if there is None else old - there))
-    return found
-
-
-def _points(rows: list[dict[str, Any]], kind: str, replayed: bool) -> list[Point]:
+def points(rows: list[dict[str, Any]], kind: str, replayed: bool, text: str) -> list[Point]:
+    """Means over the seeds, by ascending learning rate."""
     own = [row for row in rows if (row["kind"], row["replay"]) == (kind, replayed)]
     by_rate = [[row for row in own if row["lr"] == rate] for rate in sorted({row["lr"] for row in own})]
-    return [(mean(row["new_end"] for row in rate), mean(row["old_end"] for row in rate)) for rate in by_rate]
+    return [(mean(r["new_end"] for r in rate), mean(r["old_end"][text] for r in rate)) for rate in by_rate]
+
+
+def lower(dense: list[Point], line: list[Point]) -> list[tuple[float, float | None]]:
+    """(new-text nats of a dense point, how much lower the line's old-text nats are there; None: not reached)."""
+    return [(new, None if (there := old_at(line, new)) is None else old - there) for new, old in sorted(dense)]
 
 
 def show(report: dict[str, Any]) -> None:
     rows = report["rows"]
-    table = []
-    for kind, replayed in dict.fromkeys((row["kind"], row["replay"]) for row in rows):
-        gap = gaps(rows, kind, replayed) if kind != "dense" else []
-        text = ", ".join(f"{new:.3f}: {'not reached' if g is None else f'{g:+.3f}'}" for new, g in gap)
-        points = "  ".join(f"{new:.3f}/{old:.3f}" for new, old in _points(rows, kind, replayed))
-        table.append([kind, "yes" if replayed else "no", points, text or "-"])
-    title = f"nats, new/old by rate, {report['steps']} steps; old text at the start {report['old_start']:.3f}"
-    print_table(title, ["model", "replay", "new/old", "lower on the old text at dense's points"], table)
+    for text in OLD:
+        table = []
+        for kind, replayed in dict.fromkeys((row["kind"], row["replay"]) for row in rows):
+            line, dense = (points(rows, k, replayed, text) for k in (kind, "dense"))
+            gaps = [] if kind == "dense" else lower(dense, line)
+            shown = ", ".join(f"{new:.3f}: {'not reached' if gap is None else f'{gap:+.3f}'}" for new, gap in gaps)
+            pairs = "  ".join(f"{new:.3f}/{old:.3f}" for new, old in line)
+            table.append([kind, "yes" if replayed else "no", pairs, shown or "-"])
+        title = (
+            f"nats, new/{text} by rate, {report['steps']} steps; {text} at the start {report['old_start'][text]:.3f}"
+        )
+        print_table(title, ["model", "replay", "new/old", "lower on the old text at dense's points"], table)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """A line for each kind, through its learning rates."""
-    titles = ["without replay", "with replay"]
-    with picture(path, report["old_start"], titles, sharey=True) as plots:
-        for plot, replayed in zip(plots, (False, True), strict=True):
+    panels = [(text, replayed) for text in OLD for replayed in (False, True)]
+    titles = [(text, "with replay" if replayed else "without replay") for text, replayed in panels]
+    with picture(path, report["old_start"], titles) as plots:
+        for plot, (text, replayed) in zip(plots, panels, strict=True):
             kinds = dict.fromkeys(row["kind"] for row in report["rows"] if row["replay"] == replayed)
             for i, kind in enumerate(kinds):
-                points = sorted(_points(report["rows"], kind, replayed))
-                plot.plot([old for _, old in points], [new for new, _ in points], "o-", color=f"C{i}", label=kind)
+                line = points(report["rows"], kind, replayed, text)
+                plot.plot([old for _, old in line], [new for new, _ in line], "o-", color=f"C{i}", label=kind)
 
 
 def main() -> None:

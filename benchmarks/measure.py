@@ -8,9 +8,11 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,36 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
                 cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             )
         )
+
+
+def earlier_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a JSON file that a benchmark of the same settings wrote; none where there is no file."""
+    if path is None or not path.exists() or not path.stat().st_size:
+        return []
+    report = json.loads(path.read_text())
+    if any(report.get(key) != value for key, value in settings.items()):
+        sys.exit(f"error: {path} holds runs of other {', '.join(settings)}; give another --json, or remove it")
+    return report["rows"]
+
+
+@contextmanager
+def figure(path: Path, num_plots: int) -> Iterator[list[Any]]:
+    """Plots, two beside each other, with one scale upwards; legends are added, and the file written, at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(2, num_plots)
+    rows = -(-num_plots // columns)
+    size: dict[str, Any] = {"figsize": (7 * columns, 5.5 * rows), "layout": "constrained"}
+    drawn, grid = plt.subplots(rows, columns, squeeze=False, sharey=True, **size)
+    plots = list(grid.flat)
+    yield plots
+    for plot in plots:
+        plot.legend(loc="best")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
 
 
 def positive(text: str) -> int:

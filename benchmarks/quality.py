@@ -3,13 +3,12 @@
 Perplexity right after conversion, over the dense model's, for ways to make experts that use fewer neurons per token,
 beside what a user could do without experts: `static` (keep the most important neurons) and `flap` (the same, with a
 bias for what is dropped; arXiv 2312.11983). All see the same calibration tokens; evaluation text is held out of them.
-MaxVio is the mean over the layers, on the evaluation text.
+MaxVio is the mean over the layers, on the evaluation text. Rows that the JSON file holds are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import positive, print_table, provenance, write_json
+from measure import earlier_rows, figure, positive, print_table, provenance, write_json
 
 from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
 from lamella.conversion.checkpoint import Checkpoint
@@ -160,17 +159,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model.requires_grad_(False)
     samples = text_samples("python-docs", "heldout", folder, 512, args.tokens)
     dense = perplexity(model, samples, tokenizer, args.tokens)
-    rows: list[dict] = []
     settings = {"calibration_tokens": args.calibration_tokens, "tokens": dense.tokens, "parts": PARTS}
+    rows = earlier_rows(args.json, settings)
     report = {
         **provenance(torch.device("cpu")), **settings, "dense_perplexity": dense.perplexity, "rows": rows,
     }  # fmt: skip
     for seed in args.seeds:
+        there = {(row["method"], row["active"]) for row in rows if row["seed"] == seed}
+        if there >= {(name, active / PARTS) for name in args.methods for active in args.active}:
+            continue
+        rows[:] = [row for row in rows if row["seed"] != seed]
         run_seed(args, seed, model, samples, tokenizer, rows)
         for row in rows:
             row["ratio"] = row["perplexity"] / dense.perplexity
         write_json(args.json, report)  # after each seed: a run of hours may be cut short
     return report
+
+
+def ratios(report: dict[str, Any], method: str, active: float) -> list[float]:
+    return [row["ratio"] for row in report["rows"] if (row["method"], row["active"]) == (method, active)]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Every method's perplexity over dense by the share of active neurons: the mean over the seeds, and their range."""
+    actives = sorted({row["active"] for row in report["rows"]})
+    with figure(path, 1) as (plot,):
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in report["rows"])):
+            found = [ratios(report, method, active) for active in actives]
+            style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
+            plot.plot(actives, [statistics.geometric_mean(f) for f in found], f"o{style}", color=f"C{i}", label=method)
+            plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=f"C{i}")
+        plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives)
+        plot.xaxis.set_major_formatter("{x:.0%}")
 
 
 def show(report: dict[str, Any]) -> None:
@@ -180,9 +200,9 @@ def show(report: dict[str, Any]) -> None:
     for name in dict.fromkeys(row["method"] for row in rows):
         line = [name]
         for active in actives:
-            ratios = [row["ratio"] for row in rows if (row["method"], row["active"]) == (name, active)]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            line.append(f"{mean:.3f}" + (f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(ratios) > 1 else ""))
+            found = ratios(report, name, active)
+            spread = f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else ""
+            line.append(f"{statistics.geometric_mean(found):.3f}{spread}")
         violations = [row["max_vio"] for row in rows if row["method"] == name and row["max_vio"] is not None]
         table.append([*line, f"{statistics.mean(violations):.2f}" if violations else "-"])
     title = (
@@ -211,12 +231,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=8192, help="held-out tokens")
     parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
     parser.add_argument("--work", type=Path, help="folder for the calibration's streams")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="seeds that it holds are not run again")
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.quick:
         quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 2048}
         args = argparse.Namespace(**(vars(args) | quick))
-    show(measure(args))
+    report = measure(args)
+    show(report)
+    if args.picture:
+        draw(report, args.picture)
 
 
 if __name__ == "__main__":
