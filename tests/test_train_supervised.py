@@ -4,6 +4,7 @@ that nothing happened to."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from titan_models import trainable_moe
 
+from lamella.data.prepare import prepare
 from lamella.run_dir import RunDir
 from lamella.train.effective import effective_time
 from lamella.train.launch import torchrun_command
@@ -182,6 +184,34 @@ def test_the_effective_time_is_reported(runs):
     assert measured["restarts"] == len(RunDir(folder / "harmed").events("start")) - 1
     assert 0 < measured["effective_s"] < measured["wall_s"]
     assert f"effective training time {measured['share']:.1%}" in said["last"].stderr
+
+
+def test_data_cut_under_running_ranks_are_named_or_skipped_by_policy(runs):
+    folder, _ = runs
+    (folder / "texts").mkdir()
+    for name in sorted(topics.topics)[:20]:
+        (folder / "texts" / f"{name}.md").write_text(topics.topics[name])
+    prepare([str(folder / "texts")], folder / "model", folder / "prepared", unit_bytes=20_000)
+    first, second, *_ = sorted((folder / "prepared").glob("train-*.shard"))
+    settings = {"data": f"[{folder / 'prepared'}]", "steps": 12}
+
+    skipped = train(folder, "skipping", f"cut-file:step=2,file={second}", on_bad_data="skip", **settings)
+    assert skipped.returncode == 0, skipped.stderr
+    assert [line["step"] for line in RunDir(folder / "skipping").metrics()][-12:] == list(range(1, 13))
+    logs = "".join(RunDir(folder / "skipping").log_file(rank).read_text() for rank in (0, 1))
+    assert re.search(rf"sample \d+ has nothing to predict: {second}, offset \d+: the file ends there", logs)
+
+    refused = train(folder, "refused", **settings)
+    assert refused.returncode == 2
+    assert re.match(rf"error: {second}, offset \d+: it has \d+ bytes of \d+; bring it back", refused.stderr)
+
+    second.unlink()
+    prepare([str(folder / "texts")], folder / "model", folder / "prepared", unit_bytes=20_000)  # makes it again
+    failed = train(folder, "failing", f"cut-file:step=2,file={first}", **settings)
+    assert failed.returncode == 1
+    status = RunDir(folder / "failing").status()
+    assert (status["state"], status["failure"], status["retryable"]) == ("failed", "data", False)
+    assert re.search(rf"error: data at step \d+: {first}, offset \d+: the file ends there", failed.stderr)
 
 
 def test_a_port_in_use_is_what_the_user_reads(runs, tmp_path):

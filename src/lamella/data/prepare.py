@@ -216,7 +216,10 @@ def tokenised(
     try:
         yield _in_order(batches, pool, workers * BATCHES_AHEAD)
     except BrokenProcessPool as error:
-        raise UserError("a process that tokenises was killed (out of memory?); call again to go on") from error
+        raise UserError(
+            "a process that tokenises was killed (out of memory?); call again to go on. Workers import the script that "
+            "calls this, which therefore needs an if __name__ == '__main__'"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -11,6 +11,7 @@ hang            sleeps for an hour              slow     `seconds` more for each
 raise           a ValueError                    oom      torch's out-of-memory error
 nan-loss        the model's output is NaN       inf-grad its gradient is infinite
 damage          flips a bit of a shard in the newest checkpoint (of a local folder)
+cut-file        `file` loses its second half
 """
 
 from __future__ import annotations
@@ -130,5 +131,6 @@ AT_STEP = {
     "signal-agent": lambda fault: os.kill(os.getppid(), _signal(fault)),
     "hang": lambda fault: time.sleep(3600),
     "raise": _raise,
+    "cut-file": lambda fault: os.truncate(fault.where["file"], os.path.getsize(fault.where["file"]) // 2),
     "oom": _out_of_memory,
 }
