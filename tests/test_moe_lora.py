@@ -14,11 +14,10 @@ from lamella.config import MoEConfig
 from lamella.errors import UserError
 from lamella.export import export
 from lamella.models.hf import load
-from lamella.moe.lora import Lora, lora_experts, lora_shapes, merged
+from lamella.moe.lora import Lora, lora_experts, merged
 from lamella.moe.paths import apply_experts
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
-from lamella.train.lora import with_lora
 
 S, T, D, F, R = 4, 33, 32, 16, 8
 CONFIG = MoEConfig(S, S, F, S, (0,), lora_rank=R, lora_alpha=4.0)
@@ -31,7 +30,7 @@ def problem(trainable: int = S, seed: int = 0):
         return 0.3 * torch.randn(shape, generator=generator)
 
     frozen, copies = (Experts(normal(E, 2 * F, D), normal(E, D, F)) for E in (S, trainable))
-    lora = Lora(**{name: normal(*shape).requires_grad_() for name, shape in lora_shapes(D, CONFIG).items()})
+    lora = Lora(**{name: normal(*shape).requires_grad_() for name, shape in CONFIG.lora_shapes(D).items()})
     x_TD, K = normal(T, D).requires_grad_(), min(S, 3)
     ids_TK = torch.rand(T, S + trainable, generator=generator).topk(K).indices
     weights_TK = torch.rand(T, K, generator=generator).requires_grad_()
@@ -83,9 +82,9 @@ def test_models_without_frozen_gated_experts_are_refused(changes, message):
 
 
 def test_other_deltas_than_the_models_are_refused():
-    assert with_lora(CONFIG, R, 4.0) == CONFIG
+    assert CONFIG.with_lora(R, 4.0) == CONFIG
     with pytest.raises(UserError, match=r"has LoRA of rank 8 and alpha 4\.0 already"):
-        with_lora(CONFIG, R, 5.0)
+        CONFIG.with_lora(R, 5.0)
 
 
 def model_with_lora(folder: Path, std: float) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_parameters_and_flops_are_those_of_training(family, changes, trains, tmp
         if name != "lm_head.weight" or not layout.model.tied
     }
     assert flops_per_token(layout) == training_flops_per_token(titan, model_config(settings), 16)
+
+
+def test_deltas_are_counted(tmp_path, llama3):
+    tiny_moe("llama", tmp_path)
+    settings = recipe(model=str(tmp_path), lora={"rank": 2, "alpha": 4})
+    plain, layout = (make_layout(r, read_model(tmp_path), 2, "cpu") for r in (recipe(model=str(tmp_path)), settings))
+    config = model_config(settings)
+    built = {name: tuple(p.shape) for name, p in config.build().named_parameters() if ".lora_" in name}
+    assert built == {w.name: w.shape for w in layout.model.weights() if ".lora_" in w.name}
+    added = sum(math.prod(shape) for shape in built.values())
+    (before, with_lora) = (plan_values(x, "cpu")["parameters"] for x in (plain, layout))
+    assert with_lora["trained"] - before["trained"] == with_lora["all"] - before["all"] == added
+    assert Memory(layout).state["optimizer"] - Memory(plain).state["optimizer"] == 2 * 4 * added // 2
+    with pytest.raises(UserError, match="a dense model has none"):
+        make_layout(recipe(lora={"rank": 2, "alpha": 4}, trains="all"), read_model(llama3), 1, "cpu")
 
 
 def test_plan_imports_no_torch(llama3):

@@ -126,6 +126,22 @@ class MoEConfig:
                 raise UserError(f"per_layer of layer {index}: unknown key {key!r}{did_you_mean(key, known)}")
         return dataclasses.replace(self, per_layer={}, **fields)
 
+    def with_lora(self, rank: int, alpha: float) -> MoEConfig:
+        """This config with deltas, or as it is where it has the same; UserError where it has others."""
+        if self.lora_rank and (self.lora_rank, self.lora_alpha) != (rank, alpha):
+            raise UserError(
+                f"the model has LoRA of rank {self.lora_rank} and alpha {self.lora_alpha} already; write the same, or "
+                "leave lora out to train it on"
+            )
+        return dataclasses.replace(self, lora_rank=rank, lora_alpha=alpha)
+
+    def lora_shapes(self, D: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's `lamella.moe.lora.Lora` of model width D, by field; none without deltas."""
+        S, f, r = self.num_frozen_experts, self.moe_intermediate_size, self.lora_rank
+        if not r:
+            return {}
+        return {"gate_up_a": (S, 2 * r, D), "gate_up_b": (S, 2 * f, r), "down_a": (S, r, f), "down_b": (S, D, r)}
+
     @property
     def lora_scale(self) -> float:
         """Factor on the low-rank deltas."""

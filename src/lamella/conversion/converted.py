@@ -9,7 +9,6 @@ from lamella.conversion.attention_options import router_tensors
 from lamella.conversion.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of
 from lamella.conversion.layout import ffn_layout
 from lamella.errors import UserError
-from lamella.moe.lora import lora_shapes
 from lamella.moe.two_matrix import expert_shapes
 
 REMOTE_CODE = "modeling_lamella"
@@ -78,7 +77,7 @@ def moe_tensors(D: int, moe: MoEConfig) -> Shapes:
         if E:
             packed = expert_shapes(D, moe.moe_intermediate_size, moe.gated)
             shapes |= {f"experts.{kind}_{name}": (E, *shape) for name, shape in packed.items()}
-    shapes |= {f"experts.lora_{name}": shape for name, shape in lora_shapes(D, moe).items()}
+    shapes |= {f"experts.lora_{name}": shape for name, shape in moe.lora_shapes(D).items()}
     if n:
         shapes |= {f"shared.{name}": shape for name, shape in expert_shapes(D, n, moe.gated).items()}
     shapes |= {"router.weight": (R, D), "router.selection_bias": (R,)}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lamella.config import DENSE_BIAS, ExpertPath, Mode, MoEConfig
 from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
-from lamella.moe.lora import lora_shapes
 from lamella.moe.routing import Routing
 from lamella.moe.two_matrix import TwoMatrixShared, expert_shapes
 
@@ -25,7 +24,7 @@ class PackedExperts(nn.Module):
             trains = kind == "trainable"
             for name, shape in shapes.items() if E else ():
                 self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(E, *shape), requires_grad=trains))
-        for name, lora_shape in lora_shapes(hidden_size, config).items():
+        for name, lora_shape in config.lora_shapes(hidden_size).items():
             self.register_parameter(f"lora_{name}", nn.Parameter(torch.zeros(lora_shape)))
 
     @property

@@ -45,7 +45,7 @@ from lamella.moe.balancing import (
     share_bias,
 )
 from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
-from lamella.moe.lora import Lora, lora_shapes
+from lamella.moe.lora import Lora
 from lamella.moe.routing import Routing, pair_margins
 from lamella.moe.slicing import Experts
 
@@ -156,7 +156,7 @@ class PackedExperts(Module):
             if E:
                 self.register_parameter(f"{kind}_gate_up_proj", nn.Parameter(torch.empty(E, 2 * f, D)))
                 self.register_parameter(f"{kind}_down_proj", nn.Parameter(torch.empty(E, D, f)))
-        for name, shape in lora_shapes(D, config.moe).items():
+        for name, shape in config.moe.lora_shapes(D).items():
             self.register_parameter(f"lora_{name}", nn.Parameter(torch.empty(shape)))
         # torchtitan's FSDP shards another dimension over more ranks than this
         self.num_experts = min(E for E in counts.values() if E)

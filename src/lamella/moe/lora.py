@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import ExpertPath, MoEConfig
+from lamella.config import ExpertPath
 from lamella.errors import UserError
 from lamella.moe.dispatch import dispatch, to_rows
 from lamella.moe.grouped import Half, grouped_fits, split_halves
@@ -38,14 +38,6 @@ class Lora(NamedTuple):
     """[S, r, f]"""
     down_b: Tensor
     """[S, D, r]"""
-
-
-def lora_shapes(D: int, config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's Lora by field; none where its config has rank 0."""
-    S, f, r = config.num_frozen_experts, config.moe_intermediate_size, config.lora_rank
-    if not r:
-        return {}
-    return {"gate_up_a": (S, 2 * r, D), "gate_up_b": (S, 2 * f, r), "down_a": (S, r, f), "down_b": (S, D, r)}
 
 
 def lora_experts(

@@ -77,7 +77,8 @@ def _ffn_bytes(layout: Layout, layer: int) -> int:
 def _expert_bytes(layout: Layout, moe: MoEConfig) -> int:
     rows, f, b = layout.tokens * moe.num_experts_per_tok, moe.moe_intermediate_size, layout.compute_bytes
     path = layout.recipe.expert_path
-    if path in ("loop", "batched"):  # under autograd: gate, up, silu(gate), product; inputs and outputs of every row
+    # under autograd: gate, up, silu(gate), product; inputs and outputs of every row
+    if path in ("loop", "batched") or moe.lora_rank:
         return rows * b * (4 * f + 2 * layout.model.D)
     # grouped and fused have a buffer for frozen rows and one for trainable rows, each with room for all
     fills_both = moe.num_frozen_experts > 0 and moe.num_trainable_experts > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from lamella.errors import UserError
@@ -55,6 +56,10 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str) -> Layo
         raise UserError(f"seq_len {recipe.seq_len} is longer than the model's {model.max_positions} positions")
     if model.moe is None and recipe.trains != "all":
         raise UserError("a dense model has no experts to train; plan it with --slices, or set trains: all")
+    if recipe.lora is not None:
+        if model.moe is None:
+            raise UserError("lora adds to frozen experts, and a dense model has none; plan it with --slices")
+        model = replace(model, moe=model.moe.with_lora(recipe.lora.rank, recipe.lora.alpha))
     for layer in range(model.num_layers):
         moe, degree = model.moe_of(layer), recipe.parallel.expert
         if moe is not None and (moe.num_frozen_experts % degree or moe.num_trainable_experts % degree):

@@ -115,6 +115,8 @@ def _experts(D: int, moe: MoEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         if E:
             yield f"moe.experts.{kind}_gate_up_proj", (E, 2 * f, D)
             yield f"moe.experts.{kind}_down_proj", (E, D, f)
+    for name, shape in moe.lora_shapes(D).items():
+        yield f"moe.experts.lora_{name}", shape
     if n:
         yield "moe.shared.gate_up_proj", (2 * n, D)
         yield "moe.shared.down_proj", (D, n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import lamella.models.titan_device  # noqa: F401  before torchtitan
@@ -11,7 +10,6 @@ import lamella.models.titan_device  # noqa: F401  before torchtitan
 import torch
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from lamella.config import MoEConfig
 from lamella.errors import UserError
 from lamella.models.titan import LamellaDecoder
 from lamella.models.titan_config import read_hf_config
@@ -28,22 +26,12 @@ def add_lora(recipe: Recipe, config: LamellaDecoder.Config) -> None:
         if not layers:
             raise UserError(f"lora adds to frozen experts, and {recipe.model} has none; leave it out")
         for layer in layers:
-            layer.moe = with_lora(layer.moe, recipe.lora.rank, recipe.lora.alpha)
+            layer.moe = layer.moe.with_lora(recipe.lora.rank, recipe.lora.alpha)
     if any(layer.moe.lora_rank for layer in layers):
         if recipe.expert_path not in LORA_PATHS:
             raise UserError(f"expert_path {recipe.expert_path} computes no LoRA; choose one of {', '.join(LORA_PATHS)}")
         if recipe.parallel.expert > 1:
             raise UserError("parallel.expert cannot share out experts with LoRA; set it to 1")
-
-
-def with_lora(moe: MoEConfig, rank: int, alpha: float) -> MoEConfig:
-    """The config with deltas, or as it is where it has the same; UserError where it has others."""
-    if moe.lora_rank and (moe.lora_rank, moe.lora_alpha) != (rank, alpha):
-        raise UserError(
-            f"the model has LoRA of rank {moe.lora_rank} and alpha {moe.lora_alpha} already; write the same, or leave "
-            "lora out to train it on"
-        )
-    return dataclasses.replace(moe, lora_rank=rank, lora_alpha=alpha)
 
 
 def is_new(recipe: Recipe) -> bool:
