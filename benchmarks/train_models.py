@@ -160,7 +160,7 @@ def _titan_llama_config(shape: Shape, seq_len: int) -> Any:
     from torchtitan.models.llama3 import Llama3Model
     from torchtitan.models.llama3.model import Llama3TransformerBlock
 
-    from lamella.models.titan import UNSET
+    from lamella.models.titan_moe import UNSET
 
     D = shape.hidden_size
     # FlexAttention, torchtitan's default, has no backward pass on a CPU; this one is causal without documents

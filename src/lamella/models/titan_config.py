@@ -8,7 +8,8 @@ from typing import Any
 
 from lamella.config import ExpertPath, MoEConfig
 from lamella.errors import UserError, did_you_mean
-from lamella.models.titan import UNSET, Block, LamellaDecoder, ScaledRoPE, SlicedMoE, inner_attention
+from lamella.models.titan import Block, LamellaDecoder, ScaledRoPE, inner_attention
+from lamella.models.titan_moe import UNSET, SlicedMoE
 
 # isort: split
 from torchtitan.models.common.attention import GQAttention, QKVLinear

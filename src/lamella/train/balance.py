@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lamella.config import DENSE_BIAS, MoEConfig
-from lamella.models.titan import LamellaDecoder, SlicedMoE
+from lamella.models.titan import LamellaDecoder
+from lamella.models.titan_moe import SlicedMoE
 from lamella.moe.balancing import max_violation, routing_entropy, sign_update
 from lamella.moe.routing import with_top_k
 from lamella.moe.slicing import noise_generator
