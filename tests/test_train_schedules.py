@@ -87,6 +87,10 @@ def test_choice_loss_is_a_cross_entropy_on_each_pairs_logit():
     assert torch.allclose(gradient[chosen], (logits_TS.sigmoid()[chosen] - targets_T[chosen, None]) / 4, atol=1e-6)
     assert gradient[2].eq(0).all()
 
+    sure = torch.full((1, 4), 40.0, requires_grad=True)  # and wrong
+    (gradient,) = torch.autograd.grad(pair_choice_loss(expert_scores(sure, config), torch.zeros(1)), sure)
+    assert torch.allclose(gradient, torch.full((1, 4), 1 / 4))
+
 
 def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     tiny_moe("llama", tmp_path)
@@ -96,7 +100,7 @@ def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     assert [str(t) for t in choice_targets(recipe)] == ["0.0", "nan", "1.0"]
     balance = Balance(model, recipe, None)
     tokens = torch.randint(128, (3, 16), generator=torch.Generator().manual_seed(0))
-    router = model.moe_layers[1].router.weight  # of the last layer: nothing but its own loss reaches it
+    router = model.moe_layers[1].router.weight
 
     def gradient(source_B):
         balance.direct(torch.tensor(source_B))
@@ -119,6 +123,8 @@ def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     assert torch.allclose(to_twins, scale * (probability_TS - 1).T @ x_TD, atol=1e-5)
     mixed = sum(gradient(source) for source in ([0, 1, 1], [1, 0, 1], [1, 1, 0]))
     assert torch.allclose(mixed, to_slices, atol=1e-5)
+    routers = {layer.router.weight for layer in model.moe_layers}
+    assert all(p in routers or p.grad is None or p.grad.eq(0).all() for p in model.parameters())
 
 
 def test_quantile_and_top_k_reach_the_layers(tmp_path):

@@ -29,7 +29,7 @@ from lamella.moe.balancing import (
     quantile_bias,
     share_bias,
 )
-from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
+from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora, router_scores
 from lamella.moe.lora import Lora
 from lamella.moe.routing import Routing, pair_margins
 from lamella.moe.slicing import Experts
@@ -178,23 +178,28 @@ class SlicedMoE(Module):
         )  # fmt: skip
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        y_TD, self.last_routing, scores_TE = moe_ffn(
-            x_BLD.flatten(0, 1), self.weights, self.moe, self.mode, self.path, self.expert_group
-        )
+        x_TD, weights = x_BLD.flatten(0, 1), self.weights
+        y_TD, self.last_routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
         if self.training and scores_TE is not None:
             self._gather(self.last_routing, scores_TE)
-            y_TD = self._add_routing_losses(y_TD, self.last_routing, scores_TE)
+            y_TD = self._add_auxiliary_loss(y_TD, self.last_routing, scores_TE)
+            y_TD = self._add_choice_loss(y_TD, x_TD, weights)
         return y_TD.view_as(x_BLD)
 
-    def _add_routing_losses(self, y_TD: Tensor, routing: Routing, scores_TE: Tensor) -> Tensor:
-        if self.auxiliary_factor:
-            # gate "unit" has logits in the place of scores
-            positive_TE = scores_TE.sigmoid() if self.moe.gate == "unit" else scores_TE
-            y_TD = add_gradient_of(y_TD, self.auxiliary_factor * auxiliary_loss(positive_TE, routing.expert_ids_TK))
-        if self.choice_targets_B is not None:
-            targets_T = self.choice_targets_B.repeat_interleave(len(y_TD) // len(self.choice_targets_B))
-            y_TD = add_gradient_of(y_TD, self.choice_factor * pair_choice_loss(scores_TE, targets_T))
-        return y_TD
+    def _add_auxiliary_loss(self, y_TD: Tensor, routing: Routing, scores_TE: Tensor) -> Tensor:
+        if not self.auxiliary_factor:
+            return y_TD
+        # gate "unit" has logits in the place of scores
+        positive_TE = scores_TE.sigmoid() if self.moe.gate == "unit" else scores_TE
+        return add_gradient_of(y_TD, self.auxiliary_factor * auxiliary_loss(positive_TE, routing.expert_ids_TK))
+
+    def _add_choice_loss(self, y_TD: Tensor, x_TD: Tensor, weights: MoEWeights) -> Tensor:
+        """Its gradient ends at the router: the layers below are not to learn how to be told apart."""
+        if self.choice_targets_B is None:
+            return y_TD
+        targets_T = self.choice_targets_B.repeat_interleave(len(y_TD) // len(self.choice_targets_B))
+        scores_TE = router_scores(x_TD.detach(), weights, self.moe)
+        return add_gradient_of(y_TD, self.choice_factor * pair_choice_loss(scores_TE, targets_T))
 
     @torch.no_grad()
     def _gather(self, routing: Routing, scores_TE: Tensor) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.config import DENSE_BIAS
@@ -62,12 +61,12 @@ def pair_choice_loss(scores_TE: Tensor, targets_T: Tensor) -> Tensor:
     Args:
         targets_T: 0 wants the slices, 1 the twins; NaN wants nothing, and counts 0.
     """
-    frozen_TS, trainable_TS = scores_TE.chunk(2, dim=-1)
-    twin_TS = trainable_TS / (frozen_TS + trainable_TS)  # the sum is 1 but for the gate softmax
-    wanted_T1 = ~targets_T.isnan()[:, None]
-    targets_TS = targets_T.nan_to_num()[:, None].expand_as(twin_TS)
-    loss_TS = F.binary_cross_entropy(twin_TS, targets_TS.to(twin_TS.dtype), reduction="none")
-    return (loss_TS * wanted_T1).mean(dim=-1).sum()
+    frozen_TS, trainable_TS = scores_TE.float().clamp_min(1e-37).chunk(2, dim=-1)
+    target_T1, wanted_T1 = targets_T.nan_to_num()[:, None], ~targets_T.isnan()[:, None]
+    # Logarithms of both: one score and 1 minus it would leave no gradient where a router is sure and wrong.
+    log_TS = torch.lerp(frozen_TS.log(), trainable_TS.log(), target_T1.expand_as(frozen_TS))
+    log_sum_TS = (frozen_TS + trainable_TS).log()  # 0 but for the gate softmax
+    return ((log_sum_TS - log_TS) * wanted_T1).mean(dim=-1).sum()
 
 
 @torch.no_grad()

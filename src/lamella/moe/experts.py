@@ -86,7 +86,7 @@ def moe_ffn(
     """
     scores_TE = None
     if mode == "routed":
-        scores_TE = expert_scores(_logits(x_TD, weights), config)
+        scores_TE = router_scores(x_TD, weights, config)
         routing = route(scores_TE, weights.selection_bias_R, config, weights.gate_scale_R)
     else:
         routing = fixed_routing(x_TD.shape[0], mode, config, x_TD.device)
@@ -100,10 +100,13 @@ def moe_ffn(
     return y_TD, routing, scores_TE
 
 
-def _logits(x_TD: Tensor, weights: MoEWeights) -> Tensor:
+def router_scores(x_TD: Tensor, weights: MoEWeights, config: MoEConfig) -> Tensor:
+    """[T, E] scores of the layer's router, before any selection bias."""
     if weights.router_up_RD is None:
-        return router_logits(x_TD, weights.router_RD)
-    return analytic_logits(x_TD, weights.router_RD, weights.router_up_RD)
+        logits_TR = router_logits(x_TD, weights.router_RD)
+    else:
+        logits_TR = analytic_logits(x_TD, weights.router_RD, weights.router_up_RD)
+    return expert_scores(logits_TR, config)
 
 
 def _chosen(
