@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from adaptation import NEW, OLD, REPLAYED, Variant, measure, options, parse, picture, replay
+from adaptation import NEW, OLD, REPLAYED, Variant, measure, mixed, options, parse, picture
 from measure import print_table
 
 FLAT = {"routing": "flat"}
@@ -38,9 +38,9 @@ VARIANTS: dict[str, Variant] = {
     "everything": Variant("trains", {}, {"trains": "all", "rest_lr_scale": 0.3}),
     "with LoRA": Variant("trains", {}, {"lora": {"rank": 8, "alpha": 16}}),
     "distilled": Variant("objective", {}, {"objective": "distil"}),
-    "replay": Variant("replay", {}, replay()),
+    "replay": Variant("replay", {}, mixed(0.25)),
     "replay, routing loss": Variant(
-        "replay", {}, replay(routing_loss={"coefficient": 0.1, "to_slices": [REPLAYED], "to_twins": [NEW]})
+        "replay", {}, mixed(0.25, routing_loss={"coefficient": 0.1, "to_slices": [REPLAYED], "to_twins": [NEW]})
     ),
 }
 QUICK = ("twin, 8 pairs", "flat, quantile", "replay, routing loss")

@@ -61,8 +61,9 @@ DENSE = Variant(
 """Continued pretraining of the FFNs as they are: a partition of which every expert is always active."""
 
 
-def replay(**settings: Any) -> dict[str, Any]:
-    return {"data": [{"source": NEW, "weight": 0.75}, {"source": REPLAYED, "weight": 0.25}]} | settings
+def mixed(replayed: float, **settings: Any) -> dict[str, Any]:
+    """New text with this share of the samples replayed."""
+    return {"data": [{"source": NEW, "weight": 1 - replayed}, {"source": REPLAYED, "weight": replayed}]} | settings
 
 
 def copy_headers(folder: Path) -> None:

@@ -15,18 +15,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from adaptation import DENSE, NEW, OLD, REPLAYED, Variant, measure, options, parse, picture, replay
+from adaptation import DENSE, NEW, OLD, REPLAYED, Variant, measure, mixed, options, parse, picture
 from measure import print_table
 
 RATES = (1e-4, 3e-4, 1e-3)
-ROUTING_LOSS = {"coefficient": 1.0, "to_slices": [REPLAYED], "to_twins": [NEW]}
-# A router that learns ten times as fast as the experts. Its rows start small and the copies without noise, so that the
-# model starts at the dense one's loss.
+SIDES = {"to_slices": [REPLAYED], "to_twins": [NEW]}
+ROUTING_LOSS = {"coefficient": 1.0} | SIDES
+# Copies without noise: the model starts at the dense one's loss. A router that learns is ten times as fast as the
+# experts; a fitted one stays as it is, and sees old text once, also where none is replayed.
 KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "dense": (DENSE.conversion, DENSE.recipe),
     "twin": ({"noise": 0.0}, {"router_lr_scale": 10.0}),
     "twin, share 0.8": ({"noise": 0.0}, {"router_lr_scale": 10.0, "twin_share": {"target": 0.8}}),
     "twin, routing loss": ({"noise": 0.0}, {"router_lr_scale": 10.0, "routing_loss": ROUTING_LOSS}),
+    "twin, fitted router": ({"noise": 0.0}, {"trains": "experts", "router_fit": SIDES}),
 }
 QUICK = ("dense", "twin")
 
@@ -38,9 +40,9 @@ def variants(kinds: list[str], rates: list[float]) -> dict[tuple[str, bool, floa
         for kind in kinds:
             conversion, recipe = KINDS[kind]
             own = recipe | {"lr": rate}
-            made[kind, True, rate] = Variant(kind, conversion, replay(**own))
+            made[kind, True, rate] = Variant(kind, conversion, mixed(0.25, **own))
             if "routing_loss" not in own:
-                made[kind, False, rate] = Variant(kind, conversion, own)
+                made[kind, False, rate] = Variant(kind, conversion, mixed(0.0, **own))
     return made
 
 

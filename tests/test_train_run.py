@@ -45,6 +45,7 @@ COMMON = {
 # fp32: another number of ranks or micro-batches adds the same terms in another order; 5e-7 was seen after 12 steps
 REORDERED = 2e-5
 REPLAY = "[{{source: {0}/text.md, weight: 3}}, {{source: {0}/short.md, weight: 1}}]"
+FITTED = "[{{source: {0}/digits.md, weight: 1}}, {{source: {0}/text.md, weight: 0}}]"
 RUNS_ON_3 = {
     "whole": {"tensorboard": "true", "torchtitan.debug.print_config": "true"},
     "accumulated": {"samples_per_micro_batch": 1},
@@ -60,6 +61,12 @@ RUNS_ON_3 = {
     "annealed": {"model": "flat-model", "top_k_schedule": "{start: 8, ramp_steps: 4}"},
     "warmed_router": {"router_warmup_steps": 4, "trains": "all", "rest_lr_scale": 0.1},
     "sent_to_slices": {"routing_loss": "{coefficient: 1.0, to_slices: [text.md]}"},
+    "fitted": {
+        "router_fit": "{to_slices: [text.md], to_twins: [digits.md], samples: 12}",
+        "trains": "experts",
+        "data": FITTED,
+        "heldout_data": "[{0}/text.md]",
+    },
     "flat_aux": {"model": "flat-model", "balancing": "aux", "aux_coefficient": 0.3},
     "partitioned": {"model": "partitioned-model"},
     "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: expert matrices are cut across, not along
@@ -78,7 +85,13 @@ def words(folder: Path, name: str, **changes) -> list[str]:
     settings = {"model": "twin-model", "out": name} | COMMON | RUNS_ON_3.get(name, {}) | changes
     for key in ("model", "out"):
         settings[key] = folder / settings[key]
-    for key, name in (("routing_loss", "text.md"), ("distil", "twin-model")):
+    named = (
+        ("routing_loss", "text.md"),
+        ("router_fit", "text.md"),
+        ("router_fit", "digits.md"),
+        ("distil", "twin-model"),
+    )
+    for key, name in named:
         if key in settings:
             settings[key] = settings[key].replace(name, str(folder / name))
     settings = {"data": "[{0}/text.md]"} | settings
@@ -115,6 +128,7 @@ def runs(tmp_path_factory):
     trainable_moe(folder / "flat-model", routing="flat")
     trainable_moe(folder / "partitioned-model", moe_changes=PARTITIONED | {"router": "linear"})
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
+    (folder / "digits.md").write_text(" ".join(str(i**3) for i in range(4000)))
     (folder / "short.md").write_text("a short text, " * 24)  # one document of the train split: 10 samples
     trainable_moe(folder / "two-slices", slices=2, hidden_size=48, intermediate_size=96)
     trainable_moe(folder / "uneven-model", slices=2)
@@ -127,7 +141,7 @@ def runs(tmp_path_factory):
     jobs += [words(folder, "lora_resumed", **RUNS_ON_3["lora"])]
     run_many(folder, 3, jobs)
     run_many(folder, 2, [words(folder, "moved", stop_at_step=9)])
-    alone = [words(folder, name, out=f"{name}-alone") for name in ("two_slices", "uneven")]
+    alone = [words(folder, name, out=f"{name}-alone") for name in ("two_slices", "uneven", "fitted")]
     run_many(folder, 1, [words(folder, "alone"), words(folder, "moved"), *alone])
     return folder
 
@@ -289,6 +303,13 @@ def test_the_router_alone_trains_in_its_warmup(runs):
     assert [lr > 0 for lr, _, _ in rates] == [False] * 4 + [True] * 8
     assert all(router > 0 for _, router, _ in rates)
     assert all(rest == pytest.approx(0.1 * lr) for lr, _, rest in rates)
+
+
+def test_a_fitted_router_tells_the_sides_apart_from_the_first_step(runs):
+    """On 3 ranks as on 1; the old text, of weight 0, is never trained on."""
+    assert min(lines(runs, "fitted")[1]["twin_share"]) > 0.9
+    assert losses(runs, "fitted") == pytest.approx(losses(runs, "fitted-alone"), abs=REORDERED)
+    assert all(line["data_epochs"][str(runs / "text.md")] == 0 for line in lines(runs, "fitted") if line["step"])
 
 
 def test_the_routing_loss_sends_tokens_to_the_slices(runs):

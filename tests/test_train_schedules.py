@@ -98,6 +98,8 @@ def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     routing_loss = {"coefficient": 2.0, "to_slices": ["a"], "to_twins": ["c"]}
     recipe = make_recipe({"data": ["a", "b", "c"], "routing_loss": routing_loss, "samples_per_step": 3, "seq_len": 16})
     assert [str(t) for t in choice_targets(recipe)] == ["0.0", "nan", "1.0"]
+    unused = [{"source": name, "weight": weight} for name, weight in (("a", 1), ("b", 0), ("c", 1))]
+    assert str(choice_targets(recipe.model_copy(update={"data": make_recipe({"data": unused}).data}))[2]) == "1.0"
     balance = Balance(model, recipe, None)
     tokens = torch.randint(128, (3, 16), generator=torch.Generator().manual_seed(0))
     router = model.moe_layers[1].router.weight
@@ -180,7 +182,10 @@ def test_settings_of_another_routing_are_refused(routing, settings, message, tmp
     [
         ({"routing_loss": {}}, "names no source"),
         ({"routing_loss": {"to_slices": ["python-doc"]}}, r"data does not \(did you mean 'python-docs'"),
-        ({"routing_loss": {"to_slices": ["a"], "to_twins": ["a"]}, "data": ["a"]}, "both to slices and to twins"),
+        (
+            {"routing_loss": {"to_slices": ["a"], "to_twins": ["a"]}, "data": ["a"]},
+            "cannot be for both slices and twins",
+        ),
         ({"routing_loss": {"to_slices": ["python-docs"]}, "trains": "experts"}, "trains the router"),
         ({"routing_loss": {"coef": 3}}, "unknown key 'routing_loss.coef'"),
         ({"router_warmup_steps": 3, "trains": "experts"}, "needs trains"),

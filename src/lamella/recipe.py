@@ -14,7 +14,16 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from lamella.config import ExpertPath
 from lamella.errors import UserError, did_you_mean
 from lamella.parallel import Parallel
-from lamella.recipe_sections import Distil, LoRA, Portion, RoutingLoss, Strict, TopKSchedule, TwinShare
+from lamella.recipe_sections import (
+    Distil,
+    LoRA,
+    Portion,
+    RouterFit,
+    RoutingLoss,
+    Strict,
+    TopKSchedule,
+    TwinShare,
+)
 
 MAX_RECIPE_BYTES = 1_000_000
 
@@ -90,6 +99,8 @@ class Recipe(Strict):
     """Twin routing. free: the router decides alone. Else a section {start, hold_steps, ramp_steps, target}."""
     routing_loss: RoutingLoss | None = None
     """Twin routing: sends the tokens of named sources to the frozen slices, or to the twins."""
+    router_fit: RouterFit | None = None
+    """Twin routing: router rows in closed form before the first step, {to_slices, to_twins, samples}."""
     balancing: Literal["bias", "quantile", "aux", "none"] = "bias"
     """Flat routing. bias: a selection bias follows the load by steps of `bias_rate` (arXiv 2408.15664). quantile: it
     is set so that each expert would have had its share of the last step's tokens. aux: the auxiliary loss of Switch
@@ -155,13 +166,13 @@ class Recipe(Strict):
         problems += _mixture_problems("heldout_data", self.heldout_data)
         if self.router_warmup_steps and (self.trains == "experts" or self.router_warmup_steps >= self.steps):
             problems.append("router_warmup_steps must be below steps, and needs trains: experts+router or all")
-        if self.routing_loss is not None:
-            if self.trains == "experts":
-                problems.append("routing_loss trains the router; set trains: experts+router or all")
-            known = [portion.source for portion in self.data]
-            for name in [*self.routing_loss.to_slices, *self.routing_loss.to_twins]:
+        if self.routing_loss is not None and self.trains == "experts":
+            problems.append("routing_loss trains the router; set trains: experts+router or all")
+        known = [portion.source for portion in self.data]
+        for key, sides in (("routing_loss", self.routing_loss), ("router_fit", self.router_fit)):
+            for name in [] if sides is None else [*sides.to_slices, *sides.to_twins]:
                 if name not in known:
-                    problems.append(f"routing_loss names {name!r}, which data does not{did_you_mean(name, known)}")
+                    problems.append(f"{key} names {name!r}, which data does not{did_you_mean(name, known)}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -235,6 +246,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "lora": LoRA,
     "twin_share": TwinShare,
     "routing_loss": RoutingLoss,
+    "router_fit": RouterFit,
     "top_k_schedule": TopKSchedule,
     "parallel": Parallel,
 }

@@ -5,7 +5,7 @@ Steps are counted from 1: `at(step)` is what holds while optimizer step `step` c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
 
@@ -70,25 +70,50 @@ class TopKSchedule(Strict):
         return round(ramp(step, self.start, top_k, self.hold_steps, self.ramp_steps))
 
 
-class RoutingLoss(Strict):
-    """Twin routing: a cross-entropy on each pair's choice, for tokens of some sources, against forgetting.
+class Sides(Strict):
+    """Which sources are for the frozen slices, and which for the twins."""
 
-    Per token, -log of the score of the expert that its source is for, averaged over the pairs; times `coefficient`,
-    per layer, and averaged over all tokens of the step, those of other sources counting 0.
-    """
-
-    coefficient: float = Field(default=0.1, gt=0)
     to_slices: list[str] = Field(default=[], validate_default=False)
     """Names of sources, as in `data`, whose tokens are to be computed by the frozen slices: the old domain."""
     to_twins: list[str] = Field(default=[], validate_default=False)
-    """Likewise by the twins: the new domain. Sources in neither list have no routing loss."""
+    """Likewise by the twins: the new domain."""
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Self:
+        if both := set(self.to_slices) & set(self.to_twins):
+            raise ValueError(f"{', '.join(sorted(both))} cannot be for both slices and twins")
+        return self
+
+
+class RoutingLoss(Sides):
+    """Twin routing: a cross-entropy on each pair's choice, for tokens of some sources, against forgetting. It trains
+    the router alone.
+
+    Per token, -log of the score of the expert that its source is for, averaged over the pairs; times `coefficient`,
+    per layer, and averaged over all tokens of the step, those of sources in neither list counting 0.
+    """
+
+    coefficient: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="after")
     def _possible(self) -> RoutingLoss:
         if not self.to_slices and not self.to_twins:
             raise ValueError("routing_loss names no source: set to_slices, to_twins or both")
-        if both := set(self.to_slices) & set(self.to_twins):
-            raise ValueError(f"routing_loss sends {', '.join(sorted(both))} both to slices and to twins")
+        return self
+
+
+class RouterFit(Sides):
+    """Twin routing: rows fitted before the first step, so that old text goes to the slices and new text to the twins;
+    see `lamella.train.fit_router`."""
+
+    samples: PositiveInt = 64
+    """Of each side, from its training text."""
+    ridge: float = Field(default=0.01, gt=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> RouterFit:
+        if not self.to_slices or not self.to_twins:
+            raise ValueError("router_fit needs sources on both sides: set to_slices and to_twins")
         return self
 
 

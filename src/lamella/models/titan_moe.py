@@ -8,6 +8,7 @@ Shapes: B batch, L sequence, T = B*L tokens, D model width, S slices, E experts,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,8 @@ class SlicedMoE(Module):
         """What each sample's tokens should choose in every pair; see `pair_choice_loss`."""
         self.choice_factor = 0.0
         """On that loss of one token."""
+        self.observer: Callable[[Tensor], None] | None = None
+        """Is shown what the layer gets, [T, D]."""
         self.last_routing: Routing | None = None
         # counts [E], tokens, tokens * bias for next_share [R]: sums over forwards. Only ratios of them are used, so
         # a forward that activation checkpointing repeats changes nothing.
@@ -179,6 +182,8 @@ class SlicedMoE(Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_TD, weights = x_BLD.flatten(0, 1), self.weights
+        if self.observer is not None:
+            self.observer(x_TD)
         y_TD, self.last_routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
         if self.training and scores_TE is not None:
             self._gather(self.last_routing, scores_TE)

@@ -102,7 +102,7 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
 def _check_routing(recipe: Recipe, moe: MoEConfig | None) -> None:
     """UserError for settings of another routing than the model's."""
     routing = None if moe is None else moe.routing
-    for setting, kind in (("routing_loss", "twin"), ("top_k_schedule", "flat")):
+    for setting, kind in (("routing_loss", "twin"), ("router_fit", "twin"), ("top_k_schedule", "flat")):
         if getattr(recipe, setting) is not None and routing != kind:
             raise UserError(f"{setting} is for {kind} routing, which {recipe.model} does not have; leave it out")
     if moe is not None and recipe.top_k_schedule is not None:
@@ -158,8 +158,10 @@ def _check_pipeline(recipe: Recipe, config: LamellaDecoder.Config) -> None:
         )
     if degree > len(config.layers):
         raise UserError(f"parallel.pipeline={degree} is more stages than the {len(config.layers)} layers; lower it")
-    if recipe.objective == "distil" or recipe.routing_loss is not None:
-        raise UserError("parallel.pipeline has no way for a teacher or a routing_loss; leave them out, or set it to 1")
+    if recipe.objective == "distil" or recipe.routing_loss is not None or recipe.router_fit is not None:
+        raise UserError(
+            "parallel.pipeline has no way for a teacher, a routing_loss or a router_fit; leave them out, or set it to 1"
+        )
 
 
 def _frozen_weights(recipe: Recipe) -> str:

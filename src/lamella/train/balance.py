@@ -135,7 +135,7 @@ def choice_targets(recipe: Recipe) -> list[float]:
     """Of each source of the recipe's data: 0 wants the frozen slices, 1 the twins, NaN either."""
     loss = recipe.routing_loss
     assert loss is not None
-    names = [portion.source for portion in recipe.data if portion.weight != 0]  # no sample is of the others
+    names = [portion.source for portion in recipe.data]
     return [0.0 if name in loss.to_slices else 1.0 if name in loss.to_twins else math.nan for name in names]
 
 

@@ -22,12 +22,14 @@ from torchtitan.trainer import Trainer
 
 from lamella.models.titan import LamellaDecoder
 from lamella.recipe import Recipe, harmless_changes
+from lamella.recipe_sections import RouterFit
 from lamella.run_dir import RunDir, State
 from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
 from lamella.train.data import MixedSamples, spread
 from lamella.train.distil import DistilLoss, load_teacher
+from lamella.train.fit_router import fit_router
 from lamella.train.flops import forward_flops_per_token
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import LamellaMetrics
@@ -116,11 +118,22 @@ class LamellaTrainer(Trainer):
     def checkpoints(self) -> CommittedCheckpoints:
         return cast(CommittedCheckpoints, self.checkpointer)
 
+    @property
+    def batch_place(self) -> tuple[int, int]:
+        """(place, number) of this rank among those that compute samples of their own."""
+        batches = self.parallel_dims.get_optional_mesh("batch")
+        return (0, 1) if batches is None else (batches.get_local_rank(), batches.size())
+
+    def fit_router(self, fit: RouterFit) -> None:
+        meshes = [mesh for mesh in (self.mesh, self.parallel_dims.get_optional_mesh("tp")) if mesh is not None]
+        per_batch = self.recipe.samples_per_micro_batch
+        fit_router(self.model, fit, self.samples, *self.batch_place, per_batch, meshes)
+        logger.info(f"Router rows were fitted to {fit.samples} samples of each side")
+
     def _open_heldout(self, samples: MixedSamples | None) -> HeldOut | None:
         if samples is None or self.recipe.heldout_samples == 0:
             return None
-        batches = self.parallel_dims.get_optional_mesh("batch")
-        rank, size = (0, 1) if batches is None else (batches.get_local_rank(), batches.size())
+        rank, size = self.batch_place
         chosen = spread(samples, self.recipe.heldout_samples)
         return HeldOut(chosen, rank, size, self.recipe.samples_per_micro_batch, self.mesh, self.stages)
 
@@ -231,7 +244,9 @@ class LamellaTrainer(Trainer):
         if self.step == 0 and lora.is_new(self.recipe):
             lora.start_lora(self.model, self.recipe.seed)
         assert_loaded(self.model)
-        if self.step == 0 and start_routing(self.model, self.recipe):
+        if self.step == 0 and self.recipe.router_fit is not None:
+            self.fit_router(self.recipe.router_fit)
+        elif self.step == 0 and start_routing(self.model, self.recipe):
             logger.info("Router rows were drawn: the model comes from conversion")
         self.balance.aim(self.step + 1)
 

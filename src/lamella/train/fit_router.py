@@ -1,0 +1,104 @@
+"""Router rows in closed form before the first step: old text to the frozen slices, new text to the twins.
+
+Drawn rows must first learn to tell the texts apart, while the tokens of both already train the twins; and what all
+hidden states have in common is most of what gradients show such a router. Ridge regression takes it out:
+
+    w = argmin  mean over new tokens (w.x - 1)^2 + mean over old tokens (w.x + 1)^2 + ridge * tr(G)/D * |w|^2
+      = (G + ridge * tr(G)/D * I)^-1 (mean of new x - mean of old x),   G = mean of new x x^T + mean of old x x^T
+
+x: the layer's input in the dense model. All pairs get the same row, so their weights are equal, and a token whose
+slices are chosen is computed as by the dense model.
+
+Shapes: T tokens, D model width, S pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lamella.models.titan_device  # noqa: F401  first
+
+# isort: split
+import torch
+from torch import Tensor
+from torchtitan.tools.utils import device_type
+
+from lamella.data.packing import Sample
+from lamella.models.titan import LamellaDecoder
+from lamella.recipe_sections import RouterFit
+from lamella.train.balance import fill
+from lamella.train.data import MixedSamples, collate
+from lamella.train.pipeline import through_stages
+
+
+class Moments:
+    """Over the tokens of one side, of what a layer gets: their number, sum, and sum of x x^T."""
+
+    def __init__(self, D: int):
+        self.count, self.sum_D, self.products_DD = (torch.zeros(s, device=device_type) for s in ((), (D,), (D, D)))
+
+    def add(self, x_TD: Tensor) -> None:
+        x_TD = x_TD.float()
+        self.count += len(x_TD)
+        self.sum_D += x_TD.sum(dim=0)
+        self.products_DD.addmm_(x_TD.T, x_TD)
+
+    def sum_over(self, meshes: Sequence[Any]) -> None:
+        for mesh in meshes:
+            for tensor in (self.count, self.sum_D, self.products_DD):
+                torch.distributed.all_reduce(tensor, group=mesh.get_group())
+
+
+@torch.no_grad()
+def fit_router(
+    model: LamellaDecoder, fit: RouterFit, samples: MixedSamples, rank: int, size: int, per_batch: int,
+    meshes: Sequence[Any],
+) -> None:  # fmt: skip
+    """Replace the rows of all routers, and set their selection biases to 0.
+
+    Args:
+        samples: of the recipe's data, which have the named sources.
+        rank, size: this rank's place among those that compute other samples; `per_batch` samples in one forward.
+        meshes: device meshes over which tokens differ.
+    """
+    model.eval()
+    count = -(-fit.samples // (size * per_batch)) * size * per_batch  # every rank runs as many forwards
+    new, old = (
+        _observe(model, spread_over(samples, names, count)[rank::size], per_batch)
+        for names in (fit.to_twins, fit.to_slices)
+    )
+    for layer, new_moments, old_moments in zip(model.moe_layers, new, old, strict=True):
+        new_moments.sum_over(meshes)
+        old_moments.sum_over(meshes)
+        row_D = ridge_row(new_moments, old_moments, fit.ridge)
+        fill(layer.router.weight, row_D.expand(layer.router.weight.shape))
+        layer.router.selection_bias.zero_()
+    model.train()
+
+
+def _observe(model: LamellaDecoder, samples: Sequence[Sample], per_batch: int) -> list[Moments]:
+    moments = [Moments(layer.router.weight.shape[1]) for layer in model.moe_layers]
+    for layer, found in zip(model.moe_layers, moments, strict=True):
+        layer.observer = found.add
+    with model.dense():
+        for i in range(0, len(samples), per_batch):
+            inputs, _ = collate(samples[i : i + per_batch])
+            through_stages(model, {name: x.to(device_type) for name, x in inputs.items()}, None)
+    for layer in model.moe_layers:
+        layer.observer = None
+    return moments
+
+
+def ridge_row(new: Moments, old: Moments, ridge: float) -> Tensor:
+    """[D] float32, solved in float64."""
+    G_DD = (new.products_DD / new.count + old.products_DD / old.count).double()
+    G_DD.diagonal().add_(ridge * G_DD.diagonal().mean())
+    return torch.linalg.solve(G_DD, (new.sum_D / new.count - old.sum_D / old.count).double()).float()
+
+
+def spread_over(samples: MixedSamples, names: Sequence[str], count: int) -> list[Sample]:
+    """`count` samples in all, as many of each of these sources, at even distances."""
+    sources = [samples.sources[samples.names.index(name)] for name in names]
+    each = -(-count // len(sources))
+    return [source.sample(i * len(source) // each) for i in range(each) for source in sources][:count]
