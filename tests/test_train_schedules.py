@@ -16,6 +16,7 @@ from lamella.recipe import Recipe, make_recipe
 from lamella.recipe_sections import TopKSchedule, TwinShare
 from lamella.train.assemble import model_config
 from lamella.train.balance import Balance, choice_targets
+from lamella.train.fit_router import Moments, ridge_row
 from lamella.train.optimizer import Schedules, group_name, optimizer_config
 from lamella.train.parallel import is_trained
 
@@ -129,6 +130,21 @@ def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     assert all(p in routers or p.grad is None or p.grad.eq(0).all() for p in model.parameters())
 
 
+def test_the_fitted_row_is_the_ridge_regression_onto_the_sides():
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(n, 6, generator=generator) + mean for n, mean in ((40, 0.5), (100, -0.2))]
+    moments = [Moments(6), Moments(6)]
+    for side, found in zip(sides, moments, strict=True):
+        found.add(side[:30])
+        found.add(side[30:])
+    row_D = ridge_row(*moments, ridge=0.01).double().requires_grad_()
+    new, old = (side.double() for side in sides)
+    scale = sum((side**2).mean() for side in (new, old))
+    loss = ((new @ row_D - 1) ** 2).mean() + ((old @ row_D + 1) ** 2).mean() + 0.01 * scale * row_D.square().sum()
+    (gradient,) = torch.autograd.grad(loss, row_D)
+    assert gradient.abs().max() < 1e-6
+
+
 def test_quantile_and_top_k_reach_the_layers(tmp_path):
     tiny_moe("llama", tmp_path, routing="flat")
     model = load_titan(tmp_path).train()
@@ -187,6 +203,8 @@ def test_settings_of_another_routing_are_refused(routing, settings, message, tmp
             "cannot be for both slices and twins",
         ),
         ({"routing_loss": {"to_slices": ["python-docs"]}, "trains": "experts"}, "trains the router"),
+        ({"router_fit": {"to_slices": ["python-docs"]}}, "needs sources on both sides"),
+        ({"router_fit": {"to_slices": ["python-doc"], "to_twins": ["stdlib-code"]}}, "router_fit names 'python-doc'"),
         ({"routing_loss": {"coef": 3}}, "unknown key 'routing_loss.coef'"),
         ({"router_warmup_steps": 3, "trains": "experts"}, "needs trains"),
         ({"router_warmup_steps": 9, "steps": 9}, "must be below steps"),
