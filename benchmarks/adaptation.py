@@ -62,8 +62,9 @@ DENSE = Variant(
 
 
 def mixed(replayed: float, **settings: Any) -> dict[str, Any]:
-    """New text with this share of the samples replayed."""
-    return {"data": [{"source": NEW, "weight": 1 - replayed}, {"source": REPLAYED, "weight": replayed}]} | settings
+    """New text with this share of the samples replayed. Old text is named, with weight 0: nothing trains on it."""
+    weights = {NEW: 1 - replayed, REPLAYED: replayed} | dict.fromkeys(OLD, 0.0)
+    return {"data": [{"source": name, "weight": weight} for name, weight in weights.items()]} | settings
 
 
 def copy_headers(folder: Path) -> None:
