@@ -182,14 +182,17 @@ def ratios(report: dict[str, Any], method: str, active: float) -> list[float]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Every method's perplexity over dense by the share of active neurons: the mean over the seeds, and their range."""
+    import matplotlib
+
     actives = sorted({row["active"] for row in report["rows"]})
     with figure(path, 1) as (plot,):
         for i, method in enumerate(dict.fromkeys(row["method"] for row in report["rows"])):
             found = [ratios(report, method, active) for active in actives]
             style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
-            plot.plot(actives, [statistics.geometric_mean(f) for f in found], f"o{style}", color=f"C{i}", label=method)
-            plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=f"C{i}")
-        plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives)
+            means, colour = [statistics.geometric_mean(f) for f in found], matplotlib.colormaps["tab20"](i)
+            plot.plot(actives, means, f"o{style}", color=colour, label=method)
+            plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=colour)
+        plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives, ylim=(1, 100))
         plot.xaxis.set_major_formatter("{x:.0%}")
 
 
