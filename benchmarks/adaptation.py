@@ -249,5 +249,5 @@ def picture(path: Path, old_start: dict[str, float], titles: list[tuple[str, str
     with figure(path, len(titles)) as plots:
         for plot, (text, title) in zip(plots, titles, strict=True):
             plot.axvline(old_start[text], color="0.7", linewidth=1, label=f"{text} before training")
-            plot.set(title=title, xlabel=f"{text}, never trained on (nats per token)", ylabel=f"{NEW} (nats per token)")
+            plot.set(title=title, xlabel=f"{text}, held out (nats per token)", ylabel=f"{NEW} (nats per token)")
         yield plots

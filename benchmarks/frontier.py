@@ -8,6 +8,7 @@ with and without a quarter of other old text (READMEs) replayed. Same text, toke
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -24,13 +25,13 @@ ROUTING_LOSS = {"coefficient": 1.0} | SIDES
 FIT = {"to_slices": [REPLAYED, *OLD], "to_twins": [NEW], "samples": 96}
 # Copies without noise: the model starts at the dense one's loss. A router that learns is ten times as fast as the
 # experts; a fitted one stays as it is, after one look at old text, also where none is replayed.
-KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
-    "dense": (DENSE.conversion, DENSE.recipe),
-    "twin": ({"noise": 0.0}, {"router_lr_scale": 10.0}),
-    "twin, share 0.8": ({"noise": 0.0}, {"router_lr_scale": 10.0, "twin_share": {"target": 0.8}}),
-    "twin, routing loss": ({"noise": 0.0}, {"router_lr_scale": 10.0, "routing_loss": ROUTING_LOSS}),
-    "twin, fitted router": ({"noise": 0.0}, {"trains": "experts", "router_fit": FIT}),
+TWINS: dict[str, dict[str, Any]] = {
+    "twin": {"router_lr_scale": 10.0},
+    "twin, share 0.8": {"router_lr_scale": 10.0, "twin_share": {"target": 0.8}},
+    "twin, routing loss": {"router_lr_scale": 10.0, "routing_loss": ROUTING_LOSS},
+    "twin, fitted router": {"trains": "experts", "router_fit": FIT},
 }
+KINDS = {"dense": DENSE} | {name: Variant(name, {"noise": 0.0}, recipe) for name, recipe in TWINS.items()}
 QUICK = ("dense", "twin")
 
 
@@ -39,11 +40,9 @@ def variants(kinds: list[str], rates: list[float]) -> dict[tuple[str, bool, floa
     made = {}
     for rate in rates:
         for kind in kinds:
-            conversion, recipe = KINDS[kind]
-            own = recipe | {"lr": rate}
-            made[kind, True, rate] = Variant(kind, conversion, mixed(0.25, **own))
-            if "routing_loss" not in own:
-                made[kind, False, rate] = Variant(kind, conversion, mixed(0.0, **own))
+            own = KINDS[kind].recipe | {"lr": rate}
+            for share in (0.25,) if "routing_loss" in own else (0.25, 0.0):
+                made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **own))
     return made
 
 

@@ -8,6 +8,7 @@ held-out docs as the measure. Recovered: the part of the loss between start and 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -75,8 +76,7 @@ def main() -> None:
     args = parse(parser, "recover", {"methods": ["random"], "active": [8], "calibration_tokens": 1024, "heal_steps": 0})
     runs = []
     for seed in args.seeds:
-        control = Variant("dense", DENSE.conversion, DENSE.recipe | DOCS)
-        runs.append(({"method": "dense", "active": 1.0, "seed": seed}, control))
+        runs.append(({"method": "dense", "active": 1.0, "seed": seed}, replace(DENSE, recipe=DENSE.recipe | DOCS)))
         for active in args.active:
             for method in args.methods:
                 identity = {"method": method, "active": active / PARTS, "seed": seed}

@@ -307,7 +307,7 @@ def test_the_router_alone_trains_in_its_warmup(runs):
 
 def test_a_fitted_router_tells_the_sides_apart_from_the_first_step(runs):
     """On 3 ranks as on 1; the old text, of weight 0, is never trained on."""
-    assert min(lines(runs, "fitted")[1]["twin_share"]) > 0.9
+    assert min(lines(runs, "fitted")[1]["twin_share"]) > 0.9  # 0.95 was seen; drawn rows give about half
     assert losses(runs, "fitted") == pytest.approx(losses(runs, "fitted-alone"), abs=REORDERED)
     assert all(line["data_epochs"][str(runs / "text.md")] == 0 for line in lines(runs, "fitted") if line["step"])
 
