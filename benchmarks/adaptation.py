@@ -102,8 +102,9 @@ def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path
     """Plain values of a recipe, the texts' folders in the place of their names, half the steps in that of "half"."""
     common = {
         "model": str(model), "out": str(work / "run"), "data": [NEW], "heldout_data": [NEW], "seq_len": args.seq_len,
-        "samples_per_step": 2, "steps": args.steps, "warmup_steps": max(1, args.steps // 10), "lr": 3e-4,
-        "seed": seed, "save_every_steps": args.steps, "heldout_every_steps": args.steps,
+        "samples_per_step": 2, "samples_per_micro_batch": 2, "lr": 3e-4,
+        "steps": args.steps, "warmup_steps": max(1, args.steps // 10), "seed": seed,
+        "save_every_steps": args.steps, "heldout_every_steps": args.steps,
         "heldout_samples": args.tokens // args.seq_len, "tensorboard": False,
         "precision": args.precision, "threads_per_rank": args.threads,
     }  # fmt: skip

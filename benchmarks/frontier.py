@@ -35,13 +35,13 @@ KINDS = {"dense": DENSE} | {name: Variant(name, {"noise": 0.0}, recipe) for name
 QUICK = ("dense", "twin")
 
 
-def variants(kinds: list[str], rates: list[float]) -> dict[tuple[str, bool, float], Variant]:
-    """(kind, with replay, rate) -> what runs; routing losses need the replayed text to tell it from the new."""
+def variants(kinds: list[str], rates: list[float], shares: list[float]) -> dict[tuple[str, bool, float], Variant]:
+    """(kind, with replay, rate) -> what runs; a routing loss needs the replayed text to tell it from the new."""
     made = {}
     for rate in rates:
         for kind in kinds:
             own = KINDS[kind].recipe | {"lr": rate}
-            for share in (0.25,) if "routing_loss" in own else (0.25, 0.0):
+            for share in shares if "routing_loss" not in own else filter(None, shares):
                 made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **own))
     return made
 
@@ -104,8 +104,9 @@ def main() -> None:
     parser.set_defaults(seeds=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", metavar="NAME", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--replay", nargs="+", type=float, choices=[0.0, 0.25], default=[0.25, 0.0], help="shares")
     args = parse(parser, "frontier", {"kinds": list(QUICK), "rates": [3e-4], "seeds": [0]})
-    made = variants(args.kinds, args.rates).items()
+    made = variants(args.kinds, args.rates, args.replay).items()
     runs = [
         ({"kind": kind, "replay": replayed, "lr": rate, "seed": seed}, variant)
         for seed in args.seeds
