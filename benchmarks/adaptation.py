@@ -237,6 +237,8 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, name: str, quick: dict[str, Any]) -> argparse.Namespace:
     """The arguments; files in `results` are the default, but not of a quick run."""
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     if args.quick:
         return argparse.Namespace(**(vars(args) | QUICK | quick))
     args.json = args.json or RESULTS / f"{name}-cpu.json"

@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="seeds that it holds are not run again")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     if args.quick:
         quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 2048}
         args = argparse.Namespace(**(vars(args) | quick))

@@ -17,6 +17,8 @@ from lamella.data.sources import MANIFEST, documents
 from lamella.data.streaming import StreamedSamples
 from lamella.data.tokenizer import Tokens
 from lamella.errors import UserError
+from lamella.recipe_sections import Portion
+from lamella.train import data
 
 TEXTS = [f"document {i}: " + "word " * (i % 7) for i in range(300)]
 
@@ -161,6 +163,8 @@ def test_too_little_text_is_refused(tokens, source, tokenizer, tmp_path):
         token_file(str(tmp_path / "one.txt"), empty, tokenizer, cache=tmp_path)
     with pytest.raises(UserError, match="no tokenizer in"):
         token_file(source, None, tmp_path, cache=tmp_path)
+    with pytest.raises(UserError, match="there is no folder /not/there"):
+        token_file(source, None, "/not/there", cache=tmp_path)
     with pytest.raises(UserError, match="is streamed"):
         token_file("someone/something", None, tokenizer, cache=tmp_path)
 
@@ -168,6 +172,16 @@ def test_too_little_text_is_refused(tokens, source, tokenizer, tmp_path):
 def streamed(source, tokenizer, **options):
     stream = load_dataset("json", data_files=source, split="train", streaming=True)
     return StreamedSamples(source, None, tokenizer, 64, stream=stream, **options)
+
+
+def test_samples_to_look_at_are_read_of_a_stream_that_nothing_trains_on(source, tokenizer, tokens, monkeypatch):
+    read = {}
+    monkeypatch.setattr(
+        data, "token_file", lambda name, *_, max_tokens, **__: read.update({name: max_tokens}) or tokens
+    )
+    portions = [Portion(source=source, weight=1), Portion(source="owner/looked-at", weight=0)]
+    data.open_samples(portions, "train", tokenizer, 64, 0, 20, 300, at_least=12)
+    assert read == {source: None, "owner/looked-at": 13 * 64 + 1}
 
 
 def take(samples, count):

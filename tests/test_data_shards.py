@@ -159,6 +159,16 @@ def test_by_policy_bad_samples_have_nothing_to_predict(folder):
     assert len(bad) == skipping.skipped == BLOCK_TOKENS // 512 + 1
 
 
+def test_by_policy_another_sample_is_read_where_one_is_damaged(folder):
+    tokens = damaged(folder, lambda f: os.truncate(f, 70_000))
+    failing, skipping = mixed(tokens, "fail"), mixed(tokens, "skip")
+    places = range(len(skipping))
+    assert all((skipping.readable(0, i).labels_L != IGNORE_INDEX).any() for i in places)
+    assert torch.equal(skipping.readable(0, 3).input_ids_L, skipping.sources[0].sample(3).input_ids_L)
+    with pytest.raises(BadData, match=r"00001.shard, offset 70000"):
+        [failing.readable(0, i) for i in places]
+
+
 def test_data_that_have_gone_end_the_run_by_any_policy(folder):
     tokens = damaged(folder, lambda f: None)
     for entry in read_manifest(folder).shards(None):

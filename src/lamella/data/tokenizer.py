@@ -100,6 +100,8 @@ class DocumentTokenizer:
 
         import lamella.models.hf  # noqa: F401  else a converted folder's tokenizer asks to trust the folder's code
 
+        if is_path(str(name)) and not Path(name).is_dir():
+            raise UserError(f"there is no folder {name}; pass that of a model with its tokenizer")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(name))
         except (OSError, ValueError) as error:
@@ -117,6 +119,11 @@ class DocumentTokenizer:
     def __call__(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of each text, EOS at the end."""
         return [tokens.ids.tolist() for tokens in self.encoder(map(Text, texts))]
+
+
+def is_path(name: str) -> bool:
+    """Whether it cannot be a hub name, which is NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def fingerprint(tokenizer: str | Path) -> str:

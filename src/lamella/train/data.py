@@ -81,6 +81,23 @@ class MixedSamples:
         self._skipped_in_a_row = 0
         return sample
 
+    def readable(self, source: int, position: int) -> Sample:
+        """The sample at this place of a source; by policy, where it is damaged, one further on.
+
+        Raises:
+            BadData: see `sample`.
+        """
+        samples = self.sources[source]
+        stride = len(samples) // MAX_BAD_IN_A_ROW + 1  # soon out of a damaged file
+        for k in range(MAX_BAD_IN_A_ROW):
+            try:
+                return samples.sample((position + k * stride) % len(samples))
+            except BadData as error:
+                if self.on_bad_data == "fail" or k + 1 == MAX_BAD_IN_A_ROW:
+                    raise
+                logger.warning("another sample is taken: %s", error)
+        raise AssertionError
+
     def locate(self, index: int) -> tuple[int, int]:
         """(source, position in it) of sample `index`."""
         source, count = self.interleaving.place(index)
@@ -127,11 +144,13 @@ def open_samples(
     num_samples: int,
     vocab_size: int,
     on_bad_data: Policy = "fail",
+    at_least: int = 0,
 ) -> MixedSamples:
     """Tokenise the sources (or find them in the cache).
 
     Args:
         num_samples: what a run can use; of a streamed source no more is read.
+        at_least: samples that are wanted of every source, whatever its weight.
 
     Raises:
         UserError: see `lamella.data.packing.token_file`; a tokenizer that does not belong to the model.
@@ -140,7 +159,7 @@ def open_samples(
     sources = []
     for i, portion in enumerate(portions):
         share = weights[i] / sum(weights) if weights else 1
-        max_tokens = (math.ceil(num_samples * share) + 1) * seq_len + 1
+        max_tokens = (max(math.ceil(num_samples * share), at_least) + 1) * seq_len + 1
         limit = max_tokens if open_source(portion.source).is_streamed else None
         tokens = token_file(portion.source, split, tokenizer, max_tokens=limit, on_bad_data=on_bad_data)
         if tokens.largest_id >= vocab_size:

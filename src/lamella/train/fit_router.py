@@ -99,6 +99,7 @@ def ridge_row(new: Moments, old: Moments, ridge: float) -> Tensor:
 
 def spread_over(samples: MixedSamples, names: Sequence[str], count: int) -> list[Sample]:
     """`count` samples in all, as many of each of these sources, at even distances."""
-    sources = [samples.sources[samples.names.index(name)] for name in names]
+    sources = [samples.names.index(name) for name in names]
     each = -(-count // len(sources))
-    return [source.sample(i * len(source) // each) for i in range(each) for source in sources][:count]
+    places = [(s, i * len(samples.sources[s]) // each) for i in range(each) for s in sources]
+    return [samples.readable(source, position) for source, position in places[:count]]

@@ -171,7 +171,10 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     model = model_config(recipe)
     common = (Path(recipe.model), recipe.seq_len)
     num_samples = recipe.steps * recipe.samples_per_step
-    train = open_samples(recipe.data, "train", *common, recipe.seed, num_samples, model.vocab_size, recipe.on_bad_data)
+    looked_at = 0 if recipe.router_fit is None else recipe.router_fit.samples
+    train = open_samples(
+        recipe.data, "train", *common, recipe.seed, num_samples, model.vocab_size, recipe.on_bad_data, looked_at
+    )
     check_objective(recipe.objective, train)
     steps = steps_of_data(train, recipe.steps, recipe.samples_per_step, recipe.on_exhausted)
     recipe = recipe.model_copy(update={"steps": steps, "warmup_steps": min(recipe.warmup_steps, steps)})
