@@ -30,7 +30,7 @@ from lamella.embedded import embedded_model
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.models.hf import load
 from lamella.moe.balancing import expert_counts, max_violation
-from lamella.partition.decide import Axes, Decision, finish, routed_output, split
+from lamella.partition.decide import Axes, Decision, converted_layer, finish, routed_output, split
 from lamella.partition.layer import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
 from lamella.partition.oracle import largest
 from lamella.partition.reconstruct import reconstruct
@@ -48,7 +48,10 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     f"{OURS}, bias": {"output": "bias"},
     f"{OURS}, refit": {},
     f"{OURS}, bias, balanced": {"output": "bias", "balance": 0.1},
+    f"{OURS}, refit, sequential": {"balance": 0.1},
 }
+SEQUENTIAL = (f"{OURS}, refit, sequential",)
+"""Each layer is calibrated behind the converted ones, so every share needs a calibration of its own."""
 PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"
 QUICK = ("flap", "cmoe")
@@ -58,23 +61,25 @@ def axes_of(name: str, active: int) -> Axes:
     return Axes(parts=PARTS, active=active, **PARTITIONED[name])
 
 
-def on_layer(names: list[str], actives: list[int], seed: int) -> Callable[[int, LayerSample], dict[str, Tensor]]:
+Rows = list[dict[str, Any]]
+Wanted = list[tuple[int, str]]
+"""(active parts, method)"""
+
+
+def on_layer(wanted: Wanted, seed: int) -> Callable[[int, LayerSample], dict[str, Tensor]]:
     """Every method's choices about a layer, under '<active>/<method>/<tensor>'. Methods share splits, not draws."""
 
     def run(layer: int, sample: LayerSample) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for active in actives:
-            splits: dict[tuple[str, str], tuple[Partition, RouterInit]] = {}
-            for name in names:
-                values = (
-                    _pruned(name, active, sample) if name in PRUNED else _routed(name, active, sample, splits, layer)
-                )
-                found |= {f"{active}/{name}/{key}": value.clone() for key, value in values.items()}
+        splits: dict[tuple[int, str, str], tuple[Partition, RouterInit]] = {}
+        for active, name in wanted:
+            values = _pruned(name, active, sample) if name in PRUNED else _routed(name, active, sample, splits, layer)
+            found |= {f"{active}/{name}/{key}": value.clone() for key, value in values.items()}
         return found
 
     def _routed(name: str, active: int, sample: LayerSample, splits: dict, layer: int) -> dict[str, Tensor]:
         axes = axes_of(OURS if name == ORACLE else name, active)
-        key = (axes.neurons, axes.router)
+        key = (active, axes.neurons, axes.router)
         if key not in splits:
             splits[key] = split(sample, axes, torch.Generator().manual_seed(seed * 10_000 + layer))
         return finish(sample, axes, *splits[key]).to_dict()
@@ -120,35 +125,58 @@ def replaced(
     return forward
 
 
-def run_seed(args: argparse.Namespace, seed: int, model: Any, samples: Any, tokenizer: Any, rows: list[dict]) -> None:
+def own(choices: dict[str, Tensor], active: int, name: str) -> dict[str, Tensor]:
+    """A method's own among a layer's choices."""
+    prefix = f"{active}/{name}/"
+    return {key.removeprefix(prefix): value for key, value in choices.items() if key.startswith(prefix)}
+
+
+def replacement(active: int, name: str) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]:
+    return lambda ffn, choices: converted_layer(ffn, Decision(**own(choices, active, name)), axes_of(name, active))
+
+
+def run_seed(args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, samples: Any, tokenizer: Any) -> Rows:
     source = Checkpoint.open(args.model)
-    options = CalibrationOptions(num_tokens=args.calibration_tokens, seed=seed)
-    tokens = calibration_tokens(source, options)
+    tokens = calibration_tokens(source, CalibrationOptions(num_tokens=args.calibration_tokens, seed=seed))
+    together = [(active, name) for active, name in wanted if name not in SEQUENTIAL]
+    groups = [together, *([pair] for pair in wanted if pair not in together)]
+    rows = []
+    for group in filter(None, groups):
+        sequential = replacement(*group[0]) if group is not together else None
+        with tempfile.TemporaryDirectory(prefix="quality.", dir=args.work) as folder:
+            began = time.perf_counter()
+            results = calibrate(
+                source, tokens, Path(folder) / "calibration", on_layer(group, seed), method={"benchmark": group},
+                gradients=True, replacement=sequential,
+            )  # fmt: skip
+            print(f"seed {seed}: calibrated in {time.perf_counter() - began:.0f} s", flush=True)
+            for active, name in group:
+                choices = [own(results[index], active, name) for index in results]
+                rows.append(score(args, active, name, choices, model, samples, tokenizer) | {"seed": seed})
+    return rows
+
+
+def score(
+    args: argparse.Namespace, active: int, name: str, choices: list[dict[str, Tensor]], model: Any, samples: Any,
+    tokenizer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Perplexity and balance of the model with these choices about its layers."""
     ffns = [layer.mlp for layer in model.model.layers]
-    with tempfile.TemporaryDirectory(prefix="quality.", dir=args.work) as folder:
-        began = time.perf_counter()
-        results = calibrate(
-            source, tokens, Path(folder) / "calibration", on_layer(args.methods, args.active, seed),
-            method={"benchmark": args.methods, "active": args.active, "seed": seed}, gradients=True,
-        )  # fmt: skip
-        print(f"seed {seed}: calibrated in {time.perf_counter() - began:.0f} s", flush=True)
-        for active in args.active:
-            for name in args.methods:
-                loads: list[list[Tensor]] = [[] for _ in ffns]
-                for index, ffn in enumerate(ffns):
-                    prefix = f"{active}/{name}/"
-                    own = {k.removeprefix(prefix): v for k, v in results[index].items() if k.startswith(prefix)}
-                    weights = FFN(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
-                    ffn.forward = replaced(name, active, weights, own, loads[index])
-                found = perplexity(model, samples, tokenizer, args.tokens)
-                for ffn in ffns:
-                    del ffn.forward
-                row = {"method": name, "active": active / PARTS, "seed": seed, "perplexity": found.perplexity}
-                violations = [max_violation(sum(layer)).item() for layer in loads if layer]
-                row["max_vio"] = statistics.mean(violations) if violations else None
-                row["worst_max_vio"] = max(violations, default=None)
-                rows.append(row)
-                print(f"  {active}/{PARTS} {name:<28} {found.perplexity:10.2f}  MaxVio {row['max_vio']}", flush=True)
+    loads: list[list[Tensor]] = [[] for _ in ffns]
+    for ffn, of_layer, its_loads in zip(ffns, choices, loads, strict=True):
+        weights = FFN(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
+        ffn.forward = replaced(name, active, weights, of_layer, its_loads)
+    found = perplexity(model, samples, tokenizer, args.tokens)
+    for ffn in ffns:
+        del ffn.forward
+    violations = [max_violation(sum(layer)).item() for layer in loads if layer]
+    row = {
+        "method": name, "active": active / PARTS, "perplexity": found.perplexity,
+        "max_vio": statistics.mean(violations) if violations else None,
+        "worst_max_vio": max(violations, default=None),
+    }  # fmt: skip
+    print(f"  {active}/{PARTS} {name:<28} {found.perplexity:10.2f}  MaxVio {row['max_vio']}", flush=True)
+    return row
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,13 +193,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **provenance(torch.device("cpu")), **settings, "dense_perplexity": dense.perplexity, "rows": rows,
     }  # fmt: skip
     for seed in args.seeds:
-        there = {(row["method"], row["active"]) for row in rows if row["seed"] == seed}
-        if there >= {(name, active / PARTS) for name in args.methods for active in args.active}:
-            continue
-        rows[:] = [row for row in rows if row["seed"] != seed]
-        run_seed(args, seed, model, samples, tokenizer, rows)
-        for row in rows:
-            row["ratio"] = row["perplexity"] / dense.perplexity
+        there = {(row["active"], row["method"]) for row in rows if row["seed"] == seed}
+        wanted = [(a, name) for a in args.active for name in args.methods if (a / PARTS, name) not in there]
+        for row in run_seed(args, seed, wanted, model, samples, tokenizer):
+            rows.append(row | {"ratio": row["perplexity"] / dense.perplexity})
         write_json(args.json, report)  # after each seed: a run of hours may be cut short
     return report
 
@@ -234,7 +259,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=8192, help="held-out tokens")
     parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
     parser.add_argument("--work", type=Path, help="folder for the calibration's streams")
-    parser.add_argument("--json", type=Path, help="seeds that it holds are not run again")
+    parser.add_argument("--json", type=Path, help="rows that it holds are not measured again")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.work:
