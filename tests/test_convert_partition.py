@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from tiny import VOCAB, save_tokenizer
 from tiny_models import CONFIGS, tiny_checkpoint
 
+from lamella.calibrate import calibration_tokens
 from lamella.calibrate.guard import Verdict
 from lamella.conversion import convert
+from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.recipe import load_conversion
 from lamella.errors import UserError
 from lamella.models.hf import load
+from lamella.moe.balancing import expert_counts, max_violation
 from lamella.partition import PARTITIONS, ROUTERS
 
 # Little text: the calibration's own tests look at how it is gathered.
@@ -201,3 +204,23 @@ def test_sequential_calibration_differs_only_after_the_first_layer(tmp_path: Pat
     name = "model.layers.{}.mlp.router.weight"
     assert torch.equal(plain[name.format(0)], sequential[name.format(0)])
     assert not torch.equal(plain[name.format(1)], sequential[name.format(1)])
+
+
+def test_balance_holds_in_the_converted_model(tmp_path: Path) -> None:
+    """On the text it was set on, in every layer: the layers below are the converted ones there, too."""
+    dense = dense_model(tmp_path / "dense")
+    words = ["active=2", "shared=0", "balance=0.1"]
+    found = {name: loads(partition(dense, tmp_path / name, *words, f"sequential={name}")) for name in ("false", "true")}
+    assert max(found["true"]) <= 0.1 + 2 / 128  # a token or two may flip by rounding
+    assert max(found["false"]) > max(found["true"])
+
+
+def loads(folder: Path) -> list[float]:
+    """MaxVio of each layer on the calibration text."""
+    options = load_conversion(None, ["method=partition", CALIBRATION]).options
+    tokens = calibration_tokens(Checkpoint.open(folder.parent / "dense"), options.calibration)
+    model = load(folder, torch.float32)
+    with torch.no_grad():
+        model(input_ids=tokens.ids_NL, position_ids=tokens.positions_NL)
+    routings = [layer.mlp.last_routing for layer in model.model.layers]
+    return [max_violation(expert_counts(routing.expert_ids_TK, 4)).item() for routing in routings]

@@ -75,10 +75,11 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
         model = DenseModel(source)
         return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
     assert work.folder is not None
+    sequential = options.sequential and not axes.all_active
     results = calibrate(
         source, calibration_tokens(source, options.calibration), work.folder, on_layer,
         method=options.to_dict() | {"calibration": None, "guard": None, "dtype": None},
-        gradients=axes.needs_gradient, replacement=replacement(axes) if options.sequential else None,
+        gradients=axes.needs_gradient, replacement=replacement(axes) if sequential else None,
         layers=layers, overwrite=True, on_progress=work.on_progress,
     )  # fmt: skip
     headers = {layer: read_header(results.path(layer)) for layer in layers}

@@ -26,8 +26,9 @@ class PartitionOptions(Axes):
     """The first layers stay dense, this many."""
     last_dense: int = 0
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    sequential: bool = False
-    """Calibrate each layer on what it sees behind the converted ones, not behind the dense ones."""
+    sequential: bool = True
+    """Calibrate each layer on what it sees behind the converted ones, not behind the dense ones: its router and balance
+    are then fitted to what they get. No difference where all parts are active."""
     guard: Guard | None = None
     """Test the model after each layer, and put a layer back that exceeds its budget."""
     seed: int = 0
