@@ -17,15 +17,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 
 from adaptation import DENSE, Variant, measure, options, parse
 from measure import figure, positive, print_table
-from quality import OURS, PARTITIONED, PARTS
+from quality import PARTITIONED, PARTS, SEQUENTIAL
 
 DOCS = {"data": ["python-docs"], "heldout_data": ["python-docs"]}
-METHODS = (f"{OURS}, refit", "residual split", "cmoe")
+METHODS = (*SEQUENTIAL, "residual split", "cmoe")
 
 
 def variant(method: str, active: int, calibration_tokens: int) -> Variant:
     calibration = {"num_tokens": calibration_tokens}
     axes = {"method": "partition", "parts": PARTS, "active": active, "calibration": calibration}
+    axes["sequential"] = method in SEQUENTIAL
     return Variant(method, axes | PARTITIONED[method], DOCS)
 
 
