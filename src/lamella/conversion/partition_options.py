@@ -28,7 +28,7 @@ class PartitionOptions(Axes):
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     sequential: bool = True
     """Calibrate each layer on what it sees behind the converted ones, not behind the dense ones: its router and balance
-    are then fitted to what they get. No difference where all parts are active."""
+    are then fitted to what they get (also behind one that the guard puts back). No difference with all parts active."""
     guard: Guard | None = None
     """Test the model after each layer, and put a layer back that exceeds its budget."""
     seed: int = 0
