@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import earlier_rows, figure, positive, provenance, write_json
+from measure import earlier_rows, figure, positive, provenance, work_folder, write_json
 
 from lamella.conversion import convert
 from lamella.conversion.recipe import make_conversion
@@ -228,7 +228,7 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--dense", type=Path, help="folder of the healed dense model; made there if it is missing")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of training")
     parser.add_argument("--threads", type=int, default=0, help="of training; 0: all cores")
-    parser.add_argument("--work", type=Path, help="folder for models and runs, of which one at a time is kept (4 GB)")
+    parser.add_argument("--work", type=work_folder, help="folder for models and runs, one at a time (4 GB)")
     parser.add_argument("--json", type=Path, help="rows that it holds are not run again")
     parser.add_argument("--picture", type=Path)
     return parser
@@ -237,8 +237,6 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, name: str, quick: dict[str, Any]) -> argparse.Namespace:
     """The arguments; files in `results` are the default, but not of a quick run."""
     args = parser.parse_args()
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
     if args.quick:
         return argparse.Namespace(**(vars(args) | QUICK | quick))
     args.json = args.json or RESULTS / f"{name}-cpu.json"

@@ -176,6 +176,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def work_folder(text: str) -> Path:
+    """For argparse: a folder, made where it is missing."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be made: {error.strerror}") from None
+    return Path(text)
+
+
 def write_json(path: Path | None, content: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import earlier_rows, figure, positive, print_table, provenance, write_json
+from measure import earlier_rows, figure, positive, print_table, provenance, work_folder, write_json
 
 from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
 from lamella.conversion.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from lamella.embedded import embedded_model
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.models.hf import load
 from lamella.moe.balancing import expert_counts, max_violation
-from lamella.partition.decide import Axes, Decision, converted_layer, finish, routed_output, split
+from lamella.partition.decide import Axes, Decision, finish, routed_output, split
 from lamella.partition.layer import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
 from lamella.partition.oracle import largest
 from lamella.partition.reconstruct import reconstruct
@@ -132,7 +132,8 @@ def own(choices: dict[str, Tensor], active: int, name: str) -> dict[str, Tensor]
 
 
 def replacement(active: int, name: str) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]:
-    return lambda ffn, choices: converted_layer(ffn, Decision(**own(choices, active, name)), axes_of(name, active))
+    """As `calibrate` wants it, for a method that is calibrated by itself."""
+    return lambda ffn, choices: replaced(name, active, ffn, own(choices, active, name), [])
 
 
 def run_seed(args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, samples: Any, tokenizer: Any) -> Rows:
@@ -258,12 +259,10 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=positive, default=16384)
     parser.add_argument("--tokens", type=positive, default=8192, help="held-out tokens")
     parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
-    parser.add_argument("--work", type=Path, help="folder for the calibration's streams")
+    parser.add_argument("--work", type=work_folder, help="folder for the calibration's streams")
     parser.add_argument("--json", type=Path, help="rows that it holds are not measured again")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
     if args.quick:
         quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 2048}
         args = argparse.Namespace(**(vars(args) | quick))

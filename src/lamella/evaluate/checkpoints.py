@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lamella.conversion.families import FAMILIES, SLICED_PREFIX, ffn_layout
+from lamella.data.tokenizer import is_path
 from lamella.embedded import embedded_model
 from lamella.errors import UserError, check_choice
 from lamella.models.hf import load
@@ -40,7 +41,7 @@ def model_path(name: str | Path) -> str:
         return str(materialise(path))
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{path} holds no config.json; pass the folder of a model, or {EMBEDDED!r}")
-    if path.is_file() or (not path.exists() and (path.is_absolute() or str(name).count("/") != 1)):
+    if path.is_file() or (not path.exists() and (is_path(str(name)) or "/" not in str(name))):
         raise UserError(f"no such model: {name}; pass the folder of a model, a hub name, or {EMBEDDED!r}")
     return str(path) if path.exists() else str(name)
 

@@ -89,14 +89,15 @@ class MixedSamples:
         """
         samples = self.sources[source]
         stride = len(samples) // MAX_BAD_IN_A_ROW + 1  # soon out of a damaged file
-        for k in range(MAX_BAD_IN_A_ROW):
+        *places, last = ((position + k * stride) % len(samples) for k in range(MAX_BAD_IN_A_ROW))
+        for place in places:
             try:
-                return samples.sample((position + k * stride) % len(samples))
+                return samples.sample(place)
             except BadData as error:
-                if self.on_bad_data == "fail" or k + 1 == MAX_BAD_IN_A_ROW:
+                if self.on_bad_data == "fail":
                     raise
                 logger.warning("another sample is taken: %s", error)
-        raise AssertionError
+        return samples.sample(last)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, position in it) of sample `index`."""
