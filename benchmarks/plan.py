@@ -1,7 +1,8 @@
 """Run: uv run benchmarks/plan.py [--json FILE]
 
-The memory that `lamella plan` predicts for a rank, beside what ranks of real training runs on CPU reached: three
-recipes that differ in what trains, how frozen weights lie, checkpointing of activations, sample length and ranks.
+The memory that `lamella plan` predicts for a rank, beside what ranks of real training runs on CPU reached: recipes
+that differ in what trains, how frozen weights lie, checkpointing of activations, sample length and ranks, one with a
+teacher and one with the stages of a pipeline.
 
 Measured is the kernel's own high-water mark of a rank's resident memory (VmHWM) from the end of loading to the end of
 the last checkpoint, less what was resident before the model was built, and less the same difference of a model of a
@@ -25,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
 from lamella.plan.command import make_layout
-from lamella.plan.memory import Memory
+from lamella.plan.memory import fullest
 from lamella.plan.model import Model, read_model
 from lamella.recipe import make_recipe
 
@@ -34,25 +35,29 @@ SMALL = {
     "num_key_value_heads": 4, "vocab_size": 16384,
 }  # fmt: skip
 TINY = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 SLICES = 8
 COMMON = {
     "data": ["python-docs"], "steps": 3, "save_every_steps": 2, "heldout_samples": 0, "tensorboard": False,
-    "threads_per_rank": 1, "samples_per_step": 6,
+    "threads_per_rank": 1, "samples_per_step": 6, "warmup_steps": 0,
 }  # fmt: skip
-RUNS: list[tuple[int, dict[str, Any]]] = [
-    (1, {"seq_len": 512, "frozen_weights": "sharded"}),
-    (2, {"seq_len": 1024, "frozen_weights": "replicated", "activation_checkpointing": "full", "samples_per_step": 4}),
-    (3, {"seq_len": 256, "frozen_weights": "sharded", "trains": "all"}),
-]
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "experts": (1, {"seq_len": 512, "frozen_weights": "sharded"}),
+    "replicated": (2, {
+        "seq_len": 1024, "frozen_weights": "replicated", "activation_checkpointing": "full", "samples_per_step": 4,
+    }),
+    "all trains": (3, {"seq_len": 256, "frozen_weights": "sharded", "trains": "all"}),
+    "teacher": (2, {"seq_len": 512, "frozen_weights": "sharded", "objective": "distil", "samples_per_step": 4}),
+    "pipeline": (2, {"seq_len": 512, "frozen_weights": "sharded", "parallel": {"pipeline": 2}}),
+}  # fmt: skip
 LEAST_BLOCK_BYTES = 1 << 16
 """Of memory that malloc takes from the system for itself, and gives back when it is freed."""
 
 
-def write_model(folder: Path, sizes: dict[str, int]) -> Model:
-    """A converted Llama of these sizes with drawn weights."""
+def write_model(folder: Path, sizes: dict[str, int], is_dense: bool = False, tied: bool = True) -> Model:
+    """A converted Llama of these sizes with drawn weights, or a dense one."""
     import torch
     from safetensors.torch import save_file
 
@@ -60,10 +65,11 @@ def write_model(folder: Path, sizes: dict[str, int]) -> Model:
     from lamella.plan.model import sliced
 
     folder.mkdir()
-    moe = sliced(sizes["intermediate_size"], sizes["num_hidden_layers"], SLICES)
+    moe = None if is_dense else sliced(sizes["intermediate_size"], sizes["num_hidden_layers"], SLICES)
     values = sizes | {
-        "model_type": "lamella_llama", "max_position_embeddings": 2048, "tie_word_embeddings": True,
-        "dtype": "float32", "moe": moe.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "model_type": "llama" if moe is None else "lamella_llama", "max_position_embeddings": 2048,
+        "tie_word_embeddings": tied, "dtype": "float32", "moe": None if moe is None else moe.to_dict(),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     model = read_model(folder)
@@ -71,8 +77,9 @@ def write_model(folder: Path, sizes: dict[str, int]) -> Model:
     for weight in model.weights():
         is_norm = "norm" in weight.name
         tensors[hf_name(weight.name)] = torch.ones(weight.shape) if is_norm else 0.02 * torch.randn(weight.shape)
-    for layer in range(model.num_layers):
-        tensors[f"model.layers.{layer}.mlp.router.selection_bias"] = torch.zeros(moe.num_router_rows)
+    if moe is not None:
+        for layer in range(model.num_layers):
+            tensors[f"model.layers.{layer}.mlp.router.selection_bias"] = torch.zeros(moe.num_router_rows)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder)
     return model
@@ -130,25 +137,30 @@ def rank(words: list[str]) -> None:
 
 def measure(folder: Path, name: str, model: str, ranks: int, settings: dict[str, Any]) -> tuple[int, float]:
     """(bytes above what was there before, of the fullest rank; seconds of the whole launch)."""
-    out = folder / name
-    settings = COMMON | settings | {"model": folder / model, "out": out}
-    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-    recipe = folder / f"{name}.yaml"
-    recipe.write_text("warmup_steps: 0\n")
+    out = folder / f"{name} of {model}"
+    is_stage = "parallel" in settings
+    settings = COMMON | settings | {"model": str(folder / (f"{model} untied" if is_stage else model)), "out": str(out)}
+    if settings.get("objective") == "distil":
+        settings["distil"] = {"teacher": str(folder / f"{model} dense")}
+    recipe = folder / f"{out.name}.yaml"
+    recipe.write_text(json.dumps(settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     start = time.perf_counter()
-    subprocess.run([*torchrun, __file__, "--rank", str(recipe), *words], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*torchrun, __file__, "--rank", str(recipe)], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     figures = [json.loads(f.read_text()) for f in out.glob("memory-*.json")]
     assert len(figures) == ranks
     return max(f["peak"] - f["before"] for f in figures), seconds
 
 
-def compare(folder: Path, model: Model, ranks: int, settings: dict[str, Any]) -> dict[str, Any]:
-    planned = Memory(make_layout(make_recipe(COMMON | {"warmup_steps": 0} | settings), model, ranks, "cpu")).peak()
-    fixed, _ = measure(folder, f"tiny-{ranks}", "tiny", ranks, settings)
-    reached, seconds = measure(folder, f"small-{ranks}", "small", ranks, settings)
+def compare(folder: Path, name: str, ranks: int, settings: dict[str, Any]) -> dict[str, Any]:
+    teacher = read_model(folder / "small dense") if settings.get("objective") == "distil" else None
+    model = read_model(folder / ("small untied" if "parallel" in settings else "small"))
+    planned = fullest(make_layout(make_recipe(COMMON | settings), model, ranks, "cpu", teacher)).peak()
+    fixed, _ = measure(folder, name, "tiny", ranks, settings)
+    reached, seconds = measure(folder, name, "small", ranks, settings)
     return {
+        "name": name,
         "ranks": ranks,
         "settings": settings,
         "planned_bytes": planned.total_bytes,
@@ -164,9 +176,7 @@ def compare(folder: Path, model: Model, ranks: int, settings: dict[str, Any]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--only", type=int, choices=sorted({run[0] for run in RUNS}), help="ranks of the one run to make"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=RUNS, default=list(RUNS))
     args = parser.parse_args()
     import torch
     from measure import print_table, provenance, write_json
@@ -174,16 +184,17 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_model(folder / "small", SMALL)
-        write_model(folder / "tiny", TINY)
-        for ranks, settings in RUNS:
-            if args.only in (None, ranks):
-                rows.append(compare(folder, model, ranks, settings))
-                print(json.dumps(rows[-1]), flush=True)
+        for size, sizes in {"small": SMALL, "tiny": TINY}.items():
+            write_model(folder / size, sizes)
+            write_model(folder / f"{size} dense", sizes, is_dense=True)
+            write_model(folder / f"{size} untied", sizes, tied=False)
+        for run in args.only:
+            rows.append(compare(folder, run, *RUNS[run]))
+            print(json.dumps(rows[-1]), flush=True)
     print_table(
         "memory of the fullest rank",
-        ["ranks", "planned MiB", "measured MiB", "planned / measured"],
-        [[str(r["ranks"]), f"{r['planned_bytes'] / 2**20:.0f}", f"{r['measured_bytes'] / 2**20:.0f}",
+        ["recipe", "ranks", "planned MiB", "measured MiB", "planned / measured"],
+        [[r["name"], str(r["ranks"]), f"{r['planned_bytes'] / 2**20:.0f}", f"{r['measured_bytes'] / 2**20:.0f}",
           f"{r['planned_over_measured']:.3f}"] for r in rows],
     )  # fmt: skip
     write_json(args.json, provenance(torch.device("cpu")) | {"model": SMALL, "slices": SLICES, "runs": rows})

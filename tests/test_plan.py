@@ -21,13 +21,14 @@ from lamella.plan.report import plan_values
 from lamella.recipe import make_recipe
 from lamella.train.assemble import model_config
 from lamella.train.flops import training_flops_per_token
+from lamella.train.launch import prepare_recipe
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
 SHIPPED = Path(__file__).parents[1] / "launch" / "recipes"
-RECIPES = sorted(path for path in SHIPPED.glob("llama3-8b*.yaml") if not path.stem.endswith("-pp"))
+RECIPES = sorted(SHIPPED.glob("llama3-8b*.yaml"))
 
 
 def recipe(**settings):
@@ -85,7 +86,7 @@ def test_plan_imports_no_torch(llama3):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_shipped_recipes_fit_the_gpus_they_name(path, llama3, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    ranks = 16 if path.stem.endswith("hsdp") else 8
+    ranks = 16 if path.stem.endswith(("hsdp", "pp")) else 8
     words = [str(path)] + (["stage=pretrain"] if path.stem.endswith("stages") else [])
     run(words, ranks=ranks, price_per_hour=2.0, dense=str(llama3), slices=8, json_path=out)
     values = json.loads(out.read_text())
@@ -146,6 +147,8 @@ def test_warnings(settings, ranks, warning, llama3):
         (["--dense", "LLAMA3", "--slices", "8", "parallel.expert=8", "--ranks", "24", "samples_per_step=24",
           "parallel.replicate=3", "trains=everything"], "trains: "),
         (["--dense", "LLAMA3", "--slices", "4", "parallel.expert=8", "samples_per_step=8"], "not divide the experts"),
+        (["--dense", "LLAMA3", "--slices", "8", "parallel.pipeline=4", "samples_per_step=4"],
+         "2 micro-batches for a pipeline of 4 stages; set samples_per_step=8 or more"),
     ],
 )  # fmt: skip
 def test_plans_that_cannot_be_made_are_refused(words, message, llama3, monkeypatch, capsys):
@@ -155,9 +158,45 @@ def test_plans_that_cannot_be_made_are_refused(words, message, llama3, monkeypat
     assert message in capsys.readouterr().err
 
 
-def test_a_pipeline_is_not_planned(llama3):
-    with pytest.raises(UserError, match="not planned"):
-        run([str(SHIPPED / "llama3-8b-pp.yaml")], ranks=16, dense=str(llama3), slices=8)
+def test_stages_are_torchtitans(llama3):
+    from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part
+
+    for stages in (2, 3, 5, 7, 16):
+        settings = recipe(samples_per_step=32, samples_per_micro_batch=1, parallel={"pipeline": stages})
+        layout = make_layout(settings, read_model(llama3, 8), stages, "H100")
+        theirs = _generate_llm_fqn_per_model_part(stages, layout.model.num_layers)
+        for stage, names in zip(layout.stages(), theirs, strict=True):
+            prefixes = tuple(f"{name}." for name in names)
+            expected = [w for w in layout.model.weights() if w.name.startswith(prefixes)]
+            assert stage.weights() == expected
+
+
+def test_a_pipeline_is_planned_by_its_fullest_stage(llama3, tmp_path):
+    out = tmp_path / "plan.json"
+    run([str(SHIPPED / "llama3-8b-pp.yaml")], ranks=16, dense=str(llama3), slices=8, json_path=out)
+    values = json.loads(out.read_text())
+    assert values["ranks"]["shards_of_a_weight"] == 8
+    assert values["time"]["pipeline_bubble"] == pytest.approx(1 / 9)  # 8 micro-batches, 2 stages
+    settings = prepare_recipe(str(SHIPPED / "llama3-8b-pp.yaml"), [])
+    stages = make_layout(settings, read_model(llama3, 8), 16, "H100").stages()
+    assert values["memory_per_rank"]["peak_bytes"] == max(Memory(s).peak().total_bytes for s in stages)
+    assert not any(w.startswith("does not fit") for w in values["warnings"])
+    assert [s.micro_batches_in_flight for s in stages] == [2, 1]
+    checkpoints = {Memory(s).checkpoint_bytes() for s in stages}
+    assert checkpoints == {Memory(make_layout(recipe(), read_model(llama3, 8), 8, "H100")).checkpoint_bytes()}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["slices", "beside"])
+def test_a_teacher_is_counted(inside, llama3):
+    model, teacher = read_model(llama3, 8), None if inside else read_model(llama3)
+    plain = make_layout(recipe(), model, 8, "H100")
+    taught = make_layout(recipe(objective="distil"), model, 8, "H100", teacher)
+    more = Memory(taught).peak().total_bytes - Memory(plain).peak().total_bytes
+    weights = 0 if inside else 4 * math.ceil(sum(w.numel for w in read_model(llama3).weights()) / 8)
+    assert more > weights
+    forward = 2 * sum(w.numel for w in read_model(llama3).weights() if len(w.shape) > 1 and not w.is_embedding)
+    added = flops_per_token(taught) - flops_per_token(plain)
+    assert added == pytest.approx(forward + 4 * 32 * 4096 * 16, rel=1e-9 if not inside else 1e-3)
 
 
 def test_a_dense_model_trains_as_a_whole(llama3):

@@ -205,6 +205,7 @@ def test_bad_input_exits_with_2(tmp_path):
         ({"expert": 4}, 6, "parallel.expert=4 does not divide the 6 ranks that hold"),
         ({"expert": 4, "replicate": 2}, 4, "does not divide the 2 ranks that hold"),
         ({"context": 2}, 10, "cannot be shared among 5 groups of ranks"),
+        ({"pipeline": 4}, 16, "3 micro-batches for a pipeline of 4 stages; set samples_per_step=16 or more"),
     ],
 )
 def test_layouts_that_the_ranks_cannot_take_are_refused(parallel, num_ranks, message):

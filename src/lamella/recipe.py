@@ -178,7 +178,7 @@ class Recipe(Strict):
         return self
 
     def check_world_size(self, num_ranks: int) -> None:
-        """UserError where the ranks cannot be laid out, or the samples of a step not be shared out evenly."""
+        """UserError where the ranks cannot be laid out, or the samples of a step not be shared out as they need."""
         num_groups = self.parallel.batch_ranks(num_ranks)
         unit = self.samples_per_micro_batch * num_groups
         if self.samples_per_step % unit:
@@ -188,6 +188,12 @@ class Recipe(Strict):
             raise UserError(
                 f"samples_per_step {self.samples_per_step} cannot be shared among {shares} in micro-batches "
                 f"of {self.samples_per_micro_batch}; set samples_per_step={choices}, or another number of ranks"
+            )
+        stages = self.parallel.pipeline
+        if self.samples_per_step < stages * unit:
+            raise UserError(
+                f"a step has {self.samples_per_step // unit} micro-batches for a pipeline of {stages} stages; "
+                f"set samples_per_step={stages * unit} or more, or a smaller samples_per_micro_batch"
             )
 
     def to_yaml(self) -> str:

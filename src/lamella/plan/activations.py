@@ -16,6 +16,10 @@ ROUTED_ROW_BYTES = 44
 """Of a routed row, once: expert id, order and token (int64), its gate weight thrice (float32), and their gradient."""
 ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
+KL_CHUNK = 1024
+"""Tokens, as in `lamella.train.distil`."""
+KL_NUMBERS = 5
+"""float32 numbers per token and id: both logits over the temperature, both log-probabilities, and the products."""
 
 
 def kept_bytes(layout: Layout, layer: int) -> int:
@@ -30,7 +34,7 @@ def block_bytes(layout: Layout, layer: int) -> int:
     """
     match layout.recipe.activation_checkpointing:
         case "full":
-            return layout.tokens * layout.model.D * layout.compute_bytes + _routing_bytes(layout, layer)
+            return layout.residual_bytes + _routing_bytes(layout, layer)
         case "selective":
             return kept_bytes(layout, layer) // 2
         case _:
@@ -98,6 +102,15 @@ def logits_bytes(layout: Layout) -> int:
     return 3 * layout.tokens * layout.model.V * 4
 
 
+def teacher_logits_bytes(layout: Layout) -> int:
+    return layout.tokens * layout.model.V * layout.compute_bytes
+
+
+def kl_bytes(layout: Layout) -> int:
+    """Besides, where a teacher is learned from: its logits, the gradient for ours, and the probabilities of a chunk."""
+    return 2 * teacher_logits_bytes(layout) + KL_NUMBERS * min(layout.tokens, KL_CHUNK) * layout.model.V * 4
+
+
 def working_bytes(layout: Layout, layer: int) -> int:
     """What the backward pass of a layer holds besides: gradients of the residual stream and of one branch's rows."""
-    return 4 * layout.tokens * layout.model.D * layout.compute_bytes
+    return 4 * layout.residual_bytes

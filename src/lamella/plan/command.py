@@ -36,22 +36,24 @@ def run(
     if (dense is None) != (slices is None):
         raise UserError("--dense and --slices belong together: a dense model, and how it would be converted")
     model = read_model(recipe.model if dense is None else dense, slices)
-    layout = make_layout(recipe, model, ranks, gpu_name)
+    teacher = None
+    if recipe.objective == "distil" and recipe.distil.teacher is not None:
+        teacher = read_model(recipe.distil.teacher if dense is None else dense)
+    layout = make_layout(recipe, model, ranks, gpu_name, teacher)
     values = plan_values(layout, gpu_name, price_per_hour, tokens_per_second)
     print(plan_text(values))
     if json_path is not None:
         write_atomic(json_path, json.dumps(values, indent=1) + "\n")
 
 
-def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str) -> Layout:
+def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str, teacher: Model | None = None) -> Layout:
     """`gpu_name` "cpu" plans for ranks without GPUs. UserError where recipe, model and ranks do not go together."""
     if gpu_name != "cpu":
         gpu(gpu_name)
     if ranks < 1:
         raise UserError(f"ranks is {ranks}; it must be at least 1")
     recipe.check_world_size(ranks)
-    if recipe.parallel.pipeline > 1:
-        raise UserError("stages of a pipeline are not planned; plan with parallel.pipeline=1 on a stage's ranks")
+    _check_stages(recipe, model)
     if recipe.seq_len > model.max_positions:
         raise UserError(f"seq_len {recipe.seq_len} is longer than the model's {model.max_positions} positions")
     if model.moe is None and recipe.trains != "all":
@@ -64,4 +66,17 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str) -> Layo
         moe, degree = model.moe_of(layer), recipe.parallel.expert
         if moe is not None and (moe.num_frozen_experts % degree or moe.num_trainable_experts % degree):
             raise UserError(f"parallel.expert={degree} does not divide the experts of layer {layer}; choose a divisor")
-    return Layout(model, recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu")
+    return Layout(model, recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)
+
+
+def _check_stages(recipe: Recipe, model: Model) -> None:
+    """As training checks them."""
+    stages = recipe.parallel.pipeline
+    if stages == 1:
+        return
+    if model.tied:
+        raise UserError("parallel.pipeline puts embedding and head on different ranks, but this model ties them")
+    if stages > model.num_layers:
+        raise UserError(f"parallel.pipeline={stages} is more stages than the {model.num_layers} layers; lower it")
+    if recipe.objective == "distil":
+        raise UserError("parallel.pipeline has no way for a teacher; set objective: pretrain, or pipeline to 1")

@@ -38,12 +38,26 @@ def flops_per_token(layout: Layout) -> int:
     """Training FLOPs, as `lamella.train.flops` counts them for the MFU that a run reports."""
     model, flops = layout.model, 0.0
     for weight in layout.model.weights():
-        looked_up = weight.name == "tok_embeddings.weight" and not model.tied
-        if len(weight.shape) >= 2 and not looked_up:
+        if _is_multiplied(layout, weight):
             flops += active_part(layout, weight) * weight.numel * (6 if layout.trains(weight) else 4)
-    return int(flops + 12 * model.num_layers * model.N * model.H * layout.recipe.seq_len)
+    flops = int(flops + 12 * model.num_layers * model.N * model.H * layout.recipe.seq_len)
+    if layout.distils:
+        flops += _forward_flops(layout if layout.teacher is None else layout.of_teacher(layout.teacher))
+    return flops
+
+
+def _forward_flops(layout: Layout) -> int:
+    model = layout.model
+    weights = [weight for weight in model.weights() if _is_multiplied(layout, weight)]
+    products = 2 * sum(active_part(layout, weight) * weight.numel for weight in weights)
+    return int(products) + 4 * model.num_layers * model.N * model.H * layout.recipe.seq_len
+
+
+def _is_multiplied(layout: Layout, weight: Weight) -> bool:
+    """And not just looked up."""
+    return len(weight.shape) >= 2 and (layout.model.tied or not weight.is_embedding)
 
 
 def tokens_per_s(layout: Layout, gpu_name: str) -> float:
-    """Of all ranks, at the assumed utilisation."""
-    return ASSUMED_MFU * gpu(gpu_name)[0] * layout.num_ranks / flops_per_token(layout)
+    """Of all ranks, at the assumed utilisation of the time in which they do not wait for another stage."""
+    return ASSUMED_MFU * (1 - layout.bubble) * gpu(gpu_name)[0] * layout.num_ranks / flops_per_token(layout)

@@ -1,9 +1,12 @@
-"""How a recipe lays the weights of a model over the ranks, and in what precision they are computed with."""
+"""How a recipe lays the weights of a model over the ranks, and in what precision they are computed with.
+
+Shapes: T tokens of a micro-batch of one rank.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lamella.models.names import is_trained
@@ -17,17 +20,70 @@ Device = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one run. All ranks are alike but for padding, which is counted at the fullest."""
+    """Of one run. The ranks of a stage are alike but for padding, which is counted at the fullest."""
 
     model: Model
     recipe: Recipe
     num_ranks: int
     device: Device
+    teacher: Model | None = None
+    """Held beside the model to learn from it."""
+    stage: int = 0
+    """Of the pipeline."""
+
+    def stages(self) -> list[Layout]:
+        """One for each stage of the pipeline; itself where there is none."""
+        return [replace(self, stage=stage) for stage in range(self.recipe.parallel.pipeline)]
+
+    def of_teacher(self, teacher: Model) -> Layout:
+        """Laid over the ranks like the model, but that nothing trains and frozen weights are shared out."""
+        still = {"trains": "nothing", "objective": "pretrain", "frozen_weights": "sharded"}
+        return replace(self, model=teacher, teacher=None, recipe=self.recipe.model_copy(update=still))
+
+    @property
+    def distils(self) -> bool:
+        return self.recipe.objective == "distil"
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether there are others."""
+        return self.recipe.parallel.pipeline > 1
+
+    @property
+    def has_head(self) -> bool:
+        return self.stage == self.recipe.parallel.pipeline - 1
+
+    @property
+    def neighbours(self) -> int:
+        """Stages that send it something."""
+        return (self.stage > 0) + (not self.has_head)
+
+    @property
+    def layers(self) -> range:
+        """Of the stage. torchtitan counts embedding and head as a layer each, and gives the first stages one more
+        where they do not come out even."""
+        count, stages = self.model.num_layers, self.recipe.parallel.pipeline
+        if stages == 1:
+            return range(count)
+        share, more = divmod(count + 2, stages)
+        ends = [min(count, (stage + 1) * share + min(stage + 1, more) - 1) for stage in range(stages)]
+        return range(ends[self.stage - 1] if self.stage else 0, ends[self.stage])
+
+    def weights(self) -> list[Weight]:
+        """Of the stage."""
+
+        def is_here(weight: Weight) -> bool:
+            if weight.layer is None:
+                return self.stage == 0 if weight.is_embedding else self.has_head
+            return weight.layer in self.layers
+
+        return [weight for weight in self.model.weights() if is_here(weight)]
 
     @property
     def shards(self) -> int:
         """Ranks among which FSDP cuts a weight, or its part."""
-        return self.num_ranks // (self.recipe.parallel.replicate * self.recipe.parallel.tensor)
+        parallel = self.recipe.parallel
+        return self.num_ranks // (parallel.replicate * parallel.tensor * parallel.pipeline)
 
     @property
     def batch_ranks(self) -> int:
@@ -62,9 +118,26 @@ class Layout:
         return self.recipe.samples_per_micro_batch * self.recipe.seq_len // (parallel.context * parallel.tensor)
 
     @property
+    def residual_bytes(self) -> int:
+        """Of the activations between two layers."""
+        return self.tokens * self.model.D * self.compute_bytes
+
+    @property
     def micro_batches(self) -> int:
         """Of one rank and step."""
         return self.recipe.samples_per_step // (self.recipe.samples_per_micro_batch * self.batch_ranks)
+
+    @property
+    def micro_batches_in_flight(self) -> int:
+        """Computed forwards and not yet backwards (schedule 1F1B)."""
+        return min(self.micro_batches, self.recipe.parallel.pipeline - self.stage)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a rank waits for other stages: (p - 1) / (m + p - 1) for p stages and m
+        micro-batches (GPipe, arXiv 1811.06965)."""
+        waits = self.recipe.parallel.pipeline - 1
+        return waits / (self.micro_batches + waits)
 
     def trains(self, weight: Weight) -> bool:
         return is_trained(weight.name, self.recipe.trains)

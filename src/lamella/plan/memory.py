@@ -4,6 +4,9 @@ FSDP keeps a shard of every weight. It gathers a layer while the layer is comput
 and drops it afterwards. In the backward pass a layer's gradients lie there whole, then in float32 for the sum over
 ranks; the previous layer's sum is still under way then (NCCL), or sums in a copy (gloo). Embedding, norm and head
 have groups of their own; a tied pair stays gathered for the whole step.
+
+A stage of a pipeline keeps what it gathered, and gradients whole, to the end of the step, and activations of as many
+micro-batches as have gone on to the stages behind it. A teacher's forward pass comes before the model's.
 """
 
 from __future__ import annotations
@@ -11,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lamella.plan.activations import block_bytes, logits_bytes, recomputed_bytes, working_bytes
+from lamella.plan.activations import (
+    block_bytes,
+    kept_bytes,
+    kl_bytes,
+    logits_bytes,
+    recomputed_bytes,
+    teacher_logits_bytes,
+    working_bytes,
+)
 from lamella.plan.layout import MASTER_BYTES, Layout
 from lamella.plan.model import Weight
 
@@ -29,43 +40,54 @@ class Moment:
         return sum(self.parts.values())
 
 
+def fullest(layout: Layout) -> Memory:
+    """Of the stage that needs most."""
+    return max((Memory(stage) for stage in layout.stages()), key=lambda memory: memory.peak().total_bytes)
+
+
 class Memory:
-    """The moments of an optimizer step after the first, when the moments of AdamW are there."""
+    """Of one rank: the moments of an optimizer step after the first, when the moments of AdamW are there."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        weights = layout.model.weights()
-        self.layers: list[list[Weight]] = [[] for _ in range(layout.model.num_layers)]
-        self.outside: list[Weight] = []
-        for weight in weights:
-            (self.outside if weight.layer is None else self.layers[weight.layer]).append(weight)
+        weights = layout.weights()
+        self.layers = {layer: [w for w in weights if w.layer == layer] for layer in layout.layers}
+        self.outside = [w for w in weights if w.layer is None]
         self.state = {
             "weights": sum(layout.held_bytes(w) for w in weights),
             "optimizer": 2 * self._summed(weights),
         }
         self.offloads = layout.recipe.offload == "cpu"
+        self.teacher = None if layout.teacher is None else Memory(layout.of_teacher(layout.teacher))
         self.held = {"buffers": self._buffers()} | ({} if self.offloads else self.state)
+        if self.teacher is not None:
+            self.held["teacher"] = sum(self.teacher.held.values())
 
     def peak(self) -> Moment:
         return max(self.moments(), key=lambda moment: moment.total_bytes)
 
     def moments(self) -> Iterator[Moment]:
-        last = self.layout.model.num_layers - 1
-        yield self._moment("forward pass", last, self._gathered(last), {})
-        yield self._moment("loss", last, self._gathered(None), {"logits and loss": logits_bytes(self.layout)})
-        for layer in range(last, -1, -1):
+        last = self.layout.layers[-1]
+        if self.layout.distils:
+            yield self._teaching()
+        yield self._moment("forward pass", last, self._gathered(last), self._taught())
+        if self.layout.has_head:
+            loss = logits_bytes(self.layout) + (kl_bytes(self.layout) if self.layout.distils else 0)
+            yield self._moment("loss", last, self._gathered(None), {"logits and loss": loss})
+        for layer in reversed(self.layout.layers):
             yield self._moment("backward pass", layer, self._gathered(layer), self._working(layer))
-        yield Moment("optimizer", self.held | {"gradients": self._gradients(0)})
+        gradients = 0 if self.offloads else self._summed(self.layout.weights())
+        yield Moment("optimizer", self.held | {"gradients": gradients})
 
     def main_memory_bytes(self) -> int:
         """Of a GPU's rank: its part of a checkpoint, copied there before it is written; offloaded state."""
         if self.layout.device == "cpu":
             return self.peak().total_bytes
         state = sum(self.state.values())
-        return state + (state + self._summed(self.layout.model.weights()) if self.offloads else 0)
+        return state + (state + self._summed(self.layout.weights()) if self.offloads else 0)
 
     def checkpoint_bytes(self) -> int:
-        """On disk, of all ranks: weights and moments once."""
+        """On disk, of all ranks and stages: weights and moments once."""
         numel = dict.fromkeys((False, True), 0)
         trained = 0
         for weight in self.layout.model.weights():
@@ -74,42 +96,64 @@ class Memory:
         return MASTER_BYTES * (numel[False] + 2 * trained) + self.layout.compute_bytes * numel[True]
 
     def _buffers(self) -> int:
-        """Rope tables of each layer, and the float32 statistics and selection biases, which are small."""
-        model = self.layout.model
-        return model.num_layers * self.layout.recipe.seq_len * 2 * model.H * 4
+        """Rope tables of each layer, and what a stage receives; statistics and selection biases are small."""
+        layout = self.layout
+        tables = len(layout.layers) * layout.recipe.seq_len * 2 * layout.model.H * 4
+        return tables + layout.micro_batches * layout.neighbours * layout.residual_bytes
 
     def _summed(self, weights: list[Weight]) -> int:
         return MASTER_BYTES * sum(self.layout.shard_numel(w) for w in weights if self.layout.trains(w))
 
     def _moment(self, name: str, layer: int, gathered: int, more: dict[str, int]) -> Moment:
-        kept = sum(block_bytes(self.layout, i) for i in range(layer + 1))
-        parts = {"gradients": self._gradients(layer), "activations": kept, "gathered weights": gathered}
+        """`layer` is the last one whose activations are there; of the micro-batches before, all are."""
+        kept = {i: block_bytes(self.layout, i) for i in self.layout.layers}
+        below = sum(kept[i] for i in self.layout.layers if i <= layer)
+        activations = below + (self.layout.micro_batches_in_flight - 1) * sum(kept.values())
+        parts = {"gradients": self._gradients(layer), "activations": activations, "gathered weights": gathered}
         for key, value in more.items():
             parts[key] = parts.get(key, 0) + value
         return Moment(name, self.held | parts)
 
+    def _teaching(self) -> Moment:
+        """The forward pass of the teacher, or of the frozen slices, which keeps nothing but the logits."""
+        teacher = self.teacher or self
+        last = teacher.layout.layers[-1]
+        transient = max(teacher_logits_bytes(self.layout), kept_bytes(teacher.layout, last))
+        parts = {"gradients": self._gradients(last), "gathered weights": teacher._gathered(last)}
+        return Moment("teacher", self.held | parts | {"activations": transient})
+
+    def _taught(self) -> dict[str, int]:
+        return {"logits and loss": teacher_logits_bytes(self.layout)} if self.layout.distils else {}
+
     def _gradients(self, layer: int) -> int:
-        """Summed ones that are there when `layer` is computed backwards; after the first micro-batch, all."""
+        """Those that are there when `layer` is computed backwards; after the first micro-batch, all. Sums over the
+        ranks, but whole in a stage of a pipeline, which sums once a step."""
         if self.offloads:
             return 0
+        weights = self.layout.weights()
+        if self.layout.is_stage:
+            return MASTER_BYTES * sum(self.layout.part_numel(w) for w in weights if self.layout.trains(w))
         if self.layout.micro_batches > 1:
-            return self._summed([*self.outside, *(w for weights in self.layers for w in weights)])
-        return self._summed([w for weights in self.layers[layer + 1 :] for w in weights])
+            return self._summed(weights)
+        return self._summed([w for w in weights if w.layer is not None and w.layer > layer])
 
     def _gathered(self, layer: int | None) -> int:
         """While a layer is computed (None: the head)."""
+        if self.layout.is_stage:
+            return self.layout.gathered_bytes(self.layout.weights())
         outside = self._outside(layer is None)
         if layer is None:
             return outside
         ahead = self.layout.shards > 1  # one rank copies a layer when it is there, and nothing before
-        layers = self.layers[max(0, layer - ahead) : layer + 1]
-        return outside + sum(self.layout.gathered_bytes(weights) for weights in layers)
+        there = [i for i in (layer - 1, layer) if i >= 0] if ahead else [layer]
+        return outside + sum(self.layout.gathered_bytes(self.layers[i]) for i in there)
 
     def _outside(self, at_head: bool) -> int:
         """A tied embedding is gathered throughout; else the head's group until its backward pass is done."""
         if self.layout.model.tied:
             return self.layout.gathered_bytes(self.outside)
-        return self.layout.gathered_bytes(self.outside[1:]) if at_head else 0
+        head = [w for w in self.outside if not w.is_embedding]
+        return self.layout.gathered_bytes(head) if at_head else 0
 
     def _working(self, layer: int) -> dict[str, int]:
         trained = [w for w in self.layers[layer] if self.layout.trains(w)]

@@ -38,6 +38,11 @@ class Weight:
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
     @property
+    def is_embedding(self) -> bool:
+        """The head's too where they are tied."""
+        return self.name == "tok_embeddings.weight"
+
+    @property
     def is_expert(self) -> bool:
         """Of the experts that tokens are routed to."""
         return ".moe.experts." in self.name

@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella.plan.compute import ASSUMED_MFU, active_part, flops_per_token, gpu, tokens_per_s
 from lamella.plan.layout import Layout
-from lamella.plan.memory import Memory
+from lamella.plan.memory import fullest
 
 GPU_RESERVE_BYTES = 4e9
 """Of a GPU, for what is not counted: context, communication buffers, holes between blocks. Not measured."""
@@ -46,6 +46,7 @@ def plan_values(
             "flops_per_token": flops_per_token(layout),
             "tokens_per_s": rate,
             "assumed_mfu": None if measured_tokens_per_s or not on_gpu else ASSUMED_MFU,
+            "pipeline_bubble": layout.bubble,
             "seconds": seconds,
             "gpu_hours": None if seconds is None else seconds * layout.num_ranks / 3600,
             "cost": None
@@ -66,7 +67,7 @@ def _parameters(layout: Layout) -> dict[str, int]:
 
 
 def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
-    memory = Memory(layout)
+    memory = fullest(layout)
     peak = memory.peak()
     most: dict[str, int] = {}
     for moment in memory.moments():
@@ -74,6 +75,7 @@ def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
     return {
         "peak_bytes": peak.total_bytes,
         "peak_moment": peak.name,
+        "stage": memory.layout.stage,
         "parts": peak.parts,
         "moments": most,
         "main_memory_bytes": memory.main_memory_bytes(),
@@ -96,8 +98,11 @@ def warnings(layout: Layout, values: dict[str, Any]) -> list[str]:
             f"uneven vocabulary: {layout.shards} ranks do not divide {layout.model.V} ids; the last ranks hold less"
         )
     found += _expert_warnings(layout)
-    if recipe.objective == "distil":
-        found.append("distillation: the teacher's weights, logits and FLOPs are not counted")
+    if layout.bubble > 0.2:
+        found.append(
+            f"idle ranks: with {layout.micro_batches} micro-batches for {recipe.parallel.pipeline} stages a rank waits "
+            f"{layout.bubble:.0%} of the time; take more samples per step, or smaller micro-batches"
+        )
     if recipe.activation_checkpointing == "selective":
         found.append("selective activation checkpointing is taken as half of none; no measurement stands behind it")
     if layout.attention == "sdpa" and layout.device == "gpu":
@@ -133,6 +138,7 @@ def plan_text(values: dict[str, Any]) -> str:
         f"micro-batches of {batch['tokens_per_micro_batch']:,}",
         f"run               {batch['steps']:,} steps, {batch['tokens']:,} tokens",
         f"memory of a rank  {gib(memory['peak_bytes'])}, reached in the {memory['peak_moment']}"
+        + (f" of stage {memory['stage']}" if ranks["pipeline"] > 1 else "")
         + (f"; the GPU has {gib(memory['device_bytes'])}" if memory["device_bytes"] else ""),
         *(f"  {name:<16}{gib(value):>11}" for name, value in memory["parts"].items() if value),
         f"main memory       {gib(memory['main_memory_bytes'])} of a rank",
@@ -141,6 +147,8 @@ def plan_text(values: dict[str, Any]) -> str:
     ]
     if time["tokens_per_s"]:
         basis = f"assuming {time['assumed_mfu']:.0%} MFU" if time["assumed_mfu"] else "as given"
+        if time["assumed_mfu"] and time["pipeline_bubble"]:
+            basis += f", and {time['pipeline_bubble']:.0%} of the time idle between stages"
         lines.append(f"speed             {time['tokens_per_s']:,.0f} tokens/s, {basis}")
         lines.append(f"time              {time['seconds'] / 3600:.1f} h, {time['gpu_hours']:.1f} GPU hours")
     if time["cost"] is not None:
