@@ -336,8 +336,7 @@ def test_wrong_sources_and_folders(llama: Path) -> None:
         converted(folder, "twice")
     with pytest.raises(UserError, match="pass --overwrite"):
         converted(llama)
-    with pytest.raises(UserError, match="cannot be trained here"):
-        read_hf_config(folder)
+    assert read_hf_config(folder).attention_moe == AttentionMoEConfig((0, 2), 2, 2)
     with pytest.raises(UserError, match="sliced already"):
         Checkpoint.open(folder)
 

@@ -19,6 +19,7 @@ from lamella.moe.attention import (
     Context,
     Projection,
     attend_masked,
+    attention_scores,
     check_experts,
     expert_norms,
     expert_weights,
@@ -125,7 +126,8 @@ def test_all_experts_with_weight_one_are_dense_attention(bias: bool) -> None:
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     dense = torch.nn.functional.linear(out.transpose(1, 2).flatten(2), *w.o)
     config = AttentionMoEConfig((0,), 4, 4)
-    routing = route_attention(x_BLD.flatten(0, 1), torch.randn(4, D), torch.zeros(4), config, torch.zeros(4))
+    scores_TE = attention_scores(x_BLD.flatten(0, 1), torch.randn(4, D), config)
+    routing = route_attention(scores_TE, torch.zeros(4), config, torch.zeros(4))
     torch.testing.assert_close(attend_routed(x_BLD, w, routing, context), dense, **FP32)
     torch.testing.assert_close(attend_masked(x_BLD, w, routing, context), dense, **FP32)
 
@@ -167,14 +169,15 @@ def test_in_pieces_with_remembered_keys(num_experts: int, chosen: int, window: i
 def test_routing_breaks_ties_by_index_and_weighs_as_configured() -> None:
     x_TD, zero_ED = torch.randn(5, D), torch.zeros(4, D)
     unit = AttentionMoEConfig((0,), 4, 2)
-    routing = route_attention(x_TD, zero_ED, torch.zeros(4), unit, torch.zeros(4))
+    routing = route_attention(attention_scores(x_TD, zero_ED, unit), torch.zeros(4), unit, torch.zeros(4))
     assert routing.expert_ids_TK.tolist() == [[0, 1]] * 5
     assert (routing.weights_TK == 1).all()
-    biased = route_attention(x_TD, zero_ED, torch.tensor([0.0, 0.0, 1.0, 0.5]), unit, torch.ones(4))
+    bias_E = torch.tensor([0.0, 0.0, 1.0, 0.5])
+    biased = route_attention(attention_scores(x_TD, zero_ED, unit), bias_E, unit, torch.ones(4))
     assert biased.expert_ids_TK.tolist() == [[2, 3]] * 5  # the bias selects,
     assert (biased.weights_TK == 1 + 0.5).all()  # but never weighs: 1 + u sigmoid(0)
     soft = AttentionMoEConfig((0,), 4, 2, gate="softmax", route_scale=3.0)
-    weights_TK = route_attention(x_TD, torch.randn(4, D), torch.zeros(4), soft).weights_TK
+    weights_TK = route_attention(attention_scores(x_TD, torch.randn(4, D), soft), torch.zeros(4), soft).weights_TK
     torch.testing.assert_close(weights_TK.sum(1), torch.full((5,), 3.0))
     assert fixed_attention_routing(5, "dense", unit, x_TD.device).expert_ids_TK.shape == (5, 4)
     random = fixed_attention_routing(200, "random", unit, x_TD.device).expert_ids_TK

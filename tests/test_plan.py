@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from titan_models import FAMILIES, PARTITIONED, load_titan, tiny_moe
+from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 
 from lamella.cli import main
 from lamella.errors import UserError
@@ -43,10 +43,12 @@ def llama3(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [None, PARTITIONED], ids=["sliced", "partitioned"])
+@pytest.mark.parametrize(
+    ("changes", "heads"), [(None, None), (PARTITIONED, None), (None, HEADS)], ids=["sliced", "partitioned", "attention"]
+)
 @pytest.mark.parametrize("trains", ["experts+router", "all"])
-def test_parameters_and_flops_are_those_of_training(family, changes, trains, tmp_path):
-    tiny_moe(family, tmp_path, moe_changes=changes)
+def test_parameters_and_flops_are_those_of_training(family, changes, heads, trains, tmp_path):
+    tiny_moe(family, tmp_path, moe_changes=changes, heads=heads)
     settings = recipe(model=str(tmp_path), trains=trains)
     layout = make_layout(settings, read_model(tmp_path), 1, "cpu")
     titan = load_titan(tmp_path)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from titan_models import FAMILIES, PARTITIONED, load_titan, tiny_moe
+from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 
 from lamella.errors import UserError
 from lamella.models.titan import document_mask
@@ -40,8 +40,42 @@ def test_logits_of_a_partitioned_model_equal_those_of_transformers(family, tmp_p
     assert (first, last) == (6, 5)
 
 
-def test_packed_documents_equal_documents_alone(tmp_path):
-    hf = tiny_moe("llama", tmp_path)
+SOFT = {"layers": [1], "num_experts": 2, "num_experts_per_tok": 1, "gate": "softmax", "route_scale": 2.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("heads", [HEADS, SOFT], ids=["heads", "groups"])
+def test_logits_with_attention_experts_equal_those_of_transformers(family, heads, tmp_path):
+    hf = tiny_moe(family, tmp_path, heads=heads)
+    titan = load_titan(tmp_path)
+    tokens = torch.randint(hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (titan(tokens) - hf(tokens).logits).abs().max() < FP32
+        for layer in (*hf.attention_experts, *hf.moe_layers):
+            layer.mode = "dense"
+        with titan.dense():
+            difference = (titan(tokens) - hf(tokens).logits).abs().max()
+        assert (titan(tokens) - hf(tokens).logits).abs().max() > 0.01
+    assert difference < FP32
+
+
+def test_attention_experts_learn_where_one_gets_no_token(tmp_path):
+    tiny_moe("llama", tmp_path, heads=HEADS)
+    titan = load_titan(tmp_path).train()
+    titan.routed_heads[0].router.selection_bias[2] = -100
+    titan.routed_heads[0].auxiliary_factor = 1.0
+    tokens = torch.arange(32).view(2, 16)
+    titan(tokens).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in titan.parameters() if p.grad is not None)
+    first, second = (heads.router for heads in titan.routed_heads)
+    assert first.weight.grad[:3].any()
+    assert second.gate_scale.grad.all()
+    assert titan.routed_heads[0].statistics[:4].tolist() == [32, 32, 0, 32]
+
+
+@pytest.mark.parametrize("heads", [None, HEADS], ids=["dense attention", "attention experts"])
+def test_packed_documents_equal_documents_alone(heads, tmp_path):
+    hf = tiny_moe("llama", tmp_path, heads=heads)
     titan = load_titan(tmp_path)
     a, b = torch.arange(3, 12)[None], torch.arange(20, 27)[None]
     positions = torch.cat([torch.arange(9), torch.arange(7)])[None]

@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train_run import COMMON, REORDERED, heldout, losses, run_many
-from titan_models import PARTITIONED, trainable_moe
+from tiny import save_llama
+from titan_models import HEADS, PARTITIONED, trainable_moe
 
+from lamella.conversion.attention import attention_experts
+from lamella.conversion.attention_options import AttentionOptions
 from lamella.train.weights import materialise
 
 pytestmark = pytest.mark.slow
@@ -28,6 +31,8 @@ ALONE = {
     "flat": FLAT,
     "parts": PARTS,
     "distil": DISTIL,
+    "heads": {"model": "heads"},
+    "attention": {"model": "attention", "trains": "all", "balancing": "aux"},
 }
 LAYOUTS = {
     "hsdp": ("twin", {"parallel.replicate": 2}),
@@ -45,6 +50,8 @@ LAYOUTS = {
     "flat_ep": ("flat", {"parallel.expert": 4}),
     "distil_cp_ep": ("distil", {"parallel.context": 2, "parallel.expert": 2}),
     "parts_ep": ("parts", {"parallel.expert": 2}),
+    "heads_cp_ep": ("heads", {"parallel.context": 2, "parallel.expert": 2, "activation_checkpointing": "full"}),
+    "attention_hsdp": ("attention", {"parallel.replicate": 2}),
 }
 
 
@@ -68,6 +75,8 @@ def runs(tmp_path_factory):
     trainable_moe(folder / "flat", routing="flat")
     even = {"per_layer": {2: {"num_trainable_experts": 4, "num_experts_per_tok": 1}}}
     trainable_moe(folder / "parts", moe_changes=PARTITIONED | {"router": "linear"} | even)
+    trainable_moe(folder / "heads", heads=HEADS)
+    attention_experts(save_llama(folder / "dense"), folder / "attention", AttentionOptions(top_k=1, router="random"))
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
     run_many(folder, 1, [words(folder, f"{name}-alone", settings) for name, settings in ALONE.items()])
     many = [layout(folder, name) for name in LAYOUTS]

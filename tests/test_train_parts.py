@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import save_llama
 from titan_models import load_titan, tiny_moe, trainable_moe
 
+from lamella.conversion.attention import attention_experts
+from lamella.conversion.attention_options import AttentionOptions
 from lamella.errors import UserError
 from lamella.models.names import is_trained
 from lamella.recipe import Recipe, TwinShare, make_recipe
@@ -248,6 +251,20 @@ def test_dense_models_train_as_a_whole_only(tmp_path):
     assert (
         model_config(make_recipe({"model": str(tmp_path), "seq_len": 16, "trains": "all"})).layers[0].sliced_moe is None
     )
+
+
+def test_of_attention_experts_alone_the_routers_train_or_everything(tmp_path):
+    attention_experts(save_llama(tmp_path / "dense"), tmp_path / "model", AttentionOptions(top_k=1, router="random"))
+    settings = {"model": str(tmp_path / "model"), "seq_len": 16}
+    for allowed in ({}, {"trains": "all"}, {"objective": "distil"}):
+        assert model_config(make_recipe(settings | allowed)).layers[0].attention.heads.moe.num_experts == 2
+    with pytest.raises(UserError, match=r"set trains: experts\+router, or all"):
+        model_config(make_recipe(settings | {"trains": "experts"}))
+    with pytest.raises(UserError, match=r"parallel\.tensor has no way for attention experts"):
+        model_config(make_recipe(settings | {"parallel": {"tensor": 2}}))
+    titan = load_titan(tmp_path / "model")
+    trained = [name for name, _ in titan.named_parameters() if is_trained(name, "experts+router")]
+    assert trained == [f"layers.{i}.attention.heads.router.{name}" for i in (0, 1) for name in ("weight", "gate_scale")]
 
 
 def test_no_peak_is_claimed_for_unknown_devices(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lamella.config import MoEConfig
+from lamella.config import AttentionMoEConfig, MoEConfig
 from lamella.models.hf import SLICED_MODELS
 from lamella.models.names import from_hf
 from lamella.models.titan_config import decoder_config
@@ -37,6 +37,8 @@ TINY = {
 }
 
 
+# Single heads, of which two share a key/value head; a token chooses three.
+HEADS = {"layers": [0, 1], "num_experts": 4, "num_experts_per_tok": 3}
 # A model of experts that all train, as partitioning makes it: every field of the config away from its default.
 PARTITIONED = {
     "routing": "flat",
@@ -58,9 +60,13 @@ def tiny_moe(
     slices: int = 4,
     random_router: bool = True,
     moe_changes: dict | None = None,
+    heads: dict | None = None,
     **changes,
 ):
-    """Save a tiny MoE with random weights and biases (layer 1 dense) to `folder`; return transformers' model of it."""
+    """Save a tiny MoE with random weights and biases (layer 1 dense) to `folder`; return transformers' model of it.
+
+    heads: fields of an AttentionMoEConfig; None leaves attention dense.
+    """
     torch.manual_seed(0)
     values = TINY | FAMILIES[family] | changes
     sliced = {
@@ -74,7 +80,8 @@ def tiny_moe(
     }
     moe = MoEConfig(**(sliced | (moe_changes or {})))
     model_class = SLICED_MODELS[family]
-    model = model_class(model_class.config_class(**values, moe=moe.to_dict()))
+    attention = None if heads is None else AttentionMoEConfig(**heads).to_dict()
+    model = model_class(model_class.config_class(**values, moe=moe.to_dict(), attention_moe=attention))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith(".bias") or "norm" in name:
@@ -87,6 +94,11 @@ def tiny_moe(
                 layer.router.selection_bias.normal_(std=0.1)
             else:
                 layer.router.weight.zero_()
+        for attention in model.attention_experts:
+            attention.router.weight.normal_(std=0.3)
+            attention.router.selection_bias.normal_(std=0.1)
+            if attention.router.gate_scale is not None:
+                attention.router.gate_scale.normal_(std=0.3)
     model.save_pretrained(folder)
     return model.eval()
 

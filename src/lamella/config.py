@@ -192,6 +192,19 @@ class AttentionMoEConfig:
                 f"it must be between 1 and the number of experts"
             )
 
+    @property
+    def routing(self) -> RoutingKind:
+        """What `MoEConfig` has as fields, so that both kinds of layers are routed and balanced alike."""
+        return "flat"
+
+    @property
+    def router(self) -> RouterKind:
+        return "linear"
+
+    @property
+    def num_router_rows(self) -> int:
+        return self.num_experts
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AttentionMoEConfig:
         """Read the `attention_moe` entry of config.json; unknown or missing keys are a UserError."""

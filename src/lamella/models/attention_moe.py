@@ -22,6 +22,7 @@ from lamella.moe.attention import (
     Context,
     Projection,
     attend_masked,
+    attention_scores,
     check_experts,
     fixed_attention_routing,
     route_attention,
@@ -105,7 +106,8 @@ class AttentionExperts(nn.Module):
         if self.mode != "routed":
             return fixed_attention_routing(len(x_TD), self.mode, self.config, x_TD.device)
         router = self.router
-        return route_attention(x_TD, router.weight, router.selection_bias, self.config, router.gate_scale)
+        scores_TE = attention_scores(x_TD, router.weight, self.config)
+        return route_attention(scores_TE, router.selection_bias, self.config, router.gate_scale)
 
     def _check_mask(self, mask: Any) -> None:
         implementation = self.model_config._attn_implementation

@@ -37,6 +37,10 @@ NAMES: tuple[tuple[str, str], ...] = (
         for kind in ("weight", "bias")
     ),
     *(
+        (f"model.layers.{{}}.self_attn.router.{name}", f"layers.{{}}.attention.heads.router.{name}")
+        for name in ("weight", "gate_scale", "selection_bias")
+    ),
+    *(
         (f"model.layers.{{}}.mlp.{name}", f"layers.{{}}.moe.{name}")
         for name in (
             "router.weight",

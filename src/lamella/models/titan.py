@@ -30,6 +30,7 @@ from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.protocols.module import Module
 
+from lamella.models.titan_attention import RoutedHeads
 from lamella.models.titan_context import ContextShare
 from lamella.models.titan_moe import SlicedMoE
 from lamella.models.titan_tensor import set_sharding
@@ -171,15 +172,21 @@ class LamellaDecoder(Decoder):
     def moe_layers(self) -> list[SlicedMoE]:
         return [m for m in self.modules() if isinstance(m, SlicedMoE)]
 
+    @property
+    def routed_heads(self) -> list[RoutedHeads]:
+        return [m for m in self.modules() if isinstance(m, RoutedHeads)]
+
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Inside, every MoE layer computes its frozen slices alone: the dense model that the experts came from."""
-        for layer in self.moe_layers:
+        """Inside, every MoE layer computes its frozen slices alone, and attention all heads: the dense model that the
+        experts came from."""
+        routed = [*self.moe_layers, *self.routed_heads]
+        for layer in routed:
             layer.mode = "dense"
         try:
             yield
         finally:
-            for layer in self.moe_layers:
+            for layer in routed:
                 layer.mode = "routed"
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lamella.config import ExpertPath, MoEConfig
+from lamella.config import AttentionMoEConfig, ExpertPath, MoEConfig
 from lamella.errors import UserError, did_you_mean
 from lamella.models.titan import Block, LamellaDecoder, ScaledRoPE, inner_attention
+from lamella.models.titan_attention import ExpertAttention, RoutedHeads
 from lamella.models.titan_moe import UNSET, SlicedMoE
+from lamella.moe.attention import check_experts
 
 # isort: split
 from torchtitan.models.common.attention import GQAttention, QKVLinear
@@ -27,8 +29,22 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 }
 
 
-def read_hf_config(folder: str | Path) -> tuple[str, PreTrainedConfig, MoEConfig | None]:
-    """(family, transformers' config with its defaults filled in, MoE config or None for a dense model).
+class ModelConfig(NamedTuple):
+    """What a config.json says."""
+
+    family: str
+    hf: PreTrainedConfig
+    """transformers' config with its defaults filled in."""
+    moe: MoEConfig | None
+    attention_moe: AttentionMoEConfig | None
+
+    @property
+    def has_experts(self) -> bool:
+        return self.moe is not None or self.attention_moe is not None
+
+
+def read_hf_config(folder: str | Path) -> ModelConfig:
+    """The config.json of a model folder.
 
     Raises:
         UserError: no config.json, or an architecture that is not among `FAMILIES`.
@@ -42,14 +58,15 @@ def read_hf_config(folder: str | Path) -> tuple[str, PreTrainedConfig, MoEConfig
         raise UserError(
             f"model_type {family!r} cannot be trained{did_you_mean(family, FAMILIES)}; {', '.join(FAMILIES)} can"
         )
-    if raw.pop("attention_moe", None) is not None:
-        raise UserError(
-            "attention experts cannot be trained here; train the model they were made of, then convert its attention"
-        )
-    moe = raw.pop("moe", None)
+    moe, attention_moe = raw.pop("moe", None), raw.pop("attention_moe", None)
     for key in ("architectures", "auto_map"):
         raw.pop(key, None)
-    return family, FAMILIES[family].from_dict(raw), None if moe is None else MoEConfig.from_dict(moe)
+    return ModelConfig(
+        family,
+        FAMILIES[family].from_dict(raw),
+        None if moe is None else MoEConfig.from_dict(moe),
+        None if attention_moe is None else AttentionMoEConfig.from_dict(attention_moe),
+    )
 
 
 def decoder_config(
@@ -61,7 +78,9 @@ def decoder_config(
         attention: sdpa, flex or varlen.
         seq_len: tokens per sample, to refuse a sliding window that could not be kept.
     """
-    family, hf, moe = read_hf_config(folder)
+    family, hf, moe, attention_moe = read_hf_config(folder)
+    if attention_moe is not None:
+        check_experts(attention_moe.num_experts, hf.num_attention_heads, hf.num_key_value_heads)
     if hf.hidden_act not in ("silu", "swish"):
         raise UserError(f"the activation {hf.hidden_act!r} cannot be trained; only silu (gated) can")
     window = _sliding_window(hf, seq_len)
@@ -73,23 +92,18 @@ def decoder_config(
         tok_embeddings=Embedding.Config(num_embeddings=hf.vocab_size, embedding_dim=hf.hidden_size, param_init=UNSET),
         norm=_norm(hf.hidden_size, hf),
         lm_head=_linear(hf.hidden_size, hf.vocab_size),
-        layers=[_block(i, family, hf, moe, attention, expert_path, window) for i in range(hf.num_hidden_layers)],
+        layers=[
+            _block(i, hf, moe, _attention(i, family, hf, attention_moe, attention, window), expert_path)
+            for i in range(hf.num_hidden_layers)
+        ],
     )
 
 
 def _block(
-    index: int,
-    family: str,
-    hf: PreTrainedConfig,
-    moe: MoEConfig | None,
-    attention: str,
-    expert_path: ExpertPath,
-    window: int | None,
+    index: int, hf: PreTrainedConfig, moe: MoEConfig | None, attention: GQAttention.Config, expert_path: ExpertPath
 ) -> Block.Config:
     D, F = hf.hidden_size, hf.intermediate_size
-    config = Block.Config(
-        attention=_attention(family, hf, attention, window), attention_norm=_norm(D, hf), ffn_norm=_norm(D, hf)
-    )
+    config = Block.Config(attention=attention, attention_norm=_norm(D, hf), ffn_norm=_norm(D, hf))
     if moe is not None and index in moe.moe_layers:
         config.sliced_moe = SlicedMoE.Config(dim=D, moe=moe.for_layer(index), expert_path=expert_path, param_init=UNSET)
     else:
@@ -98,24 +112,29 @@ def _block(
     return config
 
 
-def _attention(family: str, hf: PreTrainedConfig, kind: str, window: int | None) -> GQAttention.Config:
+def _attention(
+    index: int, family: str, hf: PreTrainedConfig, moe: AttentionMoEConfig | None, kind: str, window: int | None
+) -> GQAttention.Config:
     D, heads, kv_heads = hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads
     H = getattr(hf, "head_dim", None) or D // heads
     out_bias = bool(getattr(hf, "attention_bias", False))
     qkv_bias = out_bias or family == "qwen2"  # Qwen2 has them always, and none on the output
-    return GQAttention.Config(
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        dim=D,
-        head_dim=H,
-        qkv_linear=QKVLinear.Config(
+    settings: dict[str, Any] = {
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "dim": D,
+        "head_dim": H,
+        "qkv_linear": QKVLinear.Config(
             head_dim=H, wq=_linear(D, heads * H, qkv_bias), wkv=_linear(D, kv_heads * H, qkv_bias)
         ),
-        wo=_linear(heads * H, D, out_bias),
-        qk_norm=_norm(H, hf) if family == "qwen3" else None,
-        inner_attention=inner_attention(kind, window),
-        rope=rope_config(hf, H),
-    )
+        "wo": _linear(heads * H, D, out_bias),
+        "qk_norm": _norm(H, hf) if family == "qwen3" else None,
+        "inner_attention": inner_attention(kind, window),
+        "rope": rope_config(hf, H),
+    }
+    if moe is None or index not in moe.layers:
+        return GQAttention.Config(**settings)
+    return ExpertAttention.Config(**settings, heads=RoutedHeads.Config(dim=D, moe=moe, param_init=UNSET))
 
 
 def rope_config(hf: PreTrainedConfig, head_dim: int) -> ScaledRoPE.Config:

@@ -84,11 +84,15 @@ def check_experts(num_experts: int, heads: int, kv_heads: int) -> None:
         )
 
 
+def attention_scores(x_TD: Tensor, router_ED: Tensor, config: AttentionMoEConfig) -> Tensor:
+    """[T, E], before any selection bias."""
+    return gate_scores(router_logits(x_TD, router_ED), config.gate)
+
+
 def route_attention(
-    x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, config: AttentionMoEConfig, gate_scale_E: Tensor | None = None
+    scores_TE: Tensor, bias_E: Tensor, config: AttentionMoEConfig, gate_scale_E: Tensor | None = None
 ) -> Routing:
     """Choose by score + bias (equal ones: the lower expert first) and weigh by the score alone."""
-    scores_TE = gate_scores(router_logits(x_TD, router_ED), config.gate)
     with torch.no_grad():
         order_TE = (scores_TE + bias_E).argsort(dim=-1, descending=True, stable=True)
     expert_ids_TK = order_TE[:, : config.num_experts_per_tok]

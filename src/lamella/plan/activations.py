@@ -16,6 +16,8 @@ ROUTED_ROW_BYTES = 44
 """Of a routed row, once: expert id, order and token (int64), its gate weight thrice (float32), and their gradient."""
 ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
+HIDING_FEATURES = 8
+"""As `lamella.models.titan_attention.MORE_FEATURES`."""
 KL_CHUNK = 1024
 """Tokens, as in `lamella.train.distil`."""
 KL_NUMBERS = 5
@@ -58,8 +60,14 @@ def _attention_bytes(layout: Layout, layer: int) -> int:
     all_train = layout.recipe.trains == "all"
     inputs = T * model.D * b * (3 if all_train else 1)  # the norm's input; normalised, and scaled
     gathered = layout.recipe.parallel.context
-    q, kv = model.N * model.H, 2 * model.G * model.H * gathered
-    out = T * q * b + T * model.N * 4
+    heads = model.heads_of(layer)
+    if heads is None:
+        q, kv = model.N * model.H, 2 * model.G * model.H * gathered
+        out = T * q * b + T * model.N * 4
+    else:  # wider by the features that hide, beside the projections; keys and values of every expert; weighed heads
+        wider = model.H + HIDING_FEATURES
+        q, kv = model.N * (model.H + wider), 2 * (model.G * model.H + heads.num_experts * wider * gathered)
+        out = T * model.N * (2 * wider * b + 4)
     rope = T * 2 * model.H * 4
     mask = T * layout.recipe.parallel.tensor * layout.recipe.seq_len * b if layout.attention == "sdpa" else 0
     return inputs + T * (q + kv) * b + out + rope + mask

@@ -56,7 +56,7 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str, teacher
     _check_stages(recipe, model)
     if recipe.seq_len > model.max_positions:
         raise UserError(f"seq_len {recipe.seq_len} is longer than the model's {model.max_positions} positions")
-    if model.moe is None and recipe.trains != "all":
+    if model.moe is None and recipe.trains != "all" and not (model.attention_moe and recipe.trains != "experts"):
         raise UserError("a dense model has no experts to train; plan it with --slices, or set trains: all")
     if recipe.lora is not None:
         if model.moe is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.config import MoEConfig
+from lamella.config import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError, did_you_mean
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -66,10 +66,15 @@ class Model:
     max_positions: int
     dtype: str
     moe: MoEConfig | None
+    attention_moe: AttentionMoEConfig | None
 
     def moe_of(self, layer: int) -> MoEConfig | None:
         """The experts of a layer; None where its FFN is dense."""
         return self.moe.for_layer(layer) if self.moe is not None and layer in self.moe.moe_layers else None
+
+    def heads_of(self, layer: int) -> AttentionMoEConfig | None:
+        """The attention experts of a layer; None where it attends with all heads."""
+        return self.attention_moe if self.attention_moe is not None and layer in self.attention_moe.layers else None
 
     def weights(self) -> list[Weight]:
         """All parameters; the selection biases, which are buffers, not."""
@@ -86,6 +91,10 @@ class Model:
         yield "attention_norm.weight", (D,)
         yield "ffn_norm.weight", (D,)
         yield from self._attention()
+        if (heads := self.heads_of(layer)) is not None:
+            yield "attention.heads.router.weight", (heads.num_experts, D)
+            if heads.gate == "unit":
+                yield "attention.heads.router.gate_scale", (heads.num_experts,)
         if moe is not None:
             yield from _experts(D, moe)
             return
@@ -155,6 +164,7 @@ def _model(family: str, values: dict[str, Any], slices: int | None, file: Path) 
         "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
     ))  # fmt: skip
     moe = None if values.get("moe") is None else MoEConfig.from_dict(values["moe"])
+    heads = values.get("attention_moe")
     if slices is not None:
         if moe is not None:
             raise UserError(f"{file} is a converted model already; leave --slices out")
@@ -174,6 +184,7 @@ def _model(family: str, values: dict[str, Any], slices: int | None, file: Path) 
         max_positions=values.get("max_position_embeddings", 1 << 30),
         dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch."),
         moe=moe,
+        attention_moe=None if heads is None else AttentionMoEConfig.from_dict(heads),
     )
 
 

@@ -20,7 +20,8 @@ from lamella.checkpoint_store import absolute
 from lamella.config import MoEConfig
 from lamella.errors import UserError
 from lamella.models.titan import LamellaDecoder
-from lamella.models.titan_config import decoder_config, read_hf_config
+from lamella.models.titan_attention import ExpertAttention
+from lamella.models.titan_config import ModelConfig, decoder_config, read_hf_config
 from lamella.recipe import Recipe
 from lamella.run_dir import RunDir
 from lamella.train.checkpoint import CommittedCheckpoints
@@ -53,23 +54,30 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
         raise UserError(
             f"seq_len {recipe.seq_len} is longer than the model's {config.max_seq_len} positions; lower seq_len"
         )
-    moe = read_hf_config(recipe.model)[2]
-    if moe is None and recipe.trains != "all":
+    model = read_hf_config(recipe.model)
+    moe = model.moe
+    if not model.has_experts and recipe.trains != "all":
         raise UserError(f"{recipe.model} is a dense model without experts; convert it first, or set trains: all")
+    if moe is None and recipe.trains == "experts":
+        raise UserError(
+            f"{recipe.model} has experts in attention alone, of which only routers train beside the dense weights; "
+            "set trains: experts+router, or all"
+        )
     add_lora(recipe, config)
     _check_routing(recipe, moe)
     _check_parallel(recipe, config, attention)
     if recipe.objective == "distil" and recipe.distil.teacher is None:
-        _check_teacher_inside(recipe, moe)
+        _check_teacher_inside(recipe, model)
     return config
 
 
-def _check_teacher_inside(recipe: Recipe, moe: MoEConfig | None) -> None:
+def _check_teacher_inside(recipe: Recipe, model: ModelConfig) -> None:
     """UserError where the frozen slices are not, or will not stay, a whole dense model."""
+    moe = model.moe
     layers = [] if moe is None else [moe.for_layer(layer) for layer in moe.moe_layers]
     if recipe.trains == "all":
         reason = "trains: all changes it"
-    elif not layers or any(m.num_frozen_experts == 0 or m.shared_intermediate_size for m in layers):
+    elif not model.has_experts or any(m.num_frozen_experts == 0 or m.shared_intermediate_size for m in layers):
         reason = f"{recipe.model} has not all of its neurons in frozen slices"
     else:
         return
@@ -136,6 +144,8 @@ def _check_parallel(recipe: Recipe, config: LamellaDecoder.Config, attention: st
 
 def _check_tensor(recipe: Recipe, config: LamellaDecoder.Config, has_experts: bool) -> None:
     degree, attention = recipe.parallel.tensor, config.layers[0].attention
+    if any(isinstance(layer.attention, ExpertAttention.Config) for layer in config.layers):
+        raise UserError("parallel.tensor has no way for attention experts; set it to 1")
     if attention.n_heads % degree or attention.n_kv_heads % degree:
         raise UserError(
             f"parallel.tensor={degree} does not divide {attention.n_heads} heads and {attention.n_kv_heads} key/value "

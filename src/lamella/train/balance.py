@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lamella.config import DENSE_BIAS, MoEConfig
+from lamella.config import DENSE_BIAS, AttentionMoEConfig, MoEConfig
 from lamella.models.titan import LamellaDecoder
-from lamella.models.titan_moe import SlicedMoE
+from lamella.models.titan_routed import Routed
 from lamella.moe.balancing import max_violation, routing_entropy, sign_update
 from lamella.moe.routing import with_top_k
 from lamella.moe.slicing import noise_generator
@@ -24,7 +24,7 @@ from lamella.recipe import Recipe, TwinShare
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """Of one optimizer step, per MoE layer."""
+    """Of one optimizer step, per MoE layer, and per layer of attention experts where that is said."""
 
     twin_share: list[float]
     """Share of the routed rows that trainable experts computed."""
@@ -32,8 +32,10 @@ class RoutingReport:
     """(max count - mean) / mean."""
     router_entropy: list[float]
     """Entropy of the load over log E: 1 is even."""
+    attention_max_vio: list[float]
+    """Of the layers of attention experts."""
     dead_experts: int
-    """Experts, over all layers, that no token chose."""
+    """Experts, over all layers, those of attention too, that no token chose."""
 
 
 def sum_reports(parts: list[RoutingReport]) -> RoutingReport:
@@ -42,6 +44,7 @@ def sum_reports(parts: list[RoutingReport]) -> RoutingReport:
         twin_share=[x for part in parts for x in part.twin_share],
         max_vio=[x for part in parts for x in part.max_vio],
         router_entropy=[x for part in parts for x in part.router_entropy],
+        attention_max_vio=[x for part in parts for x in part.attention_max_vio],
         dead_experts=sum(part.dead_experts for part in parts),
     )
 
@@ -53,15 +56,17 @@ class Balance:
         """`mesh`: the device mesh over which batches differ; None on one rank. `tensor`: that of tensor parallelism,
         over which the tokens of a layer differ too. `stages`: that of a pipeline."""
         self.tensor, self.stages = tensor, stages
-        self.layers = model.moe_layers
+        self.layers, self.heads = model.moe_layers, model.routed_heads
+        self.routed: list[Routed] = [*self.layers, *self.heads]
         self.recipe, self.mesh = recipe, mesh
         self.configs = [layer.moe for layer in self.layers]
         # the gradients of a step's forwards, on all ranks, add up
         ranks_per_layer = recipe.parallel.context * recipe.parallel.tensor
         part = recipe.samples_per_micro_batch / (recipe.samples_per_step * ranks_per_layer)
+        for routed in self.routed:
+            if routed.moe.routing == "flat" and recipe.balancing == "aux":
+                routed.auxiliary_factor = recipe.aux_coefficient * part
         for layer in self.layers:
-            if layer.moe.routing == "flat" and recipe.balancing == "aux":
-                layer.auxiliary_factor = recipe.aux_coefficient * part
             if recipe.routing_loss is not None:
                 layer.choice_factor = recipe.routing_loss.coefficient / (recipe.samples_per_step * recipe.seq_len)
         self.summed: list[Tensor] = []
@@ -74,8 +79,13 @@ class Balance:
                 layer.next_share = share.at(step + 1) if isinstance(share, TwinShare) else None
             else:
                 layer.moe = with_top_k(config, self._top_k(config, step))
-                quantile = self.recipe.balancing == "quantile"
-                layer.next_share = self._top_k(config, step + 1) / config.num_experts if quantile else None
+                layer.next_share = self._even_share(config, self._top_k(config, step + 1))
+        for heads in self.heads:
+            heads.next_share = self._even_share(heads.moe, heads.moe.num_experts_per_tok)
+
+    def _even_share(self, config: MoEConfig | AttentionMoEConfig, top_k: int) -> float | None:
+        """Of each expert, where biases aim at it."""
+        return top_k / config.num_experts if self.recipe.balancing == "quantile" else None
 
     def _top_k(self, config: MoEConfig, step: int) -> int:
         schedule, own = self.recipe.top_k_schedule, config.num_experts_per_tok
@@ -91,19 +101,19 @@ class Balance:
     @torch.no_grad()
     def update(self, move: bool = True) -> None:
         """After the backward passes of a step, before the optimizer; `move`: the biases, too, as the step is taken."""
-        if not self.layers:
+        if not self.routed:
             return
-        all_statistics = torch.cat([layer.statistics for layer in self.layers])
+        all_statistics = torch.cat([layer.statistics for layer in self.routed])
         for mesh in (self.mesh, self.tensor):
             if mesh is not None:
                 torch.distributed.all_reduce(all_statistics, group=mesh.get_group())
-        self.summed = list(all_statistics.split([len(layer.statistics) for layer in self.layers]))
-        for layer, statistics in zip(self.layers, self.summed, strict=True):
+        self.summed = list(all_statistics.split([len(layer.statistics) for layer in self.routed]))
+        for layer, statistics in zip(self.routed, self.summed, strict=True):
             if move:
                 self._move_bias(layer, statistics)
             layer.statistics.zero_()
 
-    def _move_bias(self, layer: SlicedMoE, statistics: Tensor) -> None:
+    def _move_bias(self, layer: Routed, statistics: Tensor) -> None:
         E = layer.moe.num_experts
         bias = layer.router.selection_bias
         if layer.next_share is not None:
@@ -121,13 +131,15 @@ class Balance:
         return sum_reports(parts)
 
     def _own_report(self) -> RoutingReport:
-        counts = [s[: layer.moe.num_experts].cpu() for layer, s in zip(self.layers, self.summed, strict=True)]
+        all_counts = [s[: layer.moe.num_experts].cpu() for layer, s in zip(self.routed, self.summed, strict=True)]
+        counts, of_heads = all_counts[: len(self.layers)], all_counts[len(self.layers) :]
         frozen = [layer.moe.num_frozen_experts for layer in self.layers]
         return RoutingReport(
             twin_share=[float(c[S:].sum() / c.sum()) for c, S in zip(counts, frozen, strict=True)],
             max_vio=[float(max_violation(c)) for c in counts],
             router_entropy=[float(routing_entropy(c)) for c in counts],
-            dead_experts=sum(int((c == 0).sum()) for c in counts),
+            attention_max_vio=[float(max_violation(c)) for c in of_heads],
+            dead_experts=sum(int((c == 0).sum()) for c in all_counts),
         )
 
 

@@ -36,7 +36,7 @@ def add_lora(recipe: Recipe, config: LamellaDecoder.Config) -> None:
 
 def is_new(recipe: Recipe) -> bool:
     """Whether the run begins with deltas that the model's folder does not hold."""
-    moe = read_hf_config(Path(recipe.model))[2]
+    moe = read_hf_config(Path(recipe.model)).moe
     return recipe.lora is not None and moe is not None and not moe.lora_rank
 
 

@@ -98,7 +98,7 @@ class LamellaMetrics(MetricsProcessor):
         self.line = {
             "loss": global_avg_loss,
             "grad_norm": grad_norm,
-            "lr": rates["experts"] if "experts" in rates else rates["rest"],
+            "lr": next(rates[group] for group in ("experts", "rest", "router") if group in rates),
             "router_lr": rates.get("router"),
             "lora_lr": rates.get("lora"),
             "rest_lr": rates.get("rest"),

@@ -22,15 +22,16 @@ EXPERTS = r"\.moe\."
 
 def optimizer_config(recipe: Recipe) -> OptimizersContainer.Config:
     """The recipe's groups; torchtitan gives each parameter to the first pattern that it matches."""
-    moe = read_hf_config(recipe.model)[2]
+    model = read_hf_config(recipe.model)
+    moe = model.moe
     rest_decay = recipe.weight_decay if recipe.rest_weight_decay is None else recipe.rest_weight_decay
     rest_lr, router_lr = recipe.lr * recipe.rest_lr_scale, recipe.lr * recipe.router_lr_scale
     groups = []
     if recipe.trains == "all":
         groups.append(_group(recipe, r"norm\.weight$|\.bias$", rest_lr, 0.0))
+    if model.has_experts and recipe.trains != "experts":
+        groups.append(_group(recipe, ROUTER, router_lr, recipe.router_weight_decay))
     if moe is not None:
-        if recipe.trains != "experts":
-            groups.append(_group(recipe, ROUTER, router_lr, recipe.router_weight_decay))
         if moe.lora_rank or recipe.lora is not None:
             groups.append(_group(recipe, LORA, recipe.lr * recipe.lora_lr_scale, recipe.weight_decay))
         if moe.output_bias:

@@ -17,7 +17,7 @@ class LamellaStateDictAdapter(StateDictAdapter):
     """Renames only; a tied head is in neither form, and low-rank deltas that begin with the run are not in the file."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        moe = read_hf_config(str(self.hf_assets_path))[2]
+        moe = read_hf_config(str(self.hf_assets_path)).moe
         if moe is None or not moe.lora_rank:
             state_dict = {name: tensor for name, tensor in state_dict.items() if ".experts.lora_" not in name}
         return names.to_hf(state_dict)
