@@ -56,8 +56,11 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str, teacher
     _check_stages(recipe, model)
     if recipe.seq_len > model.max_positions:
         raise UserError(f"seq_len {recipe.seq_len} is longer than the model's {model.max_positions} positions")
-    if model.moe is None and recipe.trains != "all" and not (model.attention_moe and recipe.trains != "experts"):
-        raise UserError("a dense model has no experts to train; plan it with --slices, or set trains: all")
+    if model.moe is None and recipe.trains != "all":
+        if model.attention_moe is None:
+            raise UserError("a dense model has no experts to train; plan it with --slices, or set trains: all")
+        if recipe.trains == "experts":
+            raise UserError("of experts in attention alone only routers train; set trains: experts+router, or all")
     if recipe.lora is not None:
         if model.moe is None:
             raise UserError("lora adds to frozen experts, and a dense model has none; plan it with --slices")

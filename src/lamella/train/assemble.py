@@ -60,8 +60,8 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
         raise UserError(f"{recipe.model} is a dense model without experts; convert it first, or set trains: all")
     if moe is None and recipe.trains == "experts":
         raise UserError(
-            f"{recipe.model} has experts in attention alone, of which only routers train beside the dense weights; "
-            "set trains: experts+router, or all"
+            f"{recipe.model} has experts in attention alone, of which only routers train; set trains: experts+router, "
+            "or all"
         )
     add_lora(recipe, config)
     _check_routing(recipe, moe)
