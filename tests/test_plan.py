@@ -13,12 +13,15 @@ from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 
 from lamella.cli import main
 from lamella.errors import UserError
+from lamella.models import titan_attention
+from lamella.plan import activations
 from lamella.plan.command import make_layout, run
 from lamella.plan.compute import flops_per_token
 from lamella.plan.memory import Memory
 from lamella.plan.model import read_model
 from lamella.plan.report import plan_values
 from lamella.recipe import make_recipe
+from lamella.train import distil
 from lamella.train.assemble import model_config
 from lamella.train.flops import training_flops_per_token
 from lamella.train.launch import prepare_recipe
@@ -171,6 +174,19 @@ def test_stages_are_torchtitans(llama3):
             prefixes = tuple(f"{name}." for name in names)
             expected = [w for w in layout.model.weights() if w.name.startswith(prefixes)]
             assert stage.weights() == expected
+
+
+def test_a_stage_may_hold_the_head_alone(tmp_path):
+    tiny_moe("mistral", tmp_path)
+    settings = recipe(model=str(tmp_path), parallel={"pipeline": 3}, samples_per_micro_batch=1)
+    *_, last = make_layout(settings, read_model(tmp_path), 3, "cpu").stages()
+    assert {w.name for w in last.weights()} == {"norm.weight", "lm_head.weight"}
+    assert Memory(last).peak().name == "loss"
+
+
+def test_constants_of_training_are_the_plans():
+    assert activations.KL_CHUNK == distil.TOKENS_PER_CHUNK
+    assert activations.HIDING_FEATURES == titan_attention.MORE_FEATURES
 
 
 def test_a_pipeline_is_planned_by_its_fullest_stage(llama3, tmp_path):

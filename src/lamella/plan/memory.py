@@ -67,7 +67,7 @@ class Memory:
         return max(self.moments(), key=lambda moment: moment.total_bytes)
 
     def moments(self) -> Iterator[Moment]:
-        last = self.layout.layers[-1]
+        last = self.layout.layers.stop - 1  # the last stage may have none
         if self.layout.distils:
             yield self._teaching()
         yield self._moment("forward pass", last, self._gathered(last), self._taught())
@@ -117,7 +117,7 @@ class Memory:
     def _teaching(self) -> Moment:
         """The forward pass of the teacher, or of the frozen slices, which keeps nothing but the logits."""
         teacher = self.teacher or self
-        last = teacher.layout.layers[-1]
+        last = teacher.layout.layers.stop - 1
         transient = max(teacher_logits_bytes(self.layout), kept_bytes(teacher.layout, last))
         parts = {"gradients": self._gradients(last), "gathered weights": teacher._gathered(last)}
         return Moment("teacher", self.held | parts | {"activations": transient})
