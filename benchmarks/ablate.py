@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
@@ -43,6 +44,8 @@ VARIANTS: dict[str, Variant] = {
         "replay", {}, mixed(0.25, routing_loss={"coefficient": 0.1, "to_slices": [REPLAYED], "to_twins": [NEW]})
     ),
 }
+FAR_OFF = 0.1
+"""Nats of the new text above the median."""
 QUICK = ("twin, 8 pairs", "flat, quantile", "replay, routing loss")
 
 
@@ -64,11 +67,16 @@ def show(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A colour for each axis."""
+    """A colour for each axis. What learned far less than the rest is left out, and counted in the title."""
     axes = list(dict.fromkeys(row["axis"] for row in report["rows"]))
-    with picture(path, report["old_start"], [(name, f"learned, and remembered of {name}") for name in OLD]) as plots:
+    highest = median(row["new_end"] for row in report["rows"]) + FAR_OFF
+    rows = [row for row in report["rows"] if row["new_end"] <= highest]
+    left_out = len(report["rows"]) - len(rows)
+    beyond = f" ({left_out} above {highest:.1f} not shown)" if left_out else ""
+    titles = [(name, f"learned, and remembered of {name}{beyond}") for name in OLD]
+    with picture(path, report["old_start"], titles) as plots:
         for plot, name in zip(plots, OLD, strict=True):
-            for row in report["rows"]:
+            for row in rows:
                 colour = f"C{axes.index(row['axis'])}"
                 place = (row["old_end"][name], row["new_end"])
                 plot.scatter(*place, color=colour, s=30)
