@@ -21,7 +21,7 @@ from torch import Tensor
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
-from lamella.config import AttentionMoEConfig, Mode
+from lamella.config import AttentionMoEConfig
 from lamella.models.titan_routed import Routed, Router
 from lamella.moe.attention import attention_scores, expert_weights, fixed_attention_routing, route_attention
 
@@ -41,7 +41,6 @@ class RoutedHeads(Routed):
 
     def __init__(self, config: Config):
         super().__init__(config.moe)
-        self.mode: Mode = "routed"
         self.router = Router.Config(dim=config.dim, moe=config.moe, param_init=config.param_init).build()
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from torchtitan.protocols.module import Module
 
-from lamella.config import ExpertPath, Mode, MoEConfig
+from lamella.config import ExpertPath, MoEConfig
 from lamella.models.titan_routed import Routed, Router, unset
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
 from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora, router_scores
@@ -88,7 +88,7 @@ class Shared(Module):
 
 
 class SlicedMoE(Routed):
-    """[B, L, D] -> [B, L, D]; in training it also gathers what balancing and reports need, until `reset_statistics`."""
+    """[B, L, D] -> [B, L, D]"""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -101,7 +101,6 @@ class SlicedMoE(Routed):
         self.path: ExpertPath = config.expert_path
         self.expert_group: torch.distributed.ProcessGroup | None = None
         """The ranks that share out the experts; None: this one holds all."""
-        self.mode: Mode = "routed"
         dim, moe, width = config.dim, config.moe, config.moe.shared_intermediate_size
         self.experts = PackedExperts.Config(dim=dim, moe=moe, param_init=UNSET).build()
         self.router = Router.Config(dim=dim, moe=moe, param_init=UNSET).build()

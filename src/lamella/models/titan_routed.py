@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchtitan.protocols.module import Module
 
-from lamella.config import AttentionMoEConfig, MoEConfig
+from lamella.config import AttentionMoEConfig, Mode, MoEConfig
 from lamella.moe.balancing import add_gradient_of, auxiliary_loss, expert_counts, quantile_bias, share_bias
 from lamella.moe.routing import Routing, pair_margins
 
@@ -56,6 +56,7 @@ class Routed(Module):
     def __init__(self, moe: MoEConfig | AttentionMoEConfig):
         super().__init__()
         self.moe: Any = moe
+        self.mode: Mode = "routed"
         self.next_share: float | None = None
         """Share of the tokens that the twins (flat routing: each expert) should get after the next bias update; None
         gathers no bias for it."""

@@ -53,7 +53,9 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str, teacher
     if ranks < 1:
         raise UserError(f"ranks is {ranks}; it must be at least 1")
     recipe.check_world_size(ranks)
-    _check_stages(recipe, model)
+    recipe.parallel.check_stages("the model", model.num_layers, model.tied)
+    if recipe.parallel.pipeline > 1 and recipe.objective == "distil":
+        raise UserError("parallel.pipeline has no way for a teacher; set objective: pretrain, or pipeline to 1")
     if recipe.seq_len > model.max_positions:
         raise UserError(f"seq_len {recipe.seq_len} is longer than the model's {model.max_positions} positions")
     if model.moe is None and recipe.trains != "all":
@@ -70,16 +72,3 @@ def make_layout(recipe: Recipe, model: Model, ranks: int, gpu_name: str, teacher
         if moe is not None and (moe.num_frozen_experts % degree or moe.num_trainable_experts % degree):
             raise UserError(f"parallel.expert={degree} does not divide the experts of layer {layer}; choose a divisor")
     return Layout(model, recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)
-
-
-def _check_stages(recipe: Recipe, model: Model) -> None:
-    """As training checks them."""
-    stages = recipe.parallel.pipeline
-    if stages == 1:
-        return
-    if model.tied:
-        raise UserError("parallel.pipeline puts embedding and head on different ranks, but this model ties them")
-    if stages > model.num_layers:
-        raise UserError(f"parallel.pipeline={stages} is more stages than the {model.num_layers} layers; lower it")
-    if recipe.objective == "distil":
-        raise UserError("parallel.pipeline has no way for a teacher; set objective: pretrain, or pipeline to 1")

@@ -161,13 +161,7 @@ def _check_tensor(recipe: Recipe, config: LamellaDecoder.Config, has_experts: bo
 
 
 def _check_pipeline(recipe: Recipe, config: LamellaDecoder.Config) -> None:
-    degree = recipe.parallel.pipeline
-    if config.enable_weight_tying:
-        raise UserError(
-            f"parallel.pipeline puts embedding and head on different ranks, but {recipe.model} ties them; set it to 1"
-        )
-    if degree > len(config.layers):
-        raise UserError(f"parallel.pipeline={degree} is more stages than the {len(config.layers)} layers; lower it")
+    recipe.parallel.check_stages(recipe.model, len(config.layers), config.enable_weight_tying)
     if recipe.objective == "distil" or recipe.routing_loss is not None or recipe.router_fit is not None:
         raise UserError(
             "parallel.pipeline has no way for a teacher, a routing_loss or a router_fit; leave them out, or set it to 1"
