@@ -31,7 +31,14 @@ DENSE: dict[str, tuple[str, dict[str, Any], bool, torch.dtype]] = {
     ),
     "qwen3": ("qwen3", {}, True, torch.float32),
 }  # fmt: skip
-TWO_MATRIX = {"gpt2": {}, "gpt2, untied": {"tie_word_embeddings": False}, "opt": {}, "opt, gelu": {"act": "gelu"}}
+TWO_MATRIX: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2, untied": {"tie_word_embeddings": False},
+    "opt": {},
+    "opt, gelu": {"act": "gelu"},
+    "opt, post-norm and a narrow embedding": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # OPT-350m
+    "opt, without a final norm": {"_remove_final_layer_norm": True},
+}
 MODELS = [*DENSE, *TWO_MATRIX]
 
 
@@ -55,12 +62,8 @@ def tiny_two_matrix(name: str) -> PreTrainedModel:
         )
     else:
         sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-        act = changes.pop("act", "relu")
-        model = OPTForCausalLM(
-            OPTConfig(
-                **sizes, max_position_embeddings=64, word_embed_proj_dim=32, activation_function=act, **ids, **changes
-            )
-        )
+        own = {"activation_function": changes.pop("act", "relu"), "word_embed_proj_dim": 32} | changes
+        model = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, **ids, **own))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             is_scale = ("norm" in key or "ln_" in key) and key.endswith("weight")

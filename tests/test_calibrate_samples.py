@@ -144,13 +144,8 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
-    for config, message in (
-        ({"model_type": "opt", "do_layer_norm_before": False}, "knows pre-norm alone"),
-        ({"model_type": "opt", "word_embed_proj_dim": 16, "hidden_size": 32}, "knows equal widths alone"),
-        ({"model_type": "gemma"}, "'gemma' models cannot be calibrated"),
-    ):
-        with pytest.raises(UserError, match=message):
-            anatomy_of(config)
+    with pytest.raises(UserError, match="'gemma' models cannot be calibrated"):
+        anatomy_of({"model_type": "gemma"})
     source = checkpoint(tmp_path / "model", "llama")
     for layers in ([3], [], [-1]):
         with pytest.raises(UserError, match="the model has 0 to 2"):

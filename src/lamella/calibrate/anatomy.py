@@ -1,12 +1,12 @@
 """What calibration knows of a family: where the decoder keeps its parts, and the FFN inside a layer.
 
-Every layer here is pre-norm, residual + FFN(norm(residual)), so the gradient of the FFN's output is that of the
-layer's output.
+A layer's output is residual + FFN in every family, so the gradient of the FFN's output is that of the layer's output:
+where layers end with a norm (post-norm), that norm is taken to begin the next layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Anatomy:
     final_norm: str = "norm"
     masks_documents: bool = True
     """The model itself keeps documents apart by their positions; else it is given a mask."""
+    post_norm: str | None = None
+    """The norm that a layer ends with."""
 
 
 _LLAMA = Anatomy()
@@ -40,15 +42,13 @@ ANATOMIES = {
 
 
 def anatomy_of(config: dict[str, Any]) -> Anatomy:
-    """The family's anatomy; UserError for an unknown family and for OPT's post-norm variant."""
+    """The family's anatomy; UserError for an unknown one."""
     family = str(config.get("model_type"))
     if family not in ANATOMIES:
         raise UserError(f"{family!r} models cannot be calibrated; known families: {', '.join(ANATOMIES)}")
-    if not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm"):
-        raise UserError("this OPT normalises behind its layers (as OPT-350m does); calibration knows pre-norm alone")
-    if config.get("word_embed_proj_dim", config.get("hidden_size")) != config.get("hidden_size"):
-        raise UserError("this OPT's embedding is not as wide as its layers; calibration knows equal widths alone")
-    return ANATOMIES[family]
+    anatomy = ANATOMIES[family]
+    post_norm = not config.get("do_layer_norm_before", True)  # of OPT alone: OPT-350m
+    return replace(anatomy, post_norm="final_layer_norm") if post_norm else anatomy
 
 
 class LayerFFN:

@@ -54,6 +54,7 @@ class DenseModel:
         self._embedding = self._tensors[names[id(model.get_input_embeddings())] + "weight"]
         self._head = self._embedding if self.config.tie_word_embeddings else self._tensors["lm_head.weight"]
         self._fill_decoder(names[id(self._decoder)])
+        self._behind_layers = self._between_layers_and_head()
 
     def _fill_decoder(self, prefix: str) -> None:
         """Recorders for the layers, weights for what is left; the embedding stays without storage."""
@@ -67,6 +68,13 @@ class DenseModel:
         if hasattr(decoder, "rotary_emb"):  # computed from the config, not stored
             decoder.rotary_emb = type(decoder.rotary_emb)(self.config)
 
+    def _between_layers_and_head(self) -> list[nn.Module]:
+        """The last layer's norm if layers end with one; the decoder's, and its projection to the embedding's width."""
+        post_norm = self.anatomy.post_norm
+        last = None if post_norm is None else self._post_norm(self.num_layers - 1, post_norm)
+        own = [getattr(self._decoder, name, None) for name in (self.anatomy.final_norm, "project_out")]
+        return [module for module in (last, *own) if module is not None]
+
     @property
     def num_layers(self) -> int:
         return len(self._layers)
@@ -77,12 +85,28 @@ class DenseModel:
         return self.config.hidden_size
 
     def layer(self, index: int) -> nn.Module:
-        """A decoder layer with its weights, float32; memory is free again when the caller lets go of it."""
-        layer = copy.deepcopy(self._layers[index])
-        names = layer.state_dict()
-        weights = {name: read_whole(self._tensors[self._prefixes[index] + name]) for name in names}
-        layer.load_state_dict(weights, assign=True)
-        return layer.requires_grad_(False)
+        """A decoder layer with its weights, float32; memory is free again when the caller lets go of it.
+
+        One that ends with a norm ends before it here, and begins with the norm of the layer before.
+        """
+        layer, post_norm = self._with_weights(self._layers[index], self._prefixes[index]), self.anatomy.post_norm
+        if post_norm is not None:
+            setattr(layer, post_norm, nn.Identity())
+            if index > 0:
+                norm = self._post_norm(index - 1, post_norm)
+                layer.register_forward_pre_hook(lambda _, args: (norm(args[0]), *args[1:]))
+        return layer
+
+    def _post_norm(self, index: int, name: str) -> nn.Module:
+        """The norm that a layer ends with, in the checkpoint."""
+        return self._with_weights(getattr(self._layers[index], name), f"{self._prefixes[index]}{name}.")
+
+    def _with_weights(self, module: nn.Module, prefix: str) -> nn.Module:
+        """A copy of a module without storage, with the checkpoint's tensors of this prefix."""
+        module = copy.deepcopy(module)
+        weights = {name: read_whole(self._tensors[prefix + name]) for name in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        return module.requires_grad_(False)
 
     def ffn(self, index: int) -> FFN:
         """A layer's FFN alone, float32."""
@@ -114,7 +138,10 @@ class DenseModel:
         return [recorder.seen for recorder in getattr(self._decoder, self.anatomy.layers)]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return getattr(self._decoder, self.anatomy.final_norm)(hidden)
+        """All that lies between the last layer and the head."""
+        for module in self._behind_layers:
+            hidden = module(hidden)
+        return hidden
 
     def head_VD(self) -> Tensor:
         """The output head, or the embedding where they are tied; float32."""
