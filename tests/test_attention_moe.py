@@ -22,7 +22,7 @@ from lamella.config import AttentionMoEConfig
 from lamella.conversion import SliceOptions, convert
 from lamella.conversion.attention import attention_experts
 from lamella.conversion.attention_options import AttentionOptions
-from lamella.conversion.attention_router import ridge_router
+from lamella.conversion.attention_router import calibration_windows, ridge_router
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.tensors import read_header
 from lamella.errors import UserError
@@ -30,6 +30,7 @@ from lamella.export import export
 from lamella.models.attention_cache import RaggedLayer
 from lamella.models.hf import load
 from lamella.models.titan_config import read_hf_config
+from lamella.moe.balancing import expert_counts, max_violation
 
 # Logits of the tiny models reach about 4: sums of 32 fp32 terms in another order in 3 layers, a few roundings
 # (4 * 2**-23 = 5e-7) at every step, which the norms and the head may add up.
@@ -311,6 +312,21 @@ def test_ridge_router_from_text(tmp_path: Path) -> None:
     assert logits(model, tokens()).isfinite().all()
 
 
+def test_balance_bounds_the_violation_on_the_calibration_text(tmp_path: Path) -> None:
+    """In the first layer, whose input is the dense model's."""
+    source, violations = save_llama(tmp_path / "dense"), []
+    for balance in (None, 0.05):
+        options = AttentionOptions(layers="0", top_k=1, router="ridge", calibration_tokens=600, balance=balance)
+        attention_experts(source, tmp_path / f"{balance}", options)
+        model: Any = load(tmp_path / f"{balance}")
+        ids, positions = calibration_windows(source, options)
+        with torch.no_grad():
+            model(ids, position_ids=positions)
+        (layer,) = model.attention_experts
+        violations.append(max_violation(expert_counts(layer.last_routing.expert_ids_TK, 2)).item())
+    assert violations[1] <= 0.05 < violations[0]
+
+
 WRONG_OPTIONS = [
     ({"experts": 3}, "do not fit 4 query heads with 2 key/value heads; possible: 2, 4"),
     ({"top_k": 3}, "top-k is 3 of 2 experts"),
@@ -320,6 +336,8 @@ WRONG_OPTIONS = [
     ({"router": "ridge", "gate": "softmax"}, "use gate 'unit'"),
     ({"route_scale": 2.0}, "gate 'unit' has no route_scale"),
     ({"router": "ridge"}, "has no tokenizer"),
+    ({"balance": 0.1}, "balance needs calibration text, which router 'zero' does not read"),
+    ({"router": "ridge", "balance": 0.0}, "balance is 0.0; it must be a MaxVio above 0"),
 ]
 
 

@@ -11,6 +11,7 @@ from lamella.conversion.families import Family, Shapes
 from lamella.conversion.options import parse_layers
 from lamella.errors import UserError, check_choice
 from lamella.moe.attention import check_experts
+from lamella.moe.balancing import check_balance
 
 # "zero": every expert ties, the first top-k of them are chosen. "random": rows of std RANDOM_STD. "ridge": regression
 # of the attention's input onto the norm of what each expert contributes, on calibration text.
@@ -40,6 +41,9 @@ class AttentionOptions:
     """Of the router "random", and of the choice of calibration text."""
     calibration_tokens: int = 4096
     """For the router "ridge"."""
+    balance: float | None = None
+    """For the router "ridge": move the selection biases until MaxVio on the calibration tokens is at most this; None:
+    leave them."""
 
     def __post_init__(self) -> None:
         check_choice("gate", self.gate, get_args(GateKind))
@@ -48,6 +52,9 @@ class AttentionOptions:
             raise UserError(f"router 'ridge' predicts norms, which gate {self.gate!r} does not weigh; use gate 'unit'")
         if self.gate == "unit" and self.route_scale is not None:
             raise UserError("gate 'unit' has no route_scale; leave it out")
+        if self.balance is not None and self.router != "ridge":
+            raise UserError(f"balance needs calibration text, which router {self.router!r} does not read; use 'ridge'")
+        check_balance(self.balance)
         if self.calibration_tokens < 1:
             raise UserError(f"calibration_tokens is {self.calibration_tokens}; it must be at least 1")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lamella.config import AttentionMoEConfig
 from lamella.conversion.attention_options import RANDOM_STD, AttentionOptions
 from lamella.errors import UserError
-from lamella.moe.attention import expert_norms
+from lamella.moe.attention import attention_scores, expert_norms
+from lamella.moe.balancing import balanced_bias
 from lamella.partition.ridge import LinearMap, RidgeProblem
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -63,19 +64,27 @@ def ridge_router(x_TD: Tensor, norms_TE: Tensor, num_chosen: int) -> RouterStart
     return RouterStartValues(*found)
 
 
+def balanced(start: RouterStartValues, x_TD: Tensor, config: AttentionMoEConfig, target: float) -> RouterStartValues:
+    """The same router, its biases moved until MaxVio on these tokens is at most `target`."""
+    scores_TE = attention_scores(x_TD, start.weight_ED, config)
+    return start._replace(bias_E=balanced_bias(scores_TE, start.bias_E, config.num_experts_per_tok, target))
+
+
 def _ridge_routers(folder: Path, config: AttentionMoEConfig, options: AttentionOptions) -> dict[int, RouterStartValues]:
     from lamella.models.hf import load
 
-    ids_NL, positions_NL = _windows(folder, options)
+    ids_NL, positions_NL = calibration_windows(folder, options)
     model: Any = load(folder, dtype=torch.float32)
     attention = {layer: model.model.layers[layer].self_attn for layer in config.layers}
     with torch.no_grad(), _listening(attention, config.num_experts) as seen:
         for ids_L, positions_L in zip(ids_NL, positions_NL, strict=True):
             model(ids_L[None], position_ids=positions_L[None], use_cache=False, logits_to_keep=1)
-    return {
-        layer: ridge_router(torch.cat(seen[layer, "x"]), torch.cat(seen[layer, "norms"]), config.num_experts_per_tok)
-        for layer in config.layers
-    }
+    routers = {}
+    for layer in config.layers:
+        x_TD, norms_TE = (torch.cat(seen.pop((layer, kind))) for kind in ("x", "norms"))
+        start = ridge_router(x_TD, norms_TE, config.num_experts_per_tok)
+        routers[layer] = start if options.balance is None else balanced(start, x_TD, config, options.balance)
+    return routers
 
 
 @contextmanager
@@ -103,7 +112,7 @@ def _listening(attention: dict[int, Any], num_experts: int) -> Iterator[dict[tup
             handle.remove()
 
 
-def _windows(folder: Path, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def calibration_windows(folder: Path, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(ids, positions), both [N, L], of text that is not held out for evaluation."""
     from lamella.data.packing import PackedSamples, token_file
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.config import Activation, MoEConfig
 from lamella.errors import UserError, check_choice
-from lamella.moe.balancing import balanced_bias
+from lamella.moe.balancing import balanced_bias, check_balance
 from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn
 from lamella.moe.routing import gate_scores
 from lamella.moe.slicing import Experts
@@ -68,8 +68,7 @@ class Axes:
         check_choice("output", self.output, get_args(OutputName))
         if self.gate == "unit" and self.scale_factor is not None:
             raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
-        if self.balance is not None and not self.balance > 0:
-            raise UserError(f"balance is {self.balance}; it must be a MaxVio above 0")
+        check_balance(self.balance)
 
     @property
     def all_active(self) -> bool:
