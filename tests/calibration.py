@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from lamella.calibrate import CalibrationTokens
-from lamella.calibrate.dense import document_mask
+from lamella.calibrate.layerwise import document_mask
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.data.packing import make_sample
 from lamella.partition.layer import FFN, LayerSample

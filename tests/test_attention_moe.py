@@ -18,11 +18,12 @@ from tiny_models import tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from lamella.calibrate import CalibrationOptions, calibration_tokens
 from lamella.config import AttentionMoEConfig
 from lamella.conversion import SliceOptions, convert
-from lamella.conversion.attention import attention_experts
+from lamella.conversion.attention import open_dense_or_converted
 from lamella.conversion.attention_options import AttentionOptions
-from lamella.conversion.attention_router import calibration_windows, ridge_router
+from lamella.conversion.attention_router import ridge_router
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.tensors import read_header
 from lamella.errors import UserError
@@ -43,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
 }
 LAYERS = "0,2"
+CALIBRATION = CalibrationOptions(num_tokens=600, sequence_length=60)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -57,7 +59,7 @@ def llama(tmp_path: Path) -> Path:
 
 def converted(source: Path, name: str = "experts", **options: Any) -> Path:
     out = source.parent / name
-    attention_experts(source, out, AttentionOptions(**{"layers": LAYERS} | options))
+    convert(source, out, AttentionOptions(**{"layers": LAYERS} | options))
     return out
 
 
@@ -304,7 +306,7 @@ def test_ridge_finds_a_linear_rule() -> None:
 
 def test_ridge_router_from_text(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "dense")
-    folder = converted(source, layers="all", top_k=1, router="ridge", calibration_tokens=600)
+    folder = converted(source, layers="all", top_k=1, router="ridge", calibration=CALIBRATION)
     model: Any = load(folder)
     for layer in model.attention_experts:
         assert layer.router.weight.abs().sum() > 0
@@ -312,16 +314,20 @@ def test_ridge_router_from_text(tmp_path: Path) -> None:
     assert logits(model, tokens()).isfinite().all()
 
 
-def test_balance_bounds_the_violation_on_the_calibration_text(tmp_path: Path) -> None:
-    """In the first layer, whose input is the dense model's."""
+@pytest.mark.parametrize("kind", ["dense", "sliced"])
+def test_balance_bounds_the_violation_on_the_calibration_text(tmp_path: Path, kind: str) -> None:
+    """In a layer behind others, dense or sliced ones."""
     source, violations = save_llama(tmp_path / "dense"), []
+    if kind == "sliced":
+        convert(source, tmp_path / "sliced", SliceOptions(slices=4, noise=0.5))
+        source = tmp_path / "sliced"
     for balance in (None, 0.05):
-        options = AttentionOptions(layers="0", top_k=1, router="ridge", calibration_tokens=600, balance=balance)
-        attention_experts(source, tmp_path / f"{balance}", options)
+        options = AttentionOptions(layers="1", top_k=1, router="ridge", calibration=CALIBRATION, balance=balance)
+        convert(source, tmp_path / f"{balance}", options)
         model: Any = load(tmp_path / f"{balance}")
-        ids, positions = calibration_windows(source, options)
+        seen = calibration_tokens(open_dense_or_converted(source), CALIBRATION)
         with torch.no_grad():
-            model(ids, position_ids=positions)
+            model(seen.ids_NL, position_ids=seen.positions_NL)
         (layer,) = model.attention_experts
         violations.append(max_violation(expert_counts(layer.last_routing.expert_ids_TK, 2)).item())
     assert violations[1] <= 0.05 < violations[0]
@@ -335,7 +341,8 @@ WRONG_OPTIONS = [
     ({"router": "rige"}, "did you mean 'ridge'"),
     ({"router": "ridge", "gate": "softmax"}, "use gate 'unit'"),
     ({"route_scale": 2.0}, "gate 'unit' has no route_scale"),
-    ({"router": "ridge"}, "has no tokenizer"),
+    ({"router": "ridge", "calibration": CALIBRATION}, "has no tokenizer"),
+    ({"router": "ridge"}, "longer than the model's 256 positions; lower the calibration's sequence_length"),
     ({"balance": 0.1}, "balance needs calibration text, which router 'zero' does not read"),
     ({"router": "ridge", "balance": 0.0}, "balance is 0.0; it must be a MaxVio above 0"),
 ]

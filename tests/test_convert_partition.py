@@ -13,8 +13,8 @@ from tiny import VOCAB, save_tokenizer
 from tiny_models import CONFIGS, tiny_checkpoint
 
 from lamella.calibrate import calibration_tokens
-from lamella.calibrate.dense import document_mask
 from lamella.calibrate.guard import Verdict
+from lamella.calibrate.layerwise import document_mask
 from lamella.conversion import convert
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.recipe import load_conversion

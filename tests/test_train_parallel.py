@@ -12,7 +12,7 @@ from test_train_run import COMMON, REORDERED, heldout, losses, run_many
 from tiny import save_llama
 from titan_models import HEADS, PARTITIONED, trainable_moe
 
-from lamella.conversion.attention import attention_experts
+from lamella.conversion import convert
 from lamella.conversion.attention_options import AttentionOptions
 from lamella.train.weights import materialise
 
@@ -76,7 +76,7 @@ def runs(tmp_path_factory):
     even = {"per_layer": {2: {"num_trainable_experts": 4, "num_experts_per_tok": 1}}}
     trainable_moe(folder / "parts", moe_changes=PARTITIONED | {"router": "linear"} | even)
     trainable_moe(folder / "heads", heads=HEADS)
-    attention_experts(save_llama(folder / "dense"), folder / "attention", AttentionOptions(top_k=1, router="random"))
+    convert(save_llama(folder / "dense"), folder / "attention", AttentionOptions(top_k=1, router="random"))
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
     run_many(folder, 1, [words(folder, f"{name}-alone", settings) for name, settings in ALONE.items()])
     many = [layout(folder, name) for name in LAYOUTS]

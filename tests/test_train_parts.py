@@ -7,7 +7,7 @@ import torch
 from tiny import save_llama
 from titan_models import load_titan, tiny_moe, trainable_moe
 
-from lamella.conversion.attention import attention_experts
+from lamella.conversion import convert
 from lamella.conversion.attention_options import AttentionOptions
 from lamella.errors import UserError
 from lamella.models.names import is_trained
@@ -254,7 +254,7 @@ def test_dense_models_train_as_a_whole_only(tmp_path):
 
 
 def test_of_attention_experts_alone_the_routers_train_or_everything(tmp_path):
-    attention_experts(save_llama(tmp_path / "dense"), tmp_path / "model", AttentionOptions(top_k=1, router="random"))
+    convert(save_llama(tmp_path / "dense"), tmp_path / "model", AttentionOptions(top_k=1, router="random"))
     settings = {"model": str(tmp_path / "model"), "seq_len": 16}
     for allowed in ({}, {"trains": "all"}, {"objective": "distil"}):
         assert model_config(make_recipe(settings | allowed)).layers[0].attention.heads.moe.num_experts == 2

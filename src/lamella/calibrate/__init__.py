@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lamella.calibrate.dense import DenseModel
+from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
 from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
@@ -58,7 +58,7 @@ def calibrate(
     Raises:
         UserError: unknown family, layers that are not there, a folder of something else or in use, a full disk.
     """
-    model = DenseModel(source)
+    model = LayerwiseModel(source)
     chosen = _checked_layers(layers, model.num_layers)
     settings = {"gradients": gradients, "sequential": replacement is not None, "layers": list(chosen)}
     wanted, results = fingerprint(source, tokens, method | settings), ResultFolder(folder)

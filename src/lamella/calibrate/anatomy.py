@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lamella.conversion.families import SLICED_PREFIX
 from lamella.conversion.layout import ffn_layout
 from lamella.conversion.tensors import SourceTensor
 from lamella.errors import UserError
@@ -42,8 +43,8 @@ ANATOMIES = {
 
 
 def anatomy_of(config: dict[str, Any]) -> Anatomy:
-    """The family's anatomy; UserError for an unknown one."""
-    family = str(config.get("model_type"))
+    """The family's anatomy, a converted model's too; UserError for an unknown one."""
+    family = str(config.get("model_type")).removeprefix(SLICED_PREFIX)
     if family not in ANATOMIES:
         raise UserError(f"{family!r} models cannot be calibrated; known families: {', '.join(ANATOMIES)}")
     anatomy = ANATOMIES[family]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lamella.calibrate.dense import DenseModel
+from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.passes import (
     WatchedLayer,
     add_replacement,
@@ -76,7 +76,7 @@ ReplacedFFN = Callable[[int, FFN], Callable[[Tensor], Tensor]]
 
 @torch.no_grad()
 def guarded(
-    model: DenseModel,
+    model: LayerwiseModel,
     tokens: CalibrationTokens,
     guard: Guard,
     layers: Iterable[int],
@@ -118,7 +118,7 @@ def _through(layer: WatchedLayer, hidden_NLD: Tensor, tokens: CalibrationTokens)
 
 
 def _through_replaced(
-    model: DenseModel, index: int, hidden_NLD: Tensor, tokens: CalibrationTokens, ffn: Callable[[Tensor], Tensor]
+    model: LayerwiseModel, index: int, hidden_NLD: Tensor, tokens: CalibrationTokens, ffn: Callable[[Tensor], Tensor]
 ) -> Tensor:
     layer, out_NLD = WatchedLayer(model, index, without_ffn=True), torch.empty_like(hidden_NLD)
     sample = empty_sample(layer.ffn, hidden_NLD.shape[0] * hidden_NLD.shape[1])
@@ -130,7 +130,7 @@ def _through_replaced(
 class _Test:
     """The metric of a model that is dense from some layer on."""
 
-    def __init__(self, model: DenseModel, tokens: CalibrationTokens, guard: Guard):
+    def __init__(self, model: LayerwiseModel, tokens: CalibrationTokens, guard: Guard):
         self.model, self.tokens, self.metric = model, tokens, guard.metric
         N, L = tokens.ids_NL.shape
         self.embedded = torch.empty(N, L, model.width)

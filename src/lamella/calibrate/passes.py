@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lamella.calibrate.dense import DenseModel
+from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.data.packing import IGNORE_INDEX
 from lamella.partition.layer import FFN, LayerSample
 
@@ -24,7 +24,7 @@ _HEAD_ELEMENTS = 1 << 23
 class WatchedLayer:
     """A decoder layer with its weights, and what its FFN was given at the latest call."""
 
-    def __init__(self, model: DenseModel, index: int, without_ffn: bool = False):
+    def __init__(self, model: LayerwiseModel, index: int, without_ffn: bool = False):
         """`without_ffn`: the layer's output is the residual that the FFN's output is to be added to."""
         self.model, self.index = model, index
         self.module, ffn = model.layer(index), model.ffn_modules(index)
@@ -63,7 +63,7 @@ def empty_sample(ffn: FFN, num_tokens: int) -> LayerSample:
     return LayerSample(ffn, torch.empty(num_tokens, D), torch.empty(num_tokens, F))
 
 
-def embed_pass(model: DenseModel, ids_NL: Tensor, positions_NL: Tensor, out_NLD: Tensor) -> None:
+def embed_pass(model: LayerwiseModel, ids_NL: Tensor, positions_NL: Tensor, out_NLD: Tensor) -> None:
     """The first layer's input."""
     for part in batches(ids_NL.shape):
         out_NLD[part] = model.embed(ids_NL[part], positions_NL[part])
@@ -108,7 +108,7 @@ def with_gradient(sample: LayerSample, gradient_NLD: Tensor) -> LayerSample:
     return sample._replace(dh_TF=gradient_NLD.flatten(0, 1) @ sample.ffn.down_DF)
 
 
-def head_pass(model: DenseModel, hidden_NLD: Tensor, labels_NL: Tensor, out_NLD: Tensor) -> None:
+def head_pass(model: LayerwiseModel, hidden_NLD: Tensor, labels_NL: Tensor, out_NLD: Tensor) -> None:
     """Gradient of the summed next-token loss with respect to the last layer's output, a few tokens at a time."""
     head_VD = model.head_VD()
     hidden_TD, out_TD, labels_T = hidden_NLD.flatten(0, 1), out_NLD.flatten(0, 1), labels_NL.flatten()

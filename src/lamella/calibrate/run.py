@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from lamella.calibrate.dense import DenseModel
+from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.passes import (
     WatchedLayer,
     add_replacement,
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 class Run:
     """One calibration; see `lamella.calibrate.calibrate` for the fields."""
 
-    model: DenseModel
+    model: LayerwiseModel
     tokens: CalibrationTokens
     stream: StreamFolder
     results: ResultFolder

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lamella.calibrate.dense import config_of
+from lamella.calibrate.layerwise import config_of
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.write import write_json
 from lamella.data.packing import PackedSamples, token_file
@@ -94,7 +94,8 @@ def calibration_tokens(
     longest = config_of(source).max_position_embeddings
     if options.sequence_length > longest:
         raise UserError(
-            f"windows of {options.sequence_length} tokens are longer than the model's {longest} positions; shorten them"
+            f"windows of {options.sequence_length} tokens are longer than the model's {longest} positions; "
+            "lower the calibration's sequence_length"
         )
     samples = PackedSamples(_tokens(source, options, cache), options.sequence_length, options.seed)
     if len(samples) < options.num_windows:

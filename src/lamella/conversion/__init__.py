@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.options import Options, SliceOptions
@@ -17,7 +17,6 @@ from lamella.conversion.slice import plan_slices
 from lamella.conversion.upcycle import plan_upcycle
 from lamella.conversion.work import Work
 from lamella.conversion.write import appearing_folder, check_output, write_tensors
-from lamella.errors import UserError
 
 DEFAULT_OUT = Path("artifacts/moe")
 
@@ -28,11 +27,28 @@ def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
     return plan_calibrated(source, options, work)
 
 
-ATTENTION = "attention"
-METHODS: dict[str, Callable[[Checkpoint, Any, Work], Plan]] = {
-    "slice": lambda source, options, work: plan_slices(source, options),
-    "partition": _plan_partition,
-    "upcycle": lambda source, options, work: plan_upcycle(source, options),
+def _plan_attention(source: Checkpoint, options: Any, work: Work) -> Plan:
+    from lamella.conversion.attention import plan_attention
+
+    return plan_attention(source, options, work)
+
+
+def _open_for_attention(model: str | Path | None) -> Checkpoint:
+    from lamella.conversion.attention import open_dense_or_converted
+
+    return open_dense_or_converted(model)
+
+
+class Method(NamedTuple):
+    plan: Callable[[Checkpoint, Any, Work], Plan]
+    open: Callable[[str | Path | None], Checkpoint] = Checkpoint.open
+
+
+METHODS = {
+    "slice": Method(lambda source, options, work: plan_slices(source, options)),
+    "partition": Method(_plan_partition),
+    "upcycle": Method(lambda source, options, work: plan_upcycle(source, options)),
+    "attention": Method(_plan_attention, _open_for_attention),
 }
 
 
@@ -55,10 +71,9 @@ def plan_conversion(
 ) -> tuple[Checkpoint, Plan]:
     """Open a dense model (see `Checkpoint.open`) and plan its conversion; without `work` it reads headers only."""
     options = options or SliceOptions()
-    if options.method == ATTENTION:
-        raise UserError("method 'attention' copies every tensor and adds routers: it has no plan to show")
-    source = Checkpoint.open(model)
-    return source, METHODS[options.method](source, options, work or Work(None))
+    method = METHODS[options.method]
+    source = method.open(model)
+    return source, method.plan(source, options, work or Work(None))
 
 
 def convert(
@@ -75,7 +90,7 @@ def convert(
     """Convert a dense model into a folder that transformers' Auto classes load.
 
     Args:
-        model: folder, .gguf file or hub name; None: the embedded model.
+        model: folder, .gguf file or hub name; None: the embedded model. Method "attention" takes a converted one, too.
         out: the folder to make; parents are made too. A calibration keeps its results in OUT.calibration, for the
             next call if this one is interrupted, and removes it at the end.
         options: of the method, whose name they carry; None: slices.
@@ -87,14 +102,11 @@ def convert(
         UserError: bad input, before anything is written; or the disk became full, and nothing is kept.
     """
     options, out, began = options or SliceOptions(), Path(out), time.perf_counter()
-    if options.method == ATTENTION:
-        return _convert_attention(model, out, options, overwrite, on_bytes)
     check_output(out, overwrite)  # before a model is downloaded
     work = Work(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict)
-    source = Checkpoint.open(model)
-    sizes = METHODS[options.method](source, options, Work(None))
+    source, sizes = plan_conversion(model, options)
     check_output(out, overwrite, sizes.total_bytes, {tensor.path for tensor in source.tensors.values()})
-    plan = METHODS[options.method](source, options, work)
+    plan = METHODS[options.method].plan(source, options, work)
     on_plan(plan)
     with appearing_folder(out) as folder:
         source.copy_sidecars(folder)
@@ -103,18 +115,8 @@ def convert(
     if work.folder is not None:
         shutil.rmtree(work.folder, ignore_errors=True)
     return ConversionReport(
-        out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config["moe"], plan.notes
+        out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config[options.entry], plan.notes
     )
-
-
-def _convert_attention(
-    model: str | Path | None, out: Path, options: Any, overwrite: bool, on_bytes: Callable[[int], None]
-) -> ConversionReport:
-    """Its source may be a converted model, so it has a way of its own."""
-    from lamella.conversion.attention import attention_experts
-
-    report = attention_experts(model, out, options, overwrite=overwrite, on_bytes=on_bytes)
-    return ConversionReport(out, report.wall_s, peak_rss_mib(), report.bytes_written, report.config.to_dict())
 
 
 def peak_rss_mib() -> float:

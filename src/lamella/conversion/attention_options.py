@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+from lamella.calibrate.text import CalibrationOptions
 from lamella.config import AttentionMoEConfig, GateKind
-from lamella.conversion.families import Family, Shapes
+from lamella.conversion.families import Family
 from lamella.conversion.options import parse_layers
 from lamella.errors import UserError, check_choice
 from lamella.moe.attention import check_experts
@@ -26,6 +27,7 @@ class AttentionOptions:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "attention"
+    entry: ClassVar[str] = "attention_moe"
 
     layers: str = "all"
     """As in SliceOptions."""
@@ -38,9 +40,9 @@ class AttentionOptions:
     route_scale: float | None = None
     """Factor on normalised weights; None: top-k, so that equal weights are 1. Gate "unit" has none."""
     seed: int = 0
-    """Of the router "random", and of the choice of calibration text."""
-    calibration_tokens: int = 4096
-    """For the router "ridge"."""
+    """Of the router "random"."""
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """Text for the router "ridge"."""
     balance: float | None = None
     """For the router "ridge": move the selection biases until MaxVio on the calibration tokens is at most this; None:
     leave them."""
@@ -55,8 +57,6 @@ class AttentionOptions:
         if self.balance is not None and self.router != "ridge":
             raise UserError(f"balance needs calibration text, which router {self.router!r} does not read; use 'ridge'")
         check_balance(self.balance)
-        if self.calibration_tokens < 1:
-            raise UserError(f"calibration_tokens is {self.calibration_tokens}; it must be at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,10 +64,9 @@ class AttentionOptions:
     def describe(self, entry: dict[str, Any]) -> str:
         """Lines of the model card, given the `attention_moe` entry of the new config."""
         return f"""\
-- Recipe: method `attention`. In {len(entry["layers"])} layers the attention is {entry["num_experts"]} experts (query
-  heads that share a key/value head), {entry["num_experts_per_tok"]} of them active per token. Each attends over the
-  tokens that were routed to it, and its cache holds only these.
-- Gate `{entry["gate"]}`, router start `{self.router}`, seed {self.seed}."""
+- Recipe: method `attention`, router start `{self.router}`, seed {self.seed}. The attention is
+  {entry["num_experts"]} experts (query heads that share a key/value head). Each attends over the tokens that were
+  routed to it, and its cache holds only these."""
 
 
 def attention_config(config: dict[str, Any], family: Family, options: AttentionOptions) -> AttentionMoEConfig:
@@ -89,17 +88,3 @@ def attention_config(config: dict[str, Any], family: Family, options: AttentionO
     if scale is None:
         scale = 1.0 if options.gate == "unit" else float(top_k)
     return AttentionMoEConfig(layers, experts, top_k, gate=options.gate, route_scale=scale)
-
-
-def attention_prefix(layer: int) -> str:
-    return f"model.layers.{layer}.self_attn."
-
-
-def router_tensors(hidden_size: int, config: AttentionMoEConfig) -> Shapes:
-    """Names and shapes that attention experts add to the dense tensors of the checkpoint."""
-    E = config.num_experts
-    own: Shapes = {"weight": (E, hidden_size), "selection_bias": (E,)}
-    if config.gate == "unit":
-        own["gate_scale"] = (E,)
-    prefixes = [f"{attention_prefix(layer)}router." for layer in config.layers]
-    return {prefix + name: shape for prefix in prefixes for name, shape in own.items()}

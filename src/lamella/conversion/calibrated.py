@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lamella.calibrate import calibrate, calibration_tokens
-from lamella.calibrate.dense import DenseModel
 from lamella.calibrate.guard import Verdict, guarded
+from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.layout import ffn_layout
 from lamella.conversion.partition import plan_partition
@@ -72,7 +72,7 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
         return decide(sample, axes, generator).to_dict()
 
     if not axes.needs_sample:
-        model = DenseModel(source)
+        model = LayerwiseModel(source)
         return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
     assert work.folder is not None
     sequential = options.sequential and not axes.all_active
@@ -100,6 +100,6 @@ def _test(source: Checkpoint, options: PartitionOptions, decided: Decided, work:
     tokens = calibration_tokens(source, dataclasses.replace(options.calibration, num_tokens=num_tokens))
     axes = options.axes()
     return guarded(
-        DenseModel(source), tokens, options.guard, decided.decisions,
+        LayerwiseModel(source), tokens, options.guard, decided.decisions,
         lambda layer, ffn: converted_layer(ffn, decided.whole(layer), axes), work.on_verdict,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
 from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.converted import converted_layers
 from lamella.conversion.layout import ffn_layout
 from lamella.conversion.options import Options
 from lamella.conversion.plan import Plan
@@ -51,7 +52,7 @@ def run(model: str | None, out: Path, options: Options, *, overwrite: bool, dry_
     if dry_run:
         source, plan = plan_conversion(model, options)
         check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in source.tensors.values()})
-        print(f"{plan.describe()}\n{_summary(source, plan)}: nothing was written to {out}")
+        print(f"{plan.describe()}\n{_summary(source, plan, options)}: nothing was written to {out}")
         return
     with progress_bar("Converting") as display:
         report = convert(
@@ -100,10 +101,10 @@ def _print_verdict(verdict: Any) -> None:
     print(f"layer {verdict.layer}: {verdict.before:.4g} -> {verdict.after:.4g}, {end}", flush=True)
 
 
-def _summary(source: Checkpoint, plan: Plan) -> str:
-    moe = plan.config["moe"]
-    layers = f"{len(moe['moe_layers'])} of {ffn_layout(plan.config).num_layers} layers"
-    return f"{source.name}, {layers} with {_experts(moe)}, routing {moe['routing']}"
+def _summary(source: Checkpoint, plan: Plan, options: Options) -> str:
+    entry = plan.config[options.entry]
+    layers = f"{len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers} layers"
+    return f"{source.name}, {layers} with {_experts(entry)}, gate {entry['gate']}"
 
 
 def _experts(moe: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.config import AttentionMoEConfig, MoEConfig
-from lamella.conversion.attention_options import router_tensors
 from lamella.conversion.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of
 from lamella.conversion.layout import ffn_layout
 from lamella.errors import UserError
@@ -88,6 +87,25 @@ def moe_tensors(D: int, moe: MoEConfig) -> Shapes:
     if moe.output_bias:
         shapes["output_bias"] = (D,)
     return shapes
+
+
+def attention_prefix(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn."
+
+
+def router_tensors(hidden_size: int, config: AttentionMoEConfig) -> Shapes:
+    """Names and shapes that attention experts add to the dense tensors of the checkpoint."""
+    E = config.num_experts
+    own: Shapes = {"weight": (E, hidden_size), "selection_bias": (E,)}
+    if config.gate == "unit":
+        own["gate_scale"] = (E,)
+    prefixes = [f"{attention_prefix(layer)}router." for layer in config.layers]
+    return {prefix + name: shape for prefix in prefixes for name, shape in own.items()}
+
+
+def converted_layers(entry: dict[str, Any]) -> list[int]:
+    """The layers that an entry `moe` or `attention_moe` names."""
+    return entry["moe_layers"] if "moe_layers" in entry else entry["layers"]
 
 
 def ffn_prefix(layer: int) -> str:

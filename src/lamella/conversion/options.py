@@ -21,11 +21,13 @@ class Options(Protocol):
     """What every method's options are: a frozen dataclass whose fields are the recipe's keys."""
 
     method: ClassVar[str]
+    entry: ClassVar[str]
+    """What the method adds to config.json: "moe" or "attention_moe"."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
     def describe(self, moe: dict[str, Any]) -> str:
-        """Lines of the model card about the method, given the `moe` entry of the new config."""
+        """Lines of the model card about the method, given its entry of the new config."""
         ...
 
 
@@ -35,6 +37,7 @@ class SliceOptions:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "slice"
+    entry: ClassVar[str] = "moe"
 
     slices: int = 8
     """Parts that each FFN is cut into; must divide its width."""

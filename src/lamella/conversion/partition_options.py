@@ -19,6 +19,7 @@ class PartitionOptions(Axes):
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "partition"
+    entry: ClassVar[str] = "moe"
 
     layers: str = "all"
     """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""

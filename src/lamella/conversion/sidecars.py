@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lamella import __version__
 from lamella.conversion.checkpoint import Checkpoint, read_json
-from lamella.conversion.converted import REMOTE_CODE
+from lamella.conversion.converted import REMOTE_CODE, converted_layers
 from lamella.conversion.families import Family
 from lamella.conversion.layout import ffn_layout
 from lamella.conversion.options import Options
@@ -27,12 +27,11 @@ tags: [mixture-of-experts, lamella]
 {licence_line}---
 # {name}, as experts
 
-A mixture of fine-grained experts made from the dense model **{name}** by lamella {version}, without training.
+A mixture of fine-grained experts made from **{name}** by lamella {version}, without training.
 
 - Source: {name} ({architecture}); licence: {licence}.
 {recipe}
-- Layers with experts: {num_moe} of {num_layers}; experts are {width} neurons wide, {top_k} of them active per token.
-- Routing `{routing}`, gate `{gate}`.
+{layers}
 - Size: {total_gb:.2f} GB. Hashes of all tensors are in `{manifest}`.
 
 ```python
@@ -88,12 +87,16 @@ def holds_conversion(folder: Path, source: Checkpoint, options: Options) -> bool
 
 
 def model_card(source: Checkpoint, plan: Plan, options: Options) -> str:
-    moe = plan.config["moe"]
+    entry = plan.config[options.entry]
+    layers = (
+        f"- Layers with experts: {len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers}; "
+        f"{entry['num_experts_per_tok']} experts active per token, gate `{entry['gate']}`."
+    )
+    if options.entry == "moe":
+        layers += f"\n- Experts are {entry['moe_intermediate_size']} neurons wide; routing `{entry['routing']}`."
     return _CARD.format(
         licence_line=f"license: {source.licence}\n" if source.licence else "",
         name=source.name, version=__version__, architecture=source.family.architecture,
-        licence=source.licence or "see the source", recipe=options.describe(moe),
-        num_moe=len(moe["moe_layers"]), num_layers=ffn_layout(plan.config).num_layers,
-        width=moe["moe_intermediate_size"], top_k=moe["num_experts_per_tok"], routing=moe["routing"], gate=moe["gate"],
+        licence=source.licence or "see the source", recipe=options.describe(entry), layers=layers,
         total_gb=plan.total_bytes / 1e9, manifest=MANIFEST,
     )  # fmt: skip

@@ -44,6 +44,7 @@ class UpcycleOptions:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "upcycle"
+    entry: ClassVar[str] = "moe"
 
     experts: int = 8
     """C: copies of the FFN."""

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from lamella.config import AttentionMoEConfig, MoEConfig
-from lamella.conversion.attention_options import attention_prefix
-from lamella.conversion.converted import dense_config, ffn_prefix, sliced_family
+from lamella.conversion.converted import attention_prefix, dense_config, ffn_prefix, sliced_family
 from lamella.conversion.pieces import Run, Runs, Sink, Values
 from lamella.conversion.plan import OutputTensor, Plan
 from lamella.conversion.tensors import SourceTensor

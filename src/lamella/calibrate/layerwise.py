@@ -1,4 +1,4 @@
-"""A dense model of which one decoder layer at a time is in memory, in float32, computed by transformers' own classes.
+"""A dense or converted model, one decoder layer in memory at a time, in float32, computed by transformers' own classes.
 
 The model is built without storage; only norms and learned positions are filled for good. What the model would hand to
 a layer (masks, rotary embeddings, positions) is found by running the model with recorders in place of its layers.
@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.conversion.checkpoint import Checkpoint
+from lamella.conversion.families import SLICED_PREFIX
 from lamella.errors import UserError
 from lamella.partition.layer import FFN
 
@@ -38,7 +39,7 @@ class _Recorder(nn.Module):
         return hidden_BLD
 
 
-class DenseModel:
+class LayerwiseModel:
     """Layers, embedding and head of a checkpoint, each read when it is asked for."""
 
     def __init__(self, source: Checkpoint):
@@ -151,6 +152,8 @@ class DenseModel:
 def config_of(source: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config as transformers reads it, with the names that all families share."""
     anatomy_of(source.config)  # a family that is known
+    if source.config["model_type"].startswith(SLICED_PREFIX):
+        import lamella.models.hf  # noqa: F401  registers the converted models
     return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
 
 
