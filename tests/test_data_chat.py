@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from lamella.data.chat import ChatRenderer
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, samples_of, token_file, whole_documents
+from lamella.data.prepare import prepare
 from lamella.data.sources import documents
 from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens
 from lamella.errors import UserError
@@ -132,6 +133,30 @@ def test_samples_hold_whole_conversations(folder, tmp_path):
     expected = "".join(f"answer {i}[end]yes[end]" if i != 7 else "" for i in range(40))
     assert learned.replace("x", "") == expected
     assert 0 < learned.count("x") < 500
+
+
+def test_another_template_is_another_text(folder, tmp_path):
+    """The tokenizer's ids are the same; prepared conversations are refused, and plain text is not."""
+    source = write(tmp_path / "chat.jsonl", [TWO_TURNS] * 30)
+    (tmp_path / "plain.txt").write_text("words\n" * 3000)
+    model = folder(PLAIN)
+    tokens = token_file(source, "train", model, cache=tmp_path)
+    for name, data in (("chats", source), ("plain", str(tmp_path / "plain.txt"))):
+        prepare([data], model, tmp_path / name)
+    folder(PLAIN.replace("[end]", "[END]"))
+    assert token_file(source, "train", model, cache=tmp_path).hash != tokens.hash
+    assert len(token_file(str(tmp_path / "plain"), "train", model))
+    with pytest.raises(UserError, match="rendered by another chat template"):
+        token_file(str(tmp_path / "chats"), "train", model)
+    with pytest.raises(UserError, match="made with other chat template"):
+        prepare([source], model, tmp_path / "chats")
+
+
+def test_half_a_character_is_named(folder, tmp_path):
+    source = write(tmp_path / "chat.jsonl", [TWO_TURNS, conversation("cut \ud83d", "emoji")])
+    with pytest.raises(UserError, match=r"chat\.jsonl, line 2 .*not valid Unicode .*mend or remove the record"):
+        token_file(source, None, folder(), cache=tmp_path)
+    assert token_file(source, None, folder(), cache=tmp_path, on_bad_data="skip").num_documents == 1
 
 
 def test_spans_of_whole_documents():

@@ -83,6 +83,9 @@ def test_broken_records_name_file_and_line(tmp_path):
     path.write_text('{"text": "good"}\n{"text": null}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 2 \(byte 17\): no text in the field 'text'"):
         list(documents(str(path)))
+    path.write_text('{"text": "cut emoji \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1 \(byte 0\): not valid Unicode"):
+        list(documents(str(path)))
     path.write_text('"only a string"\n')
     with pytest.raises(UserError, match="it is no object"):
         list(documents(str(path)))

@@ -76,7 +76,7 @@ def test_deltas_are_counted(tmp_path, llama3):
     assert with_lora["trained"] - before["trained"] == with_lora["all"] - before["all"] == added
     assert Memory(layout).state["optimizer"] - Memory(plain).state["optimizer"] == 2 * 4 * added // 2
     with pytest.raises(UserError, match="a dense model has none"):
-        make_layout(recipe(lora={"rank": 2, "alpha": 4}, trains="all"), read_model(llama3), 1, "cpu")
+        make_layout(recipe(lora={"rank": 2}, trains="all"), read_model(llama3), 1, "cpu", name="a dense model")
 
 
 def test_plan_imports_no_torch(llama3):
@@ -151,7 +151,7 @@ def test_warnings(settings, ranks, warning, llama3):
         (["--dense", "LLAMA3", "--slices", "8", "samples_per_step=9"], "cannot be shared among 8 ranks"),
         (["--dense", "LLAMA3", "--slices", "8", "parallel.expert=8", "--ranks", "24", "samples_per_step=24",
           "parallel.replicate=3", "trains=everything"], "trains: "),
-        (["--dense", "LLAMA3", "--slices", "4", "parallel.expert=8", "samples_per_step=8"], "not divide the experts"),
+        (["--dense", "LLAMA3", "--slices", "4", "parallel.expert=8", "samples_per_step=8"], "does not divide 4 frozen"),
         (["--dense", "LLAMA3", "--slices", "8", "parallel.pipeline=4", "samples_per_step=4"],
          "2 micro-batches for a pipeline of 4 stages; set samples_per_step=8 or more"),
     ],
@@ -176,9 +176,9 @@ def test_stages_are_torchtitans(llama3):
             assert stage.weights() == expected
 
 
-def test_a_stage_may_hold_the_head_alone(tmp_path):
-    tiny_moe("mistral", tmp_path)
-    settings = recipe(model=str(tmp_path), parallel={"pipeline": 3}, samples_per_micro_batch=1)
+def test_of_a_dense_model_a_stage_may_hold_the_head_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"num_hidden_layers": 2}))
+    settings = recipe(parallel={"pipeline": 3}, samples_per_micro_batch=1, trains="all")
     *_, last = make_layout(settings, read_model(tmp_path), 3, "cpu").stages()
     assert {w.name for w in last.weights()} == {"norm.weight", "lm_head.weight"}
     assert Memory(last).peak().name == "loss"

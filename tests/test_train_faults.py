@@ -37,7 +37,7 @@ def words(folder: Path, name: str, **changes) -> list[str]:
     settings = {"model": "model", "out": name} | COMMON | changes
     for key in ("model", "out"):
         settings[key] = folder / settings[key]
-    return [f"{key}={value}" for key, value in settings.items()] + [f"data=[{folder / 'text.md'}]"]
+    return [f"{key}={value}" for key, value in ({"data": f"[{folder / 'text.md'}]"} | settings).items()]
 
 
 def jobs(folder: Path) -> list[dict]:
@@ -69,6 +69,8 @@ def jobs(folder: Path) -> list[dict]:
         job("remote", checkpoint_folder=remote, stop_at_step=5),
         job("remote", checkpoint_folder=remote, damage=[("remote", "remove")]),
         job("stranger", checkpoint_folder=remote, lr=3e-2),
+        job("changed", stop_at_step=2, data=f"[{folder / 'changing.md'}]"),
+        job("changed", data=f"[{folder / 'changing.md'}]", damage=[("changing.md", "truncate")]),
         job("slow", fault="slow:rank=1,seconds=0.2", steps=4),
         job("collapsed", model="collapsed-model", bias_rate=0, steps=2),
         job("whole", damage=[("whole/status.json", "unfinished")]),
@@ -93,6 +95,7 @@ def runs(tmp_path_factory):
     trainable_moe(folder / "model")
     collapsed_model(folder / "collapsed-model")
     (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:2])[:500])
+    shutil.copyfile(folder / "text.md", folder / "changing.md")
     (folder / "jobs.json").write_text(json.dumps(jobs(folder)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"LAMELLA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -255,6 +258,11 @@ def test_checkpoints_of_another_run_are_refused(runs):
     assert all("belong to another run (another recipe)" in reason for _, reason in raised(runs, "stranger"))
 
 
+def test_changed_text_is_refused_on_all_ranks(runs):
+    assert [kind for kind, _ in raised(runs, "changed")] == ["user_config", "user_config"]
+    assert all("changing.md is not that of" in reason for _, reason in raised(runs, "changed"))
+
+
 def test_a_slow_rank_is_named_and_the_run_goes_on(runs):
     assert {e["rank"] for e in events(runs, "slow", "straggler")} == {1}
     assert RunDir(runs / "slow").status()["state"] == "finished"
@@ -276,7 +284,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "dtype", "tokenizer"])
+@pytest.mark.parametrize("change", [*CHANGES, "dtype", "tokenizer", "chat template"])
 def test_another_model_is_refused_with_the_difference(tmp_path, change):
     trainable_moe(tmp_path / "a")
     recipe = RunDir(tmp_path / "run")
@@ -293,6 +301,9 @@ def test_another_model_is_refused_with_the_difference(tmp_path, change):
         file = tmp_path / "b" / "tokenizer.json"
         file.write_text(file.read_text().replace("<eos>", "<end>"))
         said = "the model's tokenizer"
+    if change == "chat template":
+        (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages }}")
+        said = "the model's chat template"
     assert read_hf_config(tmp_path / "b")
     with pytest.raises(UserError, match="holds another run") as error:
         recipe.check_same_run(settings, tmp_path / "b")

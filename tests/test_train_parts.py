@@ -11,6 +11,8 @@ from lamella.conversion import convert
 from lamella.conversion.attention_options import AttentionOptions
 from lamella.errors import UserError
 from lamella.models.names import is_trained
+from lamella.plan.command import make_layout
+from lamella.plan.model import read_model
 from lamella.recipe import Recipe, TwinShare, make_recipe
 from lamella.run_dir import RunDir
 from lamella.train.assemble import model_config, trainer_config
@@ -238,6 +240,27 @@ def test_owned_and_refused_options_exist(tmp_path):
 def test_recipes_that_do_not_fit_the_model_are_refused(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        ({"twin_share": {"target": 0.5}}, {"routing": "flat"}, "twin_share is for twin routing"),
+        ({"parallel": {"pipeline": 3}}, {"family": "mistral"}, "=3 gives stage 2 no layer, so nothing to train"),
+        ({"parallel": {"pipeline": 2}}, {"family": "mistral", "moe_changes": {"moe_layers": (2,)}},
+         "=2 gives stage 0 the layers 0-1, none of which has experts"),
+        ({"parallel": {"tensor": 2, "expert": 2}, "objective": "distil"}, {}, "no way for a teacher"),
+        ({"parallel": {"expert": 2}, "lora": {"rank": 2}}, {}, "with LoRA; set it to 1"),
+    ],
+)  # fmt: skip
+def test_training_and_plan_refuse_the_same(settings, changes, message, tmp_path):
+    changes = {"family": "llama"} | changes
+    tiny_moe(changes.pop("family"), tmp_path, **changes)
+    recipe = make_recipe({"model": str(tmp_path), "seq_len": 16, "samples_per_step": 12} | settings)
+    with pytest.raises(UserError, match=message):
+        model_config(recipe)
+    with pytest.raises(UserError, match=message):
+        make_layout(recipe, read_model(tmp_path), 6, "cpu", name=str(tmp_path))
 
 
 def test_dense_models_train_as_a_whole_only(tmp_path):

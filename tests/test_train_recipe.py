@@ -13,7 +13,8 @@ import yaml
 from lamella.errors import UserError
 from lamella.recipe import HARMLESS, Recipe, differences, make_recipe
 from lamella.run_dir import RunDir, model_fingerprint
-from lamella.train.launch import arguments, check, prepare_recipe, prepare_stages
+from lamella.stages import make_stages
+from lamella.train.launch import arguments, check, check_run_dir, prepare_recipe, prepare_stages
 
 RECIPES = sorted(Path(__file__).parents[1].glob("launch/recipes/*.yaml"))
 
@@ -188,6 +189,33 @@ def test_the_launcher_refuses_before_anything_starts(tmp_path):
     for message, words in bad_runs(tmp_path).items():
         with pytest.raises(UserError, match=message):
             check([str(next(p for p in RECIPES if p.name == "demo.yaml")), *words], 3)
+
+
+def test_what_an_earlier_attempt_or_another_rank_left_is_no_obstacle(tmp_path, monkeypatch):
+    model = fake_model(tmp_path / "model")
+    recipe = Recipe(model=str(model), out=str(tmp_path / "run"), resume="never")
+    (tmp_path / "run").mkdir()
+    for name in (".lamella-abcd", ".config.yaml.7.tmp"):
+        (tmp_path / "run" / name).touch()
+    check_run_dir(recipe, model)
+    RunDir(tmp_path / "run").create(recipe, model)
+    with pytest.raises(UserError, match="holds a run already"):
+        check_run_dir(recipe, model)
+    monkeypatch.setenv("LAMELLA_ATTEMPT", "1")
+    check_run_dir(recipe, model)
+
+
+def test_a_child_of_process_1_is_no_orphan():
+    code = "import os; os.getppid = lambda: 1\nfrom lamella.train.processes import die_with_parent\ndie_with_parent()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    gone = f"{code.removesuffix('()')}(2)"  # not the parent that was expected
+    assert subprocess.run([sys.executable, "-c", gone], check=False).returncode == -9
+
+
+def test_values_that_yaml_cannot_make_are_refused():
+    with pytest.raises(UserError, match="the value of out is not valid YAML"):
+        make_stages({}, ["out=2024-13-45"])
+    assert Path(make_stages({"stages": [{"name": "a"}], "out": None})[0].out).name == "a"
 
 
 def test_bad_input_exits_with_2(tmp_path):

@@ -85,6 +85,9 @@ class CheckpointStore:
         """Path or URL where a checkpoint is written."""
         return self.path(step) if is_remote(self.folder) else f"{self.path(step)}.tmp"
 
+    def is_inside(self, folder: str | os.PathLike[str]) -> bool:
+        return not is_remote(self.folder) and self.folder.startswith(os.path.join(os.path.abspath(folder), ""))
+
     def check_reachable(self) -> None:
         """UserError where the folder cannot even be listed: no driver, no access, no such bucket."""
         try:
@@ -191,6 +194,9 @@ class CheckpointStore:
     def discard_unfinished(self) -> list[str]:
         """Remove what interrupted writes left; only while nobody writes."""
         left = [name for name in self.names() if name.endswith(".tmp")]
+        if is_remote(self.folder):  # no .tmp there; of what was committed last, damage must show
+            committed = {*self.steps(), self.latest()}
+            left += [f"step-{step}" for step in self.found() if step not in committed]
         for name in left:
             self._remove(self.inside(name))
         return left

@@ -20,6 +20,7 @@ Activation = Literal["silu", "gelu", "gelu_new", "relu"]
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
 ExpertPath = Literal["auto", "loop", "batched", "grouped", "fused", "tiled"]
+LORA_PATHS: tuple[ExpertPath, ...] = ("auto", "loop", "grouped")
 
 # Added to a twin's score and taken from its slice's, this bias sends every token to the frozen slice (scores lie
 # in [0, 1], so the pair's scores differ by at most 1): the dense model, whatever the router says.

@@ -51,14 +51,14 @@ class Parallel(Strict):
             found.append("parallel.tensor and parallel.pipeline do not go together; set one of them to 1")
         return found
 
-    def check_stages(self, model: str, num_layers: int, tied: bool) -> None:
-        """UserError where a model with so many layers, and tied embeddings or not, has no such stages."""
-        if self.pipeline > 1 and tied:
-            raise UserError(
-                f"parallel.pipeline puts embedding and head on different ranks, but {model} ties them; set it to 1"
-            )
-        if self.pipeline > num_layers:
-            raise UserError(f"parallel.pipeline={self.pipeline} is more stages than the {num_layers} layers; lower it")
+    def layers_of(self, stage: int, num_layers: int) -> range:
+        """Of a pipeline's stage. torchtitan counts embedding and head as a layer each, and gives the first stages one
+        more where they do not come out even."""
+        if self.pipeline == 1:
+            return range(num_layers)
+        share, more = divmod(num_layers + 2, self.pipeline)
+        ends = [min(num_layers, (i + 1) * share + min(i + 1, more) - 1) for i in range(self.pipeline)]
+        return range(ends[stage - 1] if stage else 0, ends[stage])
 
     def batch_ranks(self, num_ranks: int) -> int:
         """Ranks, or groups of them, that compute different samples.

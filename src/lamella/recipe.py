@@ -293,7 +293,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise UserError(f"{name} uses YAML aliases (*name); write the value out")
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if values is None:
         return {}
@@ -314,5 +314,5 @@ def set_by_word(values: dict[str, Any], word: str) -> None:
         values = values[parent]
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise UserError(f"the value of {key} is not valid YAML: {error}") from None

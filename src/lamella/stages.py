@@ -48,7 +48,7 @@ def make_stages(values: dict[str, Any], words: Sequence[str] = ()) -> list[Recip
     named = _named(values["stages"], words)
     recipes: dict[str, Recipe] = {}
     problems: list[str] = []
-    base = Path(common.get("out", Recipe.model_fields["out"].default))
+    base = Path(str(common.get("out") or Recipe.model_fields["out"].default))
     model = common.get("model", Recipe.model_fields["model"].default)
     for name, own in named.items():
         try:

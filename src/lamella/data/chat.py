@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lamella.data.readers import check_unicode
 from lamella.data.tokenizer import Text
 from lamella.errors import UserError
 
@@ -43,6 +44,7 @@ class ChatRenderer:
             text, spans = self._by_prefixes(messages, where)
         if not spans:
             raise UserError(f"{where}: the chat template renders no answer; is the assistant's role 'assistant'?")
+        check_unicode(text, where)
         return Text(text, tuple(spans))
 
     def _by_prefixes(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:

@@ -21,20 +21,20 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lamella.data.prepare import Done, finish, make_batches, tokenised, write_units
+from lamella.data.prepare import Done, finish, make_batches, make_manifest, tokenised, write_units
 from lamella.data.prepare import renderer as text_renderer
-from lamella.data.prepared import Manifest, TokenFolder, open_prepared
+from lamella.data.prepared import TokenFolder, open_prepared
 from lamella.data.readers import BadRecords, Policy
 from lamella.data.shards import Window
 from lamella.data.sources import MANIFEST, Source, Split, check_split, fingerprint, open_source, records, split_of
-from lamella.data.tokenizer import DocumentTokenizer
+from lamella.data.tokenizer import DocumentTokenizer, template_fingerprint
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.embedded import cache_dir
 from lamella.errors import UserError
 
 IGNORE_INDEX = -100
 BATCH_DOCUMENTS = 64
-FORMAT = "2"  # raise it when what is cached changes: old caches are then left alone
+FORMAT = "3"  # raise it when what is cached changes: old caches are then left alone
 CACHED_UNIT_BYTES = 1 << 30
 
 
@@ -48,6 +48,8 @@ class Sample(NamedTuple):
 
 class Samples(Protocol):
     """Samples of one source; sample i is the same for ever, and reading it reads no other."""
+
+    tokens: TokenFolder
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -200,7 +202,8 @@ def token_file(
         return open_prepared(opened.root, split, tokenizer)
     if opened.is_streamed and max_tokens is None:
         raise UserError(f"{source} is streamed: say how many tokens to keep of it, or use StreamedSamples")
-    made_by = [fingerprint(opened), str(split), tokenizer_fingerprint(tokenizer), str(max_tokens), FORMAT, on_bad_data]
+    hashes = [fingerprint(opened), tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)]
+    made_by = [*hashes, str(split), str(max_tokens), FORMAT, on_bad_data]
     folder = (cache or cache_dir()) / "tokens" / xxhash.xxh3_128_hexdigest("\n".join(made_by).encode())
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +219,7 @@ def _write(
     """Tokenise in this process; the folder appears when it is whole."""
     encode = DocumentTokenizer(tokenizer)
     inputs = {"source": source.word, "split": split, "tokenizer": str(tokenizer), "unit_bytes": CACHED_UNIT_BYTES}
-    manifest = Manifest(inputs, tokenizer_fingerprint(tokenizer), encode.encoder.vocab_size, encode.encoder.eos_id)
+    manifest = make_manifest(inputs, tokenizer, encode.encoder)
     stream = (r for r in records(source, bad) if split in (None, split_of(r.name)))
     batches = make_batches(stream, text_renderer(encode, tokenizer), bad, manifest, lambda _: split or "all")
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))

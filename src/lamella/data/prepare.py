@@ -27,7 +27,7 @@ from lamella.data.prepared import Manifest, ShardEntry, TokenFolder, open_prepar
 from lamella.data.readers import BadRecords, Policy, Record
 from lamella.data.shards import ShardWriter
 from lamella.data.sources import MANIFEST, Source, fingerprint, is_prepared, open_source, records, split_of
-from lamella.data.tokenizer import DocumentTokenizer, Encoder, Text, Tokens
+from lamella.data.tokenizer import DocumentTokenizer, Encoder, Text, Tokens, template_fingerprint
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
 
@@ -114,7 +114,18 @@ def _manifest(sources: list[Source], model: str | Path, encoder: Encoder, unit_b
         "tokenizer": str(model),
         "unit_bytes": unit_bytes,
     }
-    return Manifest(inputs, tokenizer_fingerprint(model), encoder.vocab_size, encoder.eos_id)
+    return make_manifest(inputs, model, encoder)
+
+
+def make_manifest(inputs: dict[str, Any], model: str | Path, encoder: Encoder) -> Manifest:
+    """Without units, for tokens by this model's tokenizer."""
+    return Manifest(
+        inputs,
+        tokenizer_fingerprint(model),
+        encoder.vocab_size,
+        encoder.eos_id,
+        template_hash=template_fingerprint(model),
+    )
 
 
 def _continued(out: Path, manifest: Manifest, overwrite: bool) -> Manifest:
@@ -129,11 +140,13 @@ def _continued(out: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         return manifest
     found = read_manifest(out)
     different = [key for key, value in found.identity().items() if manifest.identity()[key] != value]
+    if found.has_other_template(manifest.template_hash):
+        different.append("chat template")
     if different:
         raise UserError(f"{out} was made with other {', '.join(different)}; choose another folder, or pass --overwrite")
     present = {unit: e for unit, e in found.units.items() if all(_is_there(out, entry) for entry in e)}
     found.complete = found.complete and len(present) == len(found.units)
-    found.units = present
+    found.units, found.template_hash = present, manifest.template_hash
     return found
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from lamella.data.shards import BadData, Shard, Window
 from lamella.data.sources import MANIFEST, Split
-from lamella.data.tokenizer import fingerprint
+from lamella.data.tokenizer import fingerprint, template_fingerprint
 from lamella.errors import UserError
 
 VERSION = 1
@@ -51,6 +52,8 @@ class Manifest:
     units: dict[int, list[ShardEntry]] = field(default_factory=dict)
     """The finished units of text."""
     complete: bool = False
+    template_hash: str = ""
+    """Of the chat templates; matters where there are conversations. "": not known."""
 
     def shards(self, split: Split | None) -> list[ShardEntry]:
         """In the order of the text."""
@@ -58,6 +61,14 @@ class Manifest:
 
     def num_tokens(self, split: Split | None = None) -> int:
         return sum(entry.num_tokens for entry in self.shards(split))
+
+    def is_chat(self) -> bool:
+        """Whether there are conversations in it."""
+        return any(entry.has_mask for entry in self.shards(None))
+
+    def has_other_template(self, template_hash: str) -> bool:
+        """Whether conversations in it were rendered by another chat template than this."""
+        return self.is_chat() and self.template_hash not in ("", template_hash)
 
     def identity(self) -> dict[str, Any]:
         """What a later call must have in common to go on; the model's name may differ where its tokenizer does not."""
@@ -113,6 +124,11 @@ class TokenFolder:
     def largest_id(self) -> int:
         """What a model's vocabulary must be larger than."""
         return max(e.largest_id for e in self.entries)
+
+    @property
+    def hash(self) -> str:
+        """Of everything in it (32 hexadecimal digits)."""
+        return xxhash.xxh3_128_hexdigest("".join(entry.index_hash for entry in self.entries).encode())
 
     def is_chat(self) -> bool:
         """Whether there are conversations in it: documents of which a part is learned."""
@@ -175,6 +191,11 @@ def open_prepared(folder: Path, split: Split | None, tokenizer: str | Path | Non
         raise UserError(
             f"the tokens of {folder} were made by another tokenizer than that of {tokenizer} "
             f"({manifest.inputs.get('tokenizer')}); prepare them with --model {tokenizer}"
+        )
+    if tokenizer is not None and manifest.has_other_template(template_fingerprint(tokenizer)):
+        raise UserError(
+            f"the conversations of {folder} were rendered by another chat template than that of {tokenizer}; prepare "
+            f"them with --model {tokenizer}"
         )
     tokens = TokenFolder(folder, split, manifest)
     if not len(tokens):

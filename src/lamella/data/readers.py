@@ -61,7 +61,17 @@ def record_content(record: Any, field: str | None, where: str) -> str | list[Any
         has = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
         wanted = " or ".join(map(repr, names))
         raise UserError(f"{where}: no text in the field {wanted} ({has}); name another one as SOURCE#FIELD")
+    if isinstance(content, str):
+        check_unicode(content, where)
     return content
+
+
+def check_unicode(text: str, where: str) -> None:
+    """UserError for half of a surrogate pair, which JSON may hold (a cut emoji) and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not valid Unicode ({error.reason}); mend or remove the record") from None
 
 
 def record_text(record: Any, field: str | None, where: str) -> str:

@@ -134,10 +134,25 @@ def fingerprint(tokenizer: str | Path) -> str:
     names = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else _vocabulary_files(folder)
     for name in names:
         digest.update((folder / name).read_bytes())
-    settings = folder / "tokenizer_config.json"
-    values = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    values = _settings(folder)
     digest.update(json.dumps([_content(values.get(key)) for key in _SETTINGS]).encode())
     return digest.hexdigest()
+
+
+def template_fingerprint(tokenizer: str | Path) -> str:
+    """As `fingerprint`, of what renders conversations: the chat templates."""
+    folder, digest = Path(tokenizer), xxhash.xxh3_128()
+    if not folder.is_dir():
+        return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
+    for file in sorted((*folder.glob("chat_template.*"), *folder.glob("chat_templates/*"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    digest.update(json.dumps(_settings(folder).get("chat_template")).encode())
+    return digest.hexdigest()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = folder / "tokenizer_config.json"
+    return json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
 
 
 def _vocabulary_files(folder: Path) -> list[str]:

@@ -17,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import ExpertPath
+from lamella.config import LORA_PATHS, ExpertPath
 from lamella.errors import UserError
 from lamella.moe.dispatch import dispatch, to_rows
 from lamella.moe.grouped import Half, grouped_fits, split_halves
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
-
-LORA_PATHS = ("auto", "loop", "grouped")
 
 
 class Lora(NamedTuple):

@@ -60,14 +60,8 @@ class Layout:
 
     @property
     def layers(self) -> range:
-        """Of the stage. torchtitan counts embedding and head as a layer each, and gives the first stages one more
-        where they do not come out even."""
-        count, stages = self.model.num_layers, self.recipe.parallel.pipeline
-        if stages == 1:
-            return range(count)
-        share, more = divmod(count + 2, stages)
-        ends = [min(count, (stage + 1) * share + min(stage + 1, more) - 1) for stage in range(stages)]
-        return range(ends[self.stage - 1] if self.stage else 0, ends[self.stage])
+        """Of the stage."""
+        return self.recipe.parallel.layers_of(self.stage, self.model.num_layers)
 
     def weights(self) -> list[Weight]:
         """Of the stage."""

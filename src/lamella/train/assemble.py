@@ -17,11 +17,11 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 
 from lamella.checkpoint_store import absolute
-from lamella.config import MoEConfig
 from lamella.errors import UserError
 from lamella.models.titan import LamellaDecoder
-from lamella.models.titan_attention import ExpertAttention
-from lamella.models.titan_config import ModelConfig, decoder_config, read_hf_config
+from lamella.models.titan_config import decoder_config
+from lamella.plan.fit import check_fit
+from lamella.plan.model import read_model
 from lamella.recipe import Recipe
 from lamella.run_dir import RunDir
 from lamella.train.checkpoint import CommittedCheckpoints
@@ -50,41 +50,11 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
     config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
     config.trains, config.frozen_weights = recipe.trains, _frozen_weights(recipe)
-    if recipe.seq_len > config.max_seq_len:
-        raise UserError(
-            f"seq_len {recipe.seq_len} is longer than the model's {config.max_seq_len} positions; lower seq_len"
-        )
-    model = read_hf_config(recipe.model)
-    moe = model.moe
-    if not model.has_experts and recipe.trains != "all":
-        raise UserError(f"{recipe.model} is a dense model without experts; convert it first, or set trains: all")
-    if moe is None and recipe.trains == "experts":
-        raise UserError(
-            f"{recipe.model} has experts in attention alone, of which only routers train; set trains: experts+router, "
-            "or all"
-        )
+    if recipe.parallel.context > 1 and attention == "varlen":
+        raise UserError("parallel.context needs attention: flex or sdpa; varlen kernels want whole samples")
+    check_fit(recipe, read_model(recipe.model), str(recipe.model))
     add_lora(recipe, config)
-    _check_routing(recipe, moe)
-    _check_parallel(recipe, config, attention)
-    if recipe.objective == "distil" and recipe.distil.teacher is None:
-        _check_teacher_inside(recipe, model)
     return config
-
-
-def _check_teacher_inside(recipe: Recipe, model: ModelConfig) -> None:
-    """UserError where the frozen slices are not, or will not stay, a whole dense model."""
-    moe = model.moe
-    layers = [] if moe is None else [moe.for_layer(layer) for layer in moe.moe_layers]
-    if recipe.trains == "all":
-        reason = "trains: all changes it"
-    elif not model.has_experts or any(m.num_frozen_experts == 0 or m.shared_intermediate_size for m in layers):
-        reason = f"{recipe.model} has not all of its neurons in frozen slices"
-    else:
-        return
-    raise UserError(
-        f"objective: distil learns from the dense model inside the converted one, but {reason}; "
-        "set distil.teacher to a folder with the dense model"
-    )
 
 
 def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDecoder.Config | None:
@@ -105,67 +75,6 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
             f"seq_len {recipe.seq_len} is longer than the teacher's {config.max_seq_len} positions; lower it"
         )
     return config
-
-
-def _check_routing(recipe: Recipe, moe: MoEConfig | None) -> None:
-    """UserError for settings of another routing than the model's."""
-    routing = None if moe is None else moe.routing
-    for setting, kind in (("routing_loss", "twin"), ("router_fit", "twin"), ("top_k_schedule", "flat")):
-        if getattr(recipe, setting) is not None and routing != kind:
-            raise UserError(f"{setting} is for {kind} routing, which {recipe.model} does not have; leave it out")
-    if moe is not None and recipe.top_k_schedule is not None:
-        smallest = min(moe.for_layer(layer).num_experts for layer in moe.moe_layers)
-        if recipe.top_k_schedule.start > smallest:
-            raise UserError(
-                f"top_k_schedule.start is {recipe.top_k_schedule.start}, but a layer of {recipe.model} has "
-                f"{smallest} experts; lower it"
-            )
-
-
-def _check_parallel(recipe: Recipe, config: LamellaDecoder.Config, attention: str) -> None:
-    """UserError where the model cannot be shared out as the recipe says."""
-    degree = recipe.parallel.expert
-    layers = [layer.sliced_moe.moe for layer in config.layers if layer.sliced_moe is not None]
-    if degree > 1 and not layers:
-        raise UserError(f"parallel.expert={degree} shares out experts, and {recipe.model} has none; set it to 1")
-    for moe in layers:
-        if moe.num_frozen_experts % degree or moe.num_trainable_experts % degree:
-            raise UserError(
-                f"parallel.expert={degree} does not divide {moe.num_frozen_experts} frozen and "
-                f"{moe.num_trainable_experts} trainable experts; choose a divisor of both"
-            )
-    if recipe.parallel.tensor > 1:
-        _check_tensor(recipe, config, bool(layers))
-    if recipe.parallel.pipeline > 1:
-        _check_pipeline(recipe, config)
-    if recipe.parallel.context > 1 and attention == "varlen":
-        raise UserError("parallel.context needs attention: flex or sdpa; varlen kernels want whole samples")
-
-
-def _check_tensor(recipe: Recipe, config: LamellaDecoder.Config, has_experts: bool) -> None:
-    degree, attention = recipe.parallel.tensor, config.layers[0].attention
-    if any(isinstance(layer.attention, ExpertAttention.Config) for layer in config.layers):
-        raise UserError("parallel.tensor has no way for attention experts; set it to 1")
-    if attention.n_heads % degree or attention.n_kv_heads % degree:
-        raise UserError(
-            f"parallel.tensor={degree} does not divide {attention.n_heads} heads and {attention.n_kv_heads} key/value "
-            f"heads; choose a divisor of both"
-        )
-    if has_experts and recipe.parallel.expert % degree:
-        raise UserError(
-            f"parallel.tensor={degree} shares out attention, and experts only as parallel.expert says: set that to a "
-            f"multiple of {degree}"
-        )
-    if recipe.objective == "distil":
-        raise UserError("parallel.tensor has no way for a teacher; leave it out, or set it to 1")
-
-
-def _check_pipeline(recipe: Recipe, config: LamellaDecoder.Config) -> None:
-    recipe.parallel.check_stages(recipe.model, len(config.layers), config.enable_weight_tying)
-    if recipe.objective == "distil" or recipe.routing_loss is not None or recipe.router_fit is not None:
-        raise UserError(
-            "parallel.pipeline has no way for a teacher, a routing_loss or a router_fit; leave them out, or set it to 1"
-        )
 
 
 def _frozen_weights(recipe: Recipe) -> str:

@@ -152,8 +152,9 @@ class CommittedCheckpoints(CheckpointManager):
     def _about(self, step: int) -> dict[str, Any]:
         data = self.states["dataloader"].state_dict()
         consumed = {k: v for k, v in data.items() if isinstance(v, int)}  # what a person may want to read
+        text = self.states["dataloader"].samples.hashes()
         versions = {"torch": str(torch.__version__), "world_size": dist.get_world_size()}
-        return {"step": step, "data": consumed} | versions | self.identity
+        return {"step": step, "data": consumed, "text": text} | versions | self.identity
 
     def _commit(self, step: int, about: dict[str, Any], began: float, files: dict[str, Any]) -> None:
         """On rank 0, in the thread that saves."""
@@ -202,7 +203,8 @@ class CommittedCheckpoints(CheckpointManager):
             raise Fault(
                 "storage",
                 f"no checkpoint in {self.folder} can be trusted ({'; '.join(damage)}); put an undamaged copy there, "
-                f"or set out= to another folder to start again from the model",
+                f"or set {'out' if self.store.is_inside(self.run.path) else 'checkpoint_folder'}= to another folder to "
+                "start again from the model",
                 retryable=False,
             )
         return -1
@@ -221,6 +223,20 @@ class CommittedCheckpoints(CheckpointManager):
             raise UserError(
                 f"the checkpoints in {self.folder} belong to another run (another {' and '.join(other)}); "
                 f"set checkpoint_folder to a folder of this run's own"
+            )
+        self._check_text(manifest.get("text", {}))
+
+    def _check_text(self, of_checkpoint: dict[str, str]) -> None:
+        """UserError on every rank where one of them has other text than the checkpoint was trained on."""
+        mine = self.states["dataloader"].samples.hashes()
+        changed = [name for name, digest in of_checkpoint.items() if mine.get(name) != digest]
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, changed)
+        if names := sorted({name for names in of_ranks for name in names}):
+            raise UserError(
+                f"the text of {', '.join(names)} is not that of {self.folder} any more, so samples would come twice or "
+                f"never; bring the old text back, or train the result on in a new run: model={self.run.path}/hf/step-N "
+                "with another out="
             )
 
     def _on_rank0(self, read: Callable[[], Any]) -> Any:

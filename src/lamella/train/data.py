@@ -105,6 +105,10 @@ class MixedSamples:
         epoch, position = divmod(count, len(self.sources[source]))
         return source, self._order(source, epoch)[position] if self.seed is not None else position
 
+    def hashes(self) -> dict[str, str]:
+        """Of the tokens of each source: with other ones, sample i is another."""
+        return {name: source.tokens.hash for name, source in zip(self.names, self.sources, strict=True)}
+
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often each source has been gone through after so many samples."""
         counts = self.interleaving.counts(num_samples)
@@ -201,10 +205,12 @@ def check_objective(objective: str, samples: MixedSamples) -> None:
 
 
 def spread(samples: MixedSamples, count: int) -> list[Sample]:
-    """`count` samples (or all, if there are fewer): of each source its share, at even distances."""
+    """`count` samples (or all, if there are fewer): of each source its share, at even distances; by policy, where one
+    is damaged, another."""
     shares = samples.interleaving.counts(min(count, len(samples)))
-    parts = [(s, min(share, len(s))) for s, share in zip(samples.sources, shares, strict=True)]
-    return [source.sample(i * len(source) // share) for source, share in parts for i in range(share)]
+    sizes = [len(source) for source in samples.sources]
+    parts = [(s, size, min(share, size)) for s, (size, share) in enumerate(zip(sizes, shares, strict=True))]
+    return [samples.readable(s, i * size // share) for s, size, share in parts for i in range(share)]
 
 
 def collate(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor]:

@@ -17,10 +17,12 @@ from lamella.errors import UserError
 from lamella.recipe import Recipe, parse_yaml, read_recipe_text
 from lamella.run_dir import OWN_NAMES, RunDir, run_of_result
 from lamella.stages import make_stages
+from lamella.train.failure import attempt_number
 from lamella.train.supervise import Supervisor
 
 # A save takes longer than the 30 s that torchrun gives its ranks; hung ranks are the supervisor's business.
 SHUTDOWN_TIMEOUT_S = 600
+PROBE = ".lamella-"
 
 
 def arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -83,17 +85,22 @@ def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
     """The recipe's run directory, new or holding the same run; else UserError."""
     run = RunDir(Path(recipe.out))
     if run.exists():
-        if recipe.resume == "never":
+        if recipe.resume == "never" and attempt_number() == 0:  # a later attempt continues what the first one made
             raise UserError(
                 f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
             )
         run.check_same_run(recipe, model)
-    elif run.path.is_file() or (run.path.is_dir() and any(p.name not in OWN_NAMES for p in run.path.iterdir())):
+    elif run.path.is_file() or (run.path.is_dir() and any(is_foreign(p.name) for p in run.path.iterdir())):
         raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
     check_writable(run.path)
     if recipe.checkpoint_folder is not None:
         CheckpointStore(absolute(recipe.checkpoint_folder)).check_reachable()
     return run
+
+
+def is_foreign(name: str) -> bool:
+    """Whether it is none of the names that another rank's start may have put there already."""
+    return name not in OWN_NAMES and not name.startswith((PROBE, ".config.yaml."))
 
 
 def check_writable(folder: Path) -> None:
@@ -102,7 +109,7 @@ def check_writable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     try:
-        tempfile.TemporaryDirectory(dir=place, prefix=".lamella-").cleanup()
+        tempfile.TemporaryDirectory(dir=place, prefix=PROBE).cleanup()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; set out= to another folder") from None
 

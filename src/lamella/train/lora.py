@@ -10,28 +10,18 @@ import lamella.models.titan_device  # noqa: F401  before torchtitan
 import torch
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from lamella.errors import UserError
 from lamella.models.titan import LamellaDecoder
 from lamella.models.titan_config import read_hf_config
-from lamella.moe.lora import LORA_PATHS
 from lamella.moe.slicing import noise_generator
 from lamella.recipe import Recipe
 from lamella.train.balance import fill
 
 
 def add_lora(recipe: Recipe, config: LamellaDecoder.Config) -> None:
-    """Give the layers of the config the recipe's deltas; UserError where the model cannot have them."""
-    layers = [layer.sliced_moe for layer in config.layers if layer.sliced_moe is not None]
-    if recipe.lora is not None:
-        if not layers:
-            raise UserError(f"lora adds to frozen experts, and {recipe.model} has none; leave it out")
-        for layer in layers:
-            layer.moe = layer.moe.with_lora(recipe.lora.rank, recipe.lora.alpha)
-    if any(layer.moe.lora_rank for layer in layers):
-        if recipe.expert_path not in LORA_PATHS:
-            raise UserError(f"expert_path {recipe.expert_path} computes no LoRA; choose one of {', '.join(LORA_PATHS)}")
-        if recipe.parallel.expert > 1:
-            raise UserError("parallel.expert cannot share out experts with LoRA; set it to 1")
+    """Give the layers of the config the recipe's deltas; the two fit (`lamella.plan.fit`)."""
+    for layer in config.layers:
+        if recipe.lora is not None and layer.sliced_moe is not None:
+            layer.sliced_moe.moe = layer.sliced_moe.moe.with_lora(recipe.lora.rank, recipe.lora.alpha)
 
 
 def is_new(recipe: Recipe) -> bool:

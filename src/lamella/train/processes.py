@@ -33,13 +33,15 @@ def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends, however that ends.
 
     Args:
-        parent: its expected id; this process ends at once if it is gone already.
+        parent: its expected id; this process ends at once if it is gone already. None: whoever it is now, which in
+            a container may be process 1.
     """
+    expected = os.getppid() if parent is None else parent
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is None:
         return
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1 if parent is None else os.getppid() != parent:
+    if os.getppid() != expected:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

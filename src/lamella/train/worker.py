@@ -78,12 +78,12 @@ def train_stage(recipe: Recipe, rank: int, stop: StopRequest) -> bool:
 
 
 def _refuse(error: UserError, rank: int) -> NoReturn:
-    if rank == 0 and REFUSAL_FILE in os.environ:
+    if rank != 0:
+        time.sleep(5)  # torchrun ends all ranks when one ends: where rank 0 is refused too, it alone speaks
+    if REFUSAL_FILE in os.environ:
         write_atomic(Path(os.environ[REFUSAL_FILE]), str(error))
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
     else:
-        time.sleep(5)  # torchrun ends all ranks when one ends: rank 0 must have spoken
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -181,7 +181,9 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     heldout = None
     if recipe.heldout_samples:
         portions = recipe.heldout_data or recipe.data
-        heldout = open_samples(portions, "heldout", *common, None, recipe.heldout_samples, model.vocab_size)
+        heldout = open_samples(
+            portions, "heldout", *common, None, recipe.heldout_samples, model.vocab_size, recipe.on_bad_data
+        )
     return trainer_config(recipe, run, model, train, heldout)
 
 
