@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny import save_llama
@@ -9,6 +11,7 @@ from titan_models import load_titan, tiny_moe, trainable_moe
 
 from lamella.conversion import convert
 from lamella.conversion.attention_options import AttentionOptions
+from lamella.data.shards import BadData
 from lamella.errors import UserError
 from lamella.models.names import is_trained
 from lamella.plan.command import make_layout
@@ -23,6 +26,7 @@ from lamella.train.heldout import HeldOut
 from lamella.train.metrics import known_peak_flops, scalars
 from lamella.train.overlay import OWNED, REFUSED, overlay
 from lamella.train.progress import Progress, duration
+from lamella.train.worker import prepare
 
 
 class Numbers:
@@ -97,6 +101,26 @@ def test_spread_takes_part_of_each_source():
     assert indices(spread(mixed(), 4)) == [0, 3, 100, 102]
     assert indices(spread(mixed(weights=[0.25, 0.75]), 4)) == [0, 100, 101, 103]
     assert len(spread(mixed(), 100)) == 12
+
+
+def test_bad_data_are_skipped_on_the_held_out_side_too(tmp_path):
+    class Damaged(Numbers):
+        def sample(self, index):
+            if index == 0:
+                raise BadData("block 0")
+            return super().sample(index)
+
+    assert indices(spread(MixedSamples([Damaged(0, 9)], on_bad_data="skip"), 3)) == [1, 3, 6]
+    with pytest.raises(BadData):
+        spread(MixedSamples([Damaged(0, 9)]), 3)
+    trainable_moe(tmp_path / "model")
+    lines = [json.dumps({"text": f"line {i} of some text"}) for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "not JSON"]))
+    settings = {"model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "data": [str(tmp_path / "a.jsonl")]}
+    settings |= {"seq_len": 16, "steps": 1, "samples_per_step": 1, "heldout_samples": 2, "warmup_steps": 0}
+    assert prepare(make_recipe(settings | {"on_bad_data": "skip"}), 0).heldout is not None
+    with pytest.raises(UserError, match=r"line 301 .*not JSON"):
+        prepare(make_recipe(settings), 0)
 
 
 def global_batches(num_ranks, per_micro_batch, micro_batches, first=0):
