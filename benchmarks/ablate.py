@@ -8,8 +8,9 @@ learned, news and the Python docs, which none trains on, what it forgot. Same te
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
@@ -44,9 +45,30 @@ VARIANTS: dict[str, Variant] = {
         "replay", {}, mixed(0.25, routing_loss={"coefficient": 0.1, "to_slices": [REPLAYED], "to_twins": [NEW]})
     ),
 }
+NOISE = 0.05
+"""On the copies of all variants that do not vary it."""
 FAR_OFF = 0.1
 """Nats of the new text above the median."""
 QUICK = ("twin, 8 pairs", "flat, quantile", "replay, routing loss")
+
+
+def noisy(variant: Variant) -> Variant:
+    return variant if variant.conversion is None else replace(variant, conversion={"noise": NOISE} | variant.conversion)
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a variant, over its seeds."""
+
+    def of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            key: None if any(row[key] is None for row in rows) else mean(row[key] for row in rows)
+            for key in ("new_start", "new_end", "twin_share", "max_vio", "tokens_per_s")
+        }
+        old_end = {name: mean(row["old_end"][name] for row in rows) for name in rows[0]["old_end"]}
+        return rows[0] | values | {"old_end": old_end}
+
+    names = dict.fromkeys(row["variant"] for row in rows)
+    return [of([row for row in rows if row["variant"] == name]) for name in names]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -88,8 +110,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=VARIANTS, default=list(VARIANTS))
     args = parse(parser, "ablate", {"only": list(QUICK)})
     named = [(name, seed) for seed in args.seeds for name in args.only]
-    runs = [({"variant": name, "axis": VARIANTS[name].axis, "seed": seed}, VARIANTS[name]) for name, seed in named]
-    report = measure(args, runs)
+    runs = [
+        ({"variant": name, "axis": VARIANTS[name].axis, "seed": seed}, noisy(VARIANTS[name])) for name, seed in named
+    ]
+    measured = measure(args, runs)
+    report = measured | {"rows": means(measured["rows"])}
     show(report)
     if args.picture:
         draw(report, args.picture)

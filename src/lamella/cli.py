@@ -58,7 +58,7 @@ def convert_by_slicing(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="artifacts/moe")] = None,
     slices: Annotated[int, typer.Option(help="Parts that each FFN is cut into; must divide its width.")] = 8,
-    noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of each matrix.")] = 0.05,
+    noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of each matrix.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     layers: Annotated[str, typer.Option(help="all, every:N, or a list such as 0,3,5-9.")] = "all",
     routing: Annotated[str, typer.Option(help="twin (one of each slice and its copy) or flat (any top-k).")] = "twin",

@@ -41,7 +41,7 @@ class SliceOptions:
 
     slices: int = 8
     """Parts that each FFN is cut into; must divide its width."""
-    noise: float = 0.05
+    noise: float = 0.02
     """Standard deviation of what is added to the copies, in units of the dense matrix's own."""
     seed: int = 0
     layers: str = "all"
