@@ -276,17 +276,33 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], bool, str]] = {
     "is the source": (lambda tmp: tmp / "dense", True, "holds the model that is to be read"),
     "is a file": (lambda tmp: tmp / "dense/config.json", True, "not a folder"),
     "is no checkpoint": (lambda tmp: tmp, True, "not a checkpoint"),
+    "links to the source": (lambda tmp: links_to(tmp / "dense"), True, "holds the model that is to be read"),
     "within a file": (lambda tmp: tmp / "dense/config.json/moe", False, "cannot write into"),
 }
+
+
+def links_to(folder: Path) -> Path:
+    """As the hub's cache does, the folder's weights become links to files elsewhere."""
+    (folder / "model.safetensors").rename(folder.parent / "blob")
+    (folder / "model.safetensors").symlink_to(folder.parent / "blob")
+    return folder
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense")
+    monkeypatch.chdir(tiny_checkpoint(tmp_path / "here"))
+    with pytest.raises(UserError, match="working directory itself"):
+        convert(dense, ".", SliceOptions(slices=4), overwrite=True)
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
 def test_bad_output(case: str, tmp_path: Path) -> None:
     place, overwrite, message = OUTPUTS[case]
     dense = tiny_checkpoint(tmp_path / "dense")
+    out = place(tmp_path)
     before = tree(tmp_path)
     with pytest.raises(UserError, match=message):
-        convert(dense, place(tmp_path), SliceOptions(slices=4), overwrite=overwrite)
+        convert(dense, out, SliceOptions(slices=4), overwrite=overwrite)
     assert tree(tmp_path) == before
 
 

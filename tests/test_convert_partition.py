@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny import VOCAB, save_tokenizer
 from tiny_models import CONFIGS, tiny_checkpoint
 
-from lamella.calibrate import calibration_tokens
+from lamella.calibrate import calibration_tokens, store
 from lamella.calibrate.guard import Verdict
 from lamella.calibrate.layerwise import document_mask
-from lamella.conversion import convert
+from lamella.conversion import SliceOptions, convert
 from lamella.conversion.checkpoint import Checkpoint
 from lamella.conversion.recipe import load_conversion
 from lamella.errors import UserError
@@ -231,3 +232,58 @@ def loads(folder: Path) -> list[float]:
         model(input_ids=tokens.ids_NL, attention_mask=mask, position_ids=tokens.positions_NL)
     routings = [layer.last_routing for layer in model.moe_layers]
     return [max_violation(expert_counts(routing.expert_ids_TK, 4)).item() for routing in routings]
+
+
+def damaged(dense: Path) -> Path:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    return dense
+
+
+def test_what_calibration_would_find_late_is_said_at_once(tmp_path: Path) -> None:
+    dense = dense_model(tmp_path / "dense")
+    with pytest.raises(UserError, match="seed is -1"):
+        partition(dense, tmp_path / "out", "active=2", "calibration.seed=-1")
+    with pytest.raises(UserError, match="made of gate projections"):
+        partition(dense_model(tmp_path / "gpt2", "gpt2"), tmp_path / "out", "active=2", "router=analytic")
+    with pytest.raises(UserError, match=r"1\.mlp\.down_proj\.weight holds NaN .*the checkpoint is damaged"):
+        partition(damaged(dense), tmp_path / "out", "active=2", "router=ridge", "neurons=coactivation")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    dense = dense_model(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    words = ["active=4", "shared=0", "neurons=contiguous", "router=random", "dtype=float16"]
+    with pytest.raises(UserError, match=r"down_proj\.weight holds values beyond float16's range"):
+        partition(dense, tmp_path / "out", *words)
+
+
+def test_only_its_own_calibration_is_removed(tmp_path: Path) -> None:
+    dense, other = dense_model(tmp_path / "dense"), tmp_path / "out.calibration"
+    other.mkdir()
+    (other / "notes.txt").touch()
+    convert(dense, tmp_path / "out", SliceOptions(slices=4))
+    assert (other / "notes.txt").exists()
+    partition(dense, tmp_path / "calibrated", "active=2")
+    assert not (tmp_path / "calibrated.calibration").exists()
+
+
+def test_a_disk_that_fills_up_in_calibration_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    dense, saved = dense_model(tmp_path / "dense"), []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if len(saved) == 2:
+            raise SafetensorError("Error while serializing: No space left on device")
+        saved.append(path)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", save)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*call again"):
+        partition(dense, tmp_path / "out", "active=2")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out.calibration").glob("layer-*.safetensors"))) == 2

@@ -154,6 +154,8 @@ def test_bad_input_is_refused(dense, moe, text, tmp_path):
         evaluate(dense, text, split=None, max_tokens=64, dtype="float23")
     with pytest.raises(UserError, match="cannot be scored"):
         evaluate(dense, text, max_tokens=1)
+    with pytest.raises(UserError, match=r"windows of 600 tokens are longer .*; lower --seq-len"):
+        evaluate(dense, text, split=None, max_tokens=None, seq_len=600)
     with pytest.raises(UserError, match="too few for one sample of 100000"):
         evaluate(dense, text, max_tokens=None, seq_len=100_000)
     samples = text_samples(text, None, dense, 64, None)

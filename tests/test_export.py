@@ -109,6 +109,10 @@ def test_dense_is_the_frozen_half(tmp_path: Path) -> None:
 
 UNFIT = {
     "softmax": ({"moe": {"gate": "softmax"}}, "gate is sigmoid"),
+    "one expert": (
+        {"moe": {"num_frozen_experts": 0, "num_trainable_experts": 1, "num_experts_per_tok": 1, "routing": "flat"}},
+        "two experts or more",
+    ),
     "gaps": ({"moe": {"moe_layers": (0, 2)}}, "dense layers can only come first"),
     "o_proj bias": ({"attention_bias": True}, "output projection"),
     "window": ({"family": "mistral", "sliding_window": 16}, "sliding window of 16"),

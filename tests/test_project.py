@@ -131,10 +131,14 @@ def test_every_requirement_names_a_test_or_command_that_exists() -> None:
 
 
 def test_the_demo_refuses_before_it_removes_anything(tmp_path: Path) -> None:
+    check_arguments(tmp_path, 3, 12)
     (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="something else"):  # a run, but not a demo's
+        check_arguments(tmp_path, 3, 12)
+    (tmp_path / ".lamella-demo").touch()
     check_arguments(tmp_path, 3, 12)  # broken off: only its own
     (tmp_path / "precious.txt").touch()
     for ranks, steps, message in ((3, 12, "something else"), (0, 12, "at least 1"), (3, 1, "at least 2")):
         with pytest.raises(UserError, match=message):
             run_demo(tmp_path, ranks=ranks, steps=steps)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious.txt", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lamella-demo", "precious.txt", "run"]

@@ -270,7 +270,8 @@ def test_recipes_that_do_not_fit_the_model_are_refused(settings, message, tmp_pa
     ("settings", "changes", "message"),
     [
         ({"twin_share": {"target": 0.5}}, {"routing": "flat"}, "twin_share is for twin routing"),
-        ({"parallel": {"pipeline": 3}}, {"family": "mistral"}, "=3 gives stage 2 no layer, so nothing to train"),
+        ({"parallel": {"pipeline": 3}}, {"family": "mistral"}, "=3 gives stage 2 no layer, so no experts"),
+        ({"parallel": {"pipeline": 6}}, {"family": "mistral"}, "=6 is too many stages for 3 layers"),
         ({"parallel": {"pipeline": 2}}, {"family": "mistral", "moe_changes": {"moe_layers": (2,)}},
          "=2 gives stage 0 the layers 0-1, none of which has experts"),
         ({"parallel": {"tensor": 2, "expert": 2}, "objective": "distil"}, {}, "no way for a teacher"),

@@ -101,13 +101,24 @@ class CheckpointStore:
         return [posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.inside(), detail=False)]
 
     def found(self) -> list[int]:
-        """Steps of all checkpoints, whole or not, ascending."""
-        matches = (re.fullmatch(r"step-(\d+)", name) for name in self.names())
-        return sorted(int(m.group(1)) for m in matches if m)
+        """Steps of all checkpoints, whole or damaged, ascending.
+
+        In a remote folder one without a manifest is half-written, and none, unless it was committed last; a later
+        write to its place replaces it.
+        """
+        steps = self._named()
+        if not is_remote(self.folder):
+            return steps
+        committed = {*self.steps(), self.latest()}
+        return [step for step in steps if step in committed]
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
-        return [step for step in self.found() if self.files.exists(self.inside(f"step-{step}", MANIFEST))]
+        return [step for step in self._named() if self.files.exists(self.inside(f"step-{step}", MANIFEST))]
+
+    def _named(self) -> list[int]:
+        matches = (re.fullmatch(r"step-(\d+)", name) for name in self.names())
+        return sorted(int(m.group(1)) for m in matches if m)
 
     def latest(self) -> int | None:
         """What was committed last, whether or not it is still there."""
@@ -194,9 +205,6 @@ class CheckpointStore:
     def discard_unfinished(self) -> list[str]:
         """Remove what interrupted writes left; only while nobody writes."""
         left = [name for name in self.names() if name.endswith(".tmp")]
-        if is_remote(self.folder):  # no .tmp there; of what was committed last, damage must show
-            committed = {*self.steps(), self.latest()}
-            left += [f"step-{step}" for step in self.found() if step not in committed]
         for name in left:
             self._remove(self.inside(name))
         return left

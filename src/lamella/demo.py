@@ -53,7 +53,9 @@ class Demo:
         self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
-OWN_NAMES = frozenset({"moe", "run", "run-resumed", "glm4-moe", "training.png", "report.json", ".report.json"})
+MARK = ".lamella-demo"
+"""Made first: names such as `run` may be in a folder of other work, too."""
+OWN_NAMES = frozenset({MARK, "moe", "run", "run-resumed", "glm4-moe", "training.png", "report.json", ".report.json"})
 
 
 def check_arguments(out: Path, ranks: int, steps: int) -> None:
@@ -62,7 +64,8 @@ def check_arguments(out: Path, ranks: int, steps: int) -> None:
         raise UserError(f"{steps} training steps cannot be cut in two; ask for at least 2")
     if ranks < 1:
         raise UserError(f"{ranks} training processes cannot train; ask for at least 1")
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= OWN_NAMES):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if out.exists() and not (out.is_dir() and (not names or (MARK in names and names <= OWN_NAMES))):
         raise UserError(f"{out} holds something else than a demo; give another --out")
 
 
@@ -75,6 +78,7 @@ def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
     check_arguments(out, ranks, steps)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / MARK).touch()
     began = time.perf_counter()
     demo = Demo(out, ranks, steps)
     convert(demo)

@@ -290,11 +290,12 @@ def read_recipe_text(path: Path) -> str:
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """A YAML mapping without aliases (small files of them grow without bound) and without Python objects."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{name} uses YAML aliases (*name); write the value out")
-        values = yaml.safe_load(text)
+        has_alias = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        values = None if has_alias else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name} is not valid YAML: {error}") from None
+    if has_alias:
+        raise UserError(f"{name} uses YAML aliases (*name); write the value out")
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import xxhash
 
 from lamella.checkpoint_store import CheckpointStore, absolute
+from lamella.data.tokenizer import template_fingerprint
 from lamella.errors import UserError
 from lamella.recipe import HARMLESS, Recipe, differences, make_recipe, parse_yaml
 
@@ -33,7 +34,6 @@ State = Literal["starting", "running", "stopped", "preempted", "finished", "fail
 # Made before config.yaml: a folder with nothing else in it is a run that did not start.
 OWN_NAMES = frozenset({"log", "checkpoints", "tensorboard", "model"})
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-TOKENIZER_FILES = "tokenizer*"
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
 
@@ -133,7 +133,7 @@ class RunDir:
         values = self.recipe().model_dump(exclude_defaults=True)  # a key that a later version adds changes nothing
         recipe = json.dumps({key: values[key] for key in sorted(values.keys() - HARMLESS - {"model"})}, sort_keys=True)
         digest = xxhash.xxh3_128_hexdigest(recipe.encode())
-        return {"recipe": digest, "model": self.fingerprint(), "tokenizer": files_hash(self.model, TOKENIZER_FILES)}
+        return {"recipe": digest, "model": self.fingerprint(), "tokenizer": tokenizer_hash(self.model)}
 
     def create(self, recipe: Recipe, model: Path) -> None:
         """Make the folder of a fresh run; config.yaml, which marks it as one, comes last."""
@@ -175,10 +175,10 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def files_hash(model: Path, pattern: str) -> str:
-    """Of the files in a model's folder with such names."""
+def tokenizer_hash(model: Path) -> str:
+    """Of the tokenizer's files in a model's folder."""
     digest = xxhash.xxh3_128()
-    for file in sorted(model.glob(pattern)):
+    for file in sorted(model.glob("tokenizer*")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -188,9 +188,10 @@ def model_differences(old: Path, new: Path) -> list[str]:
     a, b = (flatten(json.loads((folder / "config.json").read_text())) for folder in (old, new))
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     other = [f"the model's {key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
-    for name, pattern in (("tokenizer", TOKENIZER_FILES), ("chat template", "chat_template.*")):
-        if files_hash(old, pattern) != files_hash(new, pattern):
-            other.append(f"the model's {name}")
+    if tokenizer_hash(old) != tokenizer_hash(new):
+        other.append("the model's tokenizer")
+    if template_fingerprint(old) != template_fingerprint(new):
+        other.append("the model's chat template")
     return other
 
 

@@ -35,6 +35,7 @@ def calibrate(
     replacement: Replacement | None = None,
     layers: Iterable[int] | None = None,
     overwrite: bool = False,
+    result_bytes: int = 0,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> LayerResults:
     """Hand every layer's sample to `on_layer` and keep what it returns; resume where an earlier call was interrupted.
@@ -50,6 +51,7 @@ def calibrate(
             by token: then later layers' samples are what they see behind the replaced ones (sequential calibration).
         layers: those wanted; None: all.
         overwrite: replace another calibration in `folder`.
+        result_bytes: about as much as `on_layer` returns for a layer: there must be room for it on the disk.
         on_progress: told of each finished step.
 
     Returns:
@@ -65,7 +67,7 @@ def calibrate(
     stream = StreamFolder(folder / STREAMS, (*tokens.ids_NL.shape, model.width))
     run = Run(model, tokens, stream, results, chosen, on_layer, gradients, replacement, on_progress)
     results.check(wanted, overwrite)
-    stream.check_space(run.num_streams)
+    stream.check_space(run.num_streams, result_bytes * sum(not results.has(layer) for layer in chosen))
     with _locked(folder):
         results.claim(wanted)
         if not all(results.has(layer) for layer in chosen):

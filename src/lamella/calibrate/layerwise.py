@@ -103,9 +103,12 @@ class LayerwiseModel:
         return self._with_weights(getattr(self._layers[index], name), f"{self._prefixes[index]}{name}.")
 
     def _with_weights(self, module: nn.Module, prefix: str) -> nn.Module:
-        """A copy of a module without storage, with the checkpoint's tensors of this prefix."""
+        """A copy of a module without storage, with the checkpoint's tensors of this prefix; UserError for damage."""
         module = copy.deepcopy(module)
         weights = {name: read_whole(self._tensors[prefix + name]) for name in module.state_dict()}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise UserError(f"{prefix}{name} holds NaN or infinite values; the checkpoint is damaged")
         module.load_state_dict(weights, assign=True)
         return module.requires_grad_(False)
 

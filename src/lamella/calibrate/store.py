@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,10 +70,16 @@ class ResultFolder:
         return self.path(layer).is_file()
 
     def save(self, layer: int, result: dict[str, Tensor]) -> None:
+        """UserError where the disk does not take it; what was saved before stays."""
         temporary = self.folder / "layer.new"
-        save_file({name: tensor.detach().contiguous() for name, tensor in result.items()}, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file)
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in result.items()}, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file)
+        except (SafetensorError, OSError) as error:  # safetensors has its own for a full disk
+            raise UserError(
+                f"{self.folder} cannot be written ({error}); free some space and call again: it goes on from there"
+            ) from error
         temporary.rename(self.path(layer))
 
     def load(self, layer: int) -> dict[str, Tensor]:

@@ -41,15 +41,15 @@ class StreamFolder:
         """The finished files of a kind, ascending."""
         return sorted(int(path.name.partition(".")[2]) for path in self.folder.glob(f"{kind}.*"))
 
-    def check_space(self, num_files: int) -> None:
-        """UserError unless the disk takes as many files, those already there included."""
+    def check_space(self, num_files: int, other_bytes: int = 0) -> None:
+        """UserError unless the disk takes as many files, those already there included, and other bytes."""
         there = sum(len(list(self.folder.glob(f"{kind}.*"))) for kind in ("hidden", "gradient", "replaced"))
-        needed = max(0, num_files - there) * self.file_bytes + _SPARE_BYTES
+        needed = max(0, num_files - there) * self.file_bytes + other_bytes + _SPARE_BYTES
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UserError(
-                f"calibration needs {needed / 1e9:.2f} GB in {parent} for its streams, but only {free / 1e9:.2f} GB "
+                f"calibration needs {needed / 1e9:.2f} GB in {parent}, but only {free / 1e9:.2f} GB "
                 "are free; use fewer tokens or another folder"
             )
 

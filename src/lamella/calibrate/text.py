@@ -45,6 +45,8 @@ class CalibrationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"the calibration's seed is {self.seed}; it must be 0 or a positive number")
         if self.sequence_length < 2:
             raise UserError(f"the calibration windows have {self.sequence_length} tokens; they need at least 2")
         if self.num_tokens < self.sequence_length:

@@ -112,8 +112,8 @@ def convert(
         source.copy_sidecars(folder)
         hashes = write_tensors(plan, folder, on_bytes)
         write_sidecars(folder, source, plan, options, hashes)
-    if work.folder is not None:
-        shutil.rmtree(work.folder, ignore_errors=True)
+    if plan.scratch is not None:
+        shutil.rmtree(plan.scratch, ignore_errors=True)
     return ConversionReport(
         out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config[options.entry], plan.notes
     )

@@ -76,24 +76,26 @@ def _ridge_routers(
     hidden_NLD, routers = torch.empty(*tokens.ids_NL.shape, model.width), {}
     embed_pass(model, tokens.ids_NL, tokens.positions_NL, hidden_NLD)
     for index in range(config.layers[-1] + 1):
-        layer, begun = model.layer(index), time.perf_counter()
-        seen = _listen(layer.self_attn, config.num_experts) if index in config.layers else None
-        for part in batches(hidden_NLD.shape):
-            args, kwargs = model.call(index, tokens.positions_NL[part])
-            hidden_NLD[part] = layer(hidden_NLD[part], *args, **kwargs)
-        if seen is not None:
-            routers[index] = _fit(torch.cat(seen["x"]), torch.cat(seen["norms"]), config, options)
+        begun = time.perf_counter()
+        seen = _pass(model, index, tokens.positions_NL, hidden_NLD, config.num_experts if index in config.layers else 0)
+        if seen:
+            start = ridge_router(seen["x"], seen["norms"], config.num_experts_per_tok)
+            routers[index] = balanced(start, seen["x"], config, options.balance) if options.balance else start
         wall_s = time.perf_counter() - begun
         on_progress(Progress("forward", index, model.num_layers, tokens.num_tokens / wall_s, wall_s))
     return routers
 
 
-def _fit(x_TD: Tensor, norms_TE: Tensor, config: AttentionMoEConfig, options: AttentionOptions) -> RouterStartValues:
-    start, top_k = ridge_router(x_TD, norms_TE, config.num_experts_per_tok), config.num_experts_per_tok
-    if options.balance is None:
-        return start
-    scores_TE = attention_scores(x_TD, start.weight_ED, config)
-    return start._replace(bias_E=balanced_bias(scores_TE, start.bias_E, top_k, options.balance))
+def _pass(
+    model: LayerwiseModel, index: int, positions_NL: Tensor, hidden_NLD: Tensor, num_experts: int
+) -> dict[str, Tensor]:
+    """Replace a layer's input by its output; what its attention saw, if it is to have experts, see `_listen`."""
+    layer = model.layer(index)
+    seen = _listen(layer.self_attn, num_experts) if num_experts else {}
+    for part in batches(hidden_NLD.shape):
+        args, kwargs = model.call(index, positions_NL[part])
+        hidden_NLD[part] = layer(hidden_NLD[part], *args, **kwargs)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 def _listen(attention: Any, num_experts: int) -> dict[str, list[Tensor]]:

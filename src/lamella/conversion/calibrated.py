@@ -19,6 +19,7 @@ from lamella.conversion.partition_options import PartitionOptions
 from lamella.conversion.plan import Plan
 from lamella.conversion.tensors import SourceTensor, read_header
 from lamella.conversion.work import Work
+from lamella.errors import UserError
 from lamella.partition.decide import Axes, Decision, converted_layer, decide
 from lamella.partition.layer import FFN, LayerSample, weights_only
 
@@ -28,16 +29,19 @@ def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -
     layout = ffn_layout(source.config)
     layers = options.chosen_layers(layout.num_layers)
     options.check(layout.ffn_width)
+    if options.router == "analytic" and layout.gate is None:
+        raise UserError("router 'analytic' is made of gate projections, which this family has none of; use 'ridge'")
     if work.folder is None:
         axes = sizes_only(options)
         return plan_partition(source, axes, _decide_all(source, axes, layers, work).decisions)
     decided = _decide_all(source, options, layers, work)
-    if options.guard is None:
-        return plan_partition(source, options, decided.decisions, options.dtype, decided.refitted)
-    verdicts = _test(source, options, decided, work)
-    kept = {verdict.layer: decided.decisions[verdict.layer] for verdict in verdicts if verdict.kept}
-    plan = plan_partition(source, options, kept, options.dtype, decided.refitted)
-    return dataclasses.replace(plan, notes={"guard": [verdict._asdict() for verdict in verdicts]})
+    decisions, notes = decided.decisions, {}
+    if options.guard is not None:
+        verdicts = _test(source, options, decided, work)
+        decisions = {verdict.layer: decisions[verdict.layer] for verdict in verdicts if verdict.kept}
+        notes = {"guard": [verdict._asdict() for verdict in verdicts]}
+    plan = plan_partition(source, options, decisions, options.dtype, decided.refitted)
+    return dataclasses.replace(plan, notes=notes, scratch=work.folder if options.needs_sample else None)
 
 
 class Decided(NamedTuple):
@@ -75,12 +79,13 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
         model = LayerwiseModel(source)
         return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
     assert work.folder is not None
-    sequential = options.sequential and not axes.all_active
+    sequential, layout = options.sequential and not axes.all_active, ffn_layout(source.config)
+    refitted = 0 if axes.all_active or axes.output != "refit" else layout.hidden_size * layout.ffn_width
     results = calibrate(
         source, calibration_tokens(source, options.calibration), work.folder, on_layer,
         method=options.to_dict() | {"calibration": None, "guard": None, "dtype": None},
         gradients=axes.needs_gradient, replacement=replacement(axes) if sequential else None,
-        layers=layers, overwrite=True, on_progress=work.on_progress,
+        layers=layers, overwrite=True, result_bytes=4 * refitted, on_progress=work.on_progress,
     )  # fmt: skip
     headers = {layer: read_header(results.path(layer)) for layer in layers}
     return Decided(

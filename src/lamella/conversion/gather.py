@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamella.conversion.pieces import Sink
+from lamella.conversion.pieces import Sink, checked
 from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.conversion.transposed import TransposedTensor
 
@@ -27,11 +27,11 @@ class GatherRows:
         for source, ids in self.parts:
             if isinstance(source, TransposedTensor):  # a row of it is a read per stored row
                 matrix = source.read(0, source.numel).view(source.shape)
-                sink.append(matrix.index_select(0, ids).to(dtype).flatten())
+                sink.append(checked(matrix.index_select(0, ids).to(dtype), source.name).flatten())
                 continue
             for row, count in consecutive(ids.tolist()):
                 for start, size in spans(row * source.width, count * source.width, CHUNK_ELEMENTS):
-                    sink.append(source.read(start, size).to(dtype))
+                    sink.append(checked(source.read(start, size).to(dtype), source.name))
 
 
 def consecutive(ids: list[int]) -> Iterator[tuple[int, int]]:
@@ -70,7 +70,7 @@ class GatherColumns:
             if self.row_scale_D is not None:
                 block_rF = block_rF.float() * self.row_scale_D[row : row + rows, None]
             for e, ids_f in enumerate(self.ids_Ef):
-                sink.place((e * D + row) * f, block_rF.index_select(1, ids_f).to(dtype))
+                sink.place((e * D + row) * f, checked(block_rF.index_select(1, ids_f).to(dtype), self.source.name))
 
 
 @dataclass(frozen=True, eq=False)

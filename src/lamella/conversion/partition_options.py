@@ -61,12 +61,14 @@ class PartitionOptions(Axes):
         return dataclasses.asdict(self)
 
     def describe(self, moe: dict[str, Any]) -> str:
-        parity = (
-            "All experts are active, each with weight 1 at the start: the logits are the dense model's."
-            if self.all_active
-            else f"{self.active / self.parts:.0%} of the neurons are active per token, so the logits differ from the "
-            "dense model's; train it."
-        )
+        even = self.gate == "unit" or (self.router == "zero" and self.scale_factor is None)
+        if not self.all_active:
+            share = f"{self.active / self.parts:.0%}"
+            parity = f"{share} of the neurons are active per token: the logits differ from the dense model's; train it."
+        elif even:
+            parity = "All experts are active, each with weight 1 at the start: the logits are the dense model's."
+        else:
+            parity = "All experts are active, weighed by the router: the logits are nearly the dense model's."
         return f"""\
 - Recipe: method `partition`, neurons by `{self.neurons}`, {self.parts} parts of which {self.active} are active
   (shared: {self.shared}), router `{self.router}`, gate `{self.gate}`, seed {self.seed}.

@@ -108,7 +108,8 @@ class Values:
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
         for value in self.values:
-            sink.append(torch.full((self.repeat,), value, dtype=dtype))
+            for _, count in spans(0, self.repeat, CHUNK_ELEMENTS):
+                sink.append(torch.full((count,), value, dtype=dtype))
 
 
 def _rows_per_chunk(width: int) -> int:
@@ -132,8 +133,13 @@ def _elements(
 ) -> Tensor:
     data = source.read(start, count)
     cast = data.to(dtype) if noise is None or not std else _noisy(data, source.name, start, dtype, std, noise)
-    if dtype == torch.float16 and cast is not data and not cast.isfinite().all():
-        raise UserError(f"{source.name} holds values beyond float16's range; use --dtype bfloat16 or float32")
+    return checked(cast, source.name) if cast is not data else cast
+
+
+def checked(cast: Tensor, name: str) -> Tensor:
+    """A tensor in another dtype than the stored one; UserError where float16 could not hold its values."""
+    if cast.dtype == torch.float16 and not cast.isfinite().all():
+        raise UserError(f"{name} holds values beyond float16's range; use dtype bfloat16 or float32")
     return cast
 
 

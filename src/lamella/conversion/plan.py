@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lamella.conversion.pieces import Piece
@@ -40,6 +41,8 @@ class Plan:
     max_shard_bytes: int = MAX_SHARD_BYTES
     notes: dict[str, Any] = field(default_factory=dict)
     """What was found on the way, for the manifest."""
+    scratch: Path | None = None
+    """Folder that tensors are read from, and that has served when they are written."""
 
     @property
     def total_bytes(self) -> int:

@@ -30,7 +30,7 @@ from lamella.conversion.converted import FLOAT32, converted_config, moe_tensors
 from lamella.conversion.gather import Given
 from lamella.conversion.layout import FFNLayout, ffn_layout
 from lamella.conversion.options import DTYPE_NAMES, SliceGate, parse_layers
-from lamella.conversion.pieces import Noise, Piece, Runs, Sink, Values, noise_std
+from lamella.conversion.pieces import Noise, Piece, Runs, Sink, Values, checked, noise_std
 from lamella.conversion.plan import OutputTensor, Plan
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
@@ -217,7 +217,7 @@ class CopiedRows:
                         block_rD, matrix.name, expert, rows.start * matrix.width, std[matrix.name],
                         fresh_f[rows, None], moments,
                     )  # fmt: skip
-                    sink.append(changed.to(dtype))
+                    sink.append(checked(changed.to(dtype), matrix.name))
 
     def _blocks(self, matrix: SourceTensor, expert: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the expert, [r, D])"""
@@ -240,7 +240,7 @@ class CopiedColumns:
             moments = _moments(self._blocks(expert), fresh_f, by_row=False)
             for rows, block_rf in self._blocks(expert):
                 changed = self.copies.changed(block_rf, self.source.name, expert, rows.start * f, std, fresh_f, moments)
-                sink.place((expert * D + rows.start) * f, changed.to(dtype))
+                sink.place((expert * D + rows.start) * f, checked(changed.to(dtype), self.source.name))
 
     def _blocks(self, expert: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, [r, f])"""

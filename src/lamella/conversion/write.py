@@ -166,7 +166,10 @@ def check_output(out: Path, overwrite: bool, needed_bytes: int = 0, sources: Ite
             raise UserError(f"{out} is not a folder; give another --out")
         if any(out.iterdir()) and not (out / "config.json").is_file():
             raise UserError(f"{out} is not a checkpoint, so it is not overwritten; give another --out")
-    if any(out.resolve() in path.resolve().parents for path in sources):
+    if out.resolve() == Path.cwd():
+        raise UserError("the working directory itself cannot be replaced; give another --out")
+    files = [place for path in sources for place in (path.parent.resolve() / path.name, path.resolve())]  # links too
+    if any(out.resolve() in file.parents for file in files):
         raise UserError(f"{out} holds the model that is to be read; give another --out")
     parent = _existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):

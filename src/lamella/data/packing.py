@@ -202,6 +202,7 @@ def token_file(
         return open_prepared(opened.root, split, tokenizer)
     if opened.is_streamed and max_tokens is None:
         raise UserError(f"{source} is streamed: say how many tokens to keep of it, or use StreamedSamples")
+    # The template counts for plain text as well: whether there are conversations is known only after reading.
     hashes = [fingerprint(opened), tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)]
     made_by = [*hashes, str(split), str(max_tokens), FORMAT, on_bad_data]
     folder = (cache or cache_dir()) / "tokens" / xxhash.xxh3_128_hexdigest("\n".join(made_by).encode())

@@ -140,14 +140,13 @@ def fingerprint(tokenizer: str | Path) -> str:
 
 
 def template_fingerprint(tokenizer: str | Path) -> str:
-    """As `fingerprint`, of what renders conversations: the chat templates."""
-    folder, digest = Path(tokenizer), xxhash.xxh3_128()
+    """As `fingerprint`, of what renders conversations: the chat template, which may be a file or an entry."""
+    folder = Path(tokenizer)
     if not folder.is_dir():
         return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
-    for file in sorted((*folder.glob("chat_template.*"), *folder.glob("chat_templates/*"))):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    digest.update(json.dumps(_settings(folder).get("chat_template")).encode())
-    return digest.hexdigest()
+    file = folder / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else _settings(folder).get("chat_template")
+    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
 
 
 def _settings(folder: Path) -> dict[str, Any]:

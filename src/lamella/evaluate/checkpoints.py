@@ -88,6 +88,13 @@ def is_sliced(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "moe_layers", None))
 
 
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """UserError for windows that are longer than the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", seq_len)
+    if seq_len > longest:
+        raise UserError(f"windows of {seq_len} tokens are longer than the model's {longest} positions; lower --seq-len")
+
+
 def check_same_text_interface(dense: PreTrainedModel, moe: PreTrainedModel) -> None:
     """UserError unless both are of one shape, as a dense model and its conversion are."""
     sizes = [

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from lamella.config import MoEConfig
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import check_same_text_interface, ffn_width, is_sliced, model_path, open_checkpoint
+from lamella.evaluate.checkpoints import (
+    check_length,
+    check_same_text_interface,
+    ffn_width,
+    is_sliced,
+    model_path,
+    open_checkpoint,
+)
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
@@ -130,6 +137,7 @@ def logit_match(
     for dtype, ids in windows.items():
         on_step(f"{dtype}: loading both models")
         dense, moe = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
+        check_length(moe, seq_len)
         _check_has_slices(moe, moe_name)
         check_same_text_interface(dense, moe)
         on_step(f"{dtype}: dense against transformers")

@@ -23,7 +23,7 @@ from lamella.config import Mode
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
 from lamella.data.sources import Split
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import check_same_text_interface, is_sliced, model_path, open_checkpoint
+from lamella.evaluate.checkpoints import check_length, check_same_text_interface, model_path, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def evaluate(
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = open_checkpoint(path, dtype, device)
+    check_length(model, seq_len)
     if mode is not None:
-        if not is_sliced(model):
+        if not hasattr(model, "set_mode"):
             raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
         model.set_mode(mode)
     results = {"model": perplexity(model, samples, tokenizer, max_tokens)}

@@ -200,6 +200,8 @@ def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
     problems = []
     if moe.gate != "sigmoid":
         problems.append(f"its gate is sigmoid, this model's is {moe.gate}; convert with gate sigmoid (normalised)")
+    if moe.num_experts < 2:
+        problems.append("its router chooses among two experts or more, this model has one")
     if moe.router != "linear":
         problems.append(f"its router is linear, this model's is {moe.router}; convert with another router")
     if moe.output_bias:

@@ -42,6 +42,12 @@ def refit_down(sample: LayerSample, masked_TF: Tensor, reference_TD: Tensor | No
     ffn = sample.ffn
     target_TD = dense_output(sample) if reference_TD is None else reference_TD
     missing_TD = target_TD - torch.nn.functional.linear(masked_TF, ffn.down_DF, ffn.down_bias_D)
+    change = RidgeProblem(masked_TF).fit(missing_TD, _best_strength(masked_TF, missing_TD))
+    return Refit(ffn.down_DF + change.weight_ED, change.bias_E)
+
+
+def _best_strength(masked_TF: Tensor, missing_TD: Tensor) -> float:
+    """That which leaves least on held-out tokens. Apart, so that its [F, F] products are gone before the next."""
     fit = round(len(masked_TF) * (1 - HELDOUT_SHARE))
     trial = RidgeProblem(masked_TF[:fit])
     moments = trial.moments(missing_TD[:fit])
@@ -50,5 +56,4 @@ def refit_down(sample: LayerSample, masked_TF: Tensor, reference_TD: Tensor | No
         found = trial.solve(moments, strength)(masked_TF[fit:])
         return (missing_TD[fit:] - found).square().sum().item()
 
-    change = RidgeProblem(masked_TF).fit(missing_TD, min(STRENGTHS, key=error))
-    return Refit(ffn.down_DF + change.weight_ED, change.bias_E)
+    return min(STRENGTHS, key=error)

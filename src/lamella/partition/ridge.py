@@ -45,7 +45,9 @@ class RidgeProblem:
     def solve(self, moments: Moments, strength: float) -> LinearMap:
         """The map at alpha = strength times the mean variance of an input times T."""
         alpha = strength * self.gram_DD.diagonal().mean().clamp(min=1e-12)
-        factor_DD = torch.linalg.cholesky(self.gram_DD + alpha * torch.eye(len(self.gram_DD), dtype=torch.float64))
+        system_DD = self.gram_DD.clone()
+        system_DD.diagonal().add_(alpha)
+        factor_DD = torch.linalg.cholesky(system_DD)
         weight_ED = torch.cholesky_solve(moments.cross_DE, factor_DD).T
         return LinearMap(weight_ED.float(), (moments.mean_E - weight_ED @ self.mean_D).float())
 
@@ -55,5 +57,7 @@ class RidgeProblem:
 
 def _product(a_TD: Tensor, b_TE: Tensor) -> Tensor:
     """a' b, float64."""
-    parts = zip(a_TD.split(TOKENS_AT_ONCE), b_TE.split(TOKENS_AT_ONCE), strict=True)
-    return torch.stack([(a.T @ b).double() for a, b in parts]).sum(0)
+    total_DE = torch.zeros(a_TD.shape[1], b_TE.shape[1], dtype=torch.float64)
+    for a, b in zip(a_TD.split(TOKENS_AT_ONCE), b_TE.split(TOKENS_AT_ONCE), strict=True):
+        total_DE += a.T @ b
+    return total_DE

@@ -1,4 +1,4 @@
-"""What a recipe asks of a model, checked from the model's config.json: training and `lamella plan` refuse the same.
+"""What a recipe asks of a model, as far as its config.json shows: training and `lamella plan` refuse the same.
 
 Imports no torch.
 """
@@ -114,6 +114,8 @@ def _check_pipeline(recipe: Recipe, model: Model, name: str) -> None:
         raise UserError(
             "parallel.pipeline has no way for a teacher, a routing_loss or a router_fit; leave them out, or set it to 1"
         )
+    if stages > model.num_layers + 2:  # embedding and head count as a layer each
+        raise UserError(f"parallel.pipeline={stages} is too many stages for {model.num_layers} layers; lower it")
     if model.moe is None and model.attention_moe is None:
         return
     # Every group of the optimizer needs a parameter in each stage.
@@ -122,7 +124,7 @@ def _check_pipeline(recipe: Recipe, model: Model, name: str) -> None:
         layers = recipe.parallel.layers_of(stage, model.num_layers)
         if not wanted & set(layers):
             held = f"the layers {layers[0]}-{layers[-1]}, none of which has experts" if layers else "no layer"
-            raise UserError(f"parallel.pipeline={stages} gives stage {stage} {held}, so nothing to train; lower it")
+            raise UserError(f"parallel.pipeline={stages} gives stage {stage} {held}, so no experts to train; lower it")
 
 
 def _check_teacher_inside(recipe: Recipe, model: Model, name: str) -> None:

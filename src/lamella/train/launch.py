@@ -85,7 +85,8 @@ def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
     """The recipe's run directory, new or holding the same run; else UserError."""
     run = RunDir(Path(recipe.out))
     if run.exists():
-        if recipe.resume == "never" and attempt_number() == 0:  # a later attempt continues what the first one made
+        # A later attempt continues what the first one made, and other ranks may come when rank 0 has made it.
+        if recipe.resume == "never" and attempt_number() == 0 and os.environ.get("RANK", "0") == "0":
             raise UserError(
                 f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
             )

@@ -1,6 +1,7 @@
 """What each rank runs: `torchrun ... -m lamella.train.worker [RECIPE.yaml] [key=value ...]` (train.py is the same).
 
-All that a person may have got wrong is found before the ranks meet, and said once, by rank 0.
+All that a person may have got wrong is found before the ranks meet, and said once: by rank 0, or where that one finds
+nothing, by another.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -78,8 +80,9 @@ def train_stage(recipe: Recipe, rank: int, stop: StopRequest) -> bool:
 
 
 def _refuse(error: UserError, rank: int) -> NoReturn:
-    if rank != 0:
-        time.sleep(5)  # torchrun ends all ranks when one ends: where rank 0 is refused too, it alone speaks
+    if rank != 0:  # where rank 0 is refused too, it alone speaks
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which torchrun ends all ranks when one ends
+        time.sleep(5)
     if REFUSAL_FILE in os.environ:
         write_atomic(Path(os.environ[REFUSAL_FILE]), str(error))
     else:
@@ -114,8 +117,7 @@ def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
             run.create(recipe, model_folder)
         except OSError as error:
             raise UserError(f"{run.path} cannot be written: {error}; set out= to another folder") from None
-    while not run.exists():
-        time.sleep(0.05)  # rank 0 makes it
+    _wait_until(run.exists)
     if rank == 0:
         launched = float(os.environ.get(LAUNCHED_AT, psutil.Process().create_time()))
         run.event("start", time=launched, attempt=attempt_number())
@@ -150,9 +152,16 @@ def _model_folder(recipe: Recipe, rank: int) -> Path:
 
 
 def _wait_for_model(folder: Path) -> Path:
-    while not (folder / "config.json").is_file():
-        time.sleep(0.2)  # rank 0 writes it; torchrun ends this rank if rank 0 fails
+    _wait_until((folder / "config.json").is_file)
     return folder
+
+
+def _wait_until(is_there: Callable[[], bool]) -> None:
+    """For what rank 0 makes. If it fails, torchrun ends this rank by SIGTERM: nothing that could be saved is lost."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while not is_there():
+        time.sleep(0.05)
+    signal.signal(signal.SIGTERM, before)
 
 
 def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
