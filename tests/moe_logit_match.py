@@ -36,13 +36,13 @@ def main(
     data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
     tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 512,
     bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
 ) -> None:
     """Compare the logits of a dense model and its conversion."""
-    passed = verify(
-        dense, moe, data=data, tokens=tokens, bf16_tokens=bf16_tokens, ratios=False, device=device, json_path=json
-    )
+    sizes: dict[str, int] = {"tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
+    passed = verify(dense, moe, data=data, **sizes, ratios=False, device=device, json_path=json)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -147,6 +147,7 @@ def test_the_script(dense, tmp_path):
         (("--moe", "/missing/moe"), "no such model: /missing/moe"),
         (("--json", "/missing/folder/report.json"), "cannot write /missing/folder/report.json"),
         (("--tokens", "10"), "10 and 256 tokens in windows of 256"),
+        (("--seq-len", "32"), "512 and 256 tokens in windows of 32"),
         (("--device", "tpu"), "device is 'tpu'"),
     ],
 )
@@ -160,7 +161,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, dense):
 
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path):
-    """SmolLM2-135M, float32: the issue's bound of 1e-3 and 64 of 64 greedy tokens."""
+    """SmolLM2-135M, float32: at most 1e-3 and 64 of 64 greedy tokens."""
     convert(None, tmp_path / "moe")
     checks = logit_match(str(embedded_model()), str(tmp_path / "moe"), tokens={"float32": 256})
     assert failed(checks) == []

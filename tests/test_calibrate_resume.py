@@ -169,6 +169,16 @@ def test_a_folder_in_use_is_refused(source: Checkpoint, tmp_path: Path) -> None:
         calibrate(source, random_tokens(), tmp_path / "out", busiest, method={})
 
 
+def test_results_of_another_method_leave_no_room_for_these(source: Checkpoint, tmp_path: Path) -> None:
+    tokens, folder = random_tokens(), tmp_path / "out"
+    calibrate(source, tokens, folder, busiest, method={"name": "small"})
+    large: dict[str, Any] = {"result_bytes": 10**15}
+    calibrate(source, tokens, folder, busiest, method={"name": "small"}, **large)  # all there
+    with pytest.raises(UserError, match=r"calibration needs \d+\.\d+ GB"):
+        calibrate(source, tokens, folder, busiest, method={"name": "large"}, overwrite=True, **large)
+    assert ResultFolder(folder).has(0)
+
+
 def test_streams_that_do_not_fit_are_refused_beforehand(tmp_path: Path) -> None:
     too_many = StreamFolder(tmp_path / "not" / "there" / STREAMS, (10**9, 512, 4096))
     with pytest.raises(UserError, match=r"needs \d+\.\d+ GB in .*, but only"):

@@ -46,6 +46,7 @@ def test_only_what_was_committed_counts(store):
     assert not list(store.problems(12))
     assert store.discard_unfinished() == (["step-16.tmp"] if store.folder[0] == "/" else [])  # else maybe another run's
     assert store.found() == [4, 12]
+    assert store.half_written() == ([] if store.folder[0] == "/" else ["step-16"])
     assert not any(name.endswith(".tmp") for name in store.names())
     store.revoke(4)
     assert store.steps() == [12]

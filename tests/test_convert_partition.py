@@ -262,6 +262,29 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
         partition(dense, tmp_path / "out", *words)
 
 
+def test_damage_is_not_called_float16s_range(tmp_path: Path) -> None:
+    words = ["active=4", "shared=0", "neurons=contiguous", "router=random", "dtype=float16"]
+    with pytest.raises(UserError, match=r"down_proj\.weight holds NaN .*the checkpoint is damaged"):
+        partition(damaged(dense_model(tmp_path / "dense")), tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gate=unit"], "the logits are the dense model's"),
+        (["gate=normalised", "scale_factor=4"], "the logits are the dense model's"),
+        (["gate=normalised", "scale_factor=1"], "scaled by 1: the logits differ"),
+        (["gate=normalised", "router=random"], "nearly the dense model's"),
+    ],
+)
+def test_the_card_says_what_the_logits_are(tmp_path: Path, words: list[str], said: str) -> None:
+    dense = dense_model(tmp_path / "dense")
+    out = partition(dense, tmp_path / "out", "active=4", "shared=0", "neurons=contiguous", "router=zero", *words)
+    assert said in (out / "README.md").read_text()
+    difference = (logits(out) - logits(dense)).abs().max()
+    assert (difference < EXACT) == (said == "the logits are the dense model's")
+
+
 def test_only_its_own_calibration_is_removed(tmp_path: Path) -> None:
     dense, other = dense_model(tmp_path / "dense"), tmp_path / "out.calibration"
     other.mkdir()

@@ -12,7 +12,7 @@ from lamella.data.chat import ChatRenderer
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, samples_of, token_file, whole_documents
 from lamella.data.prepare import prepare
 from lamella.data.sources import documents
-from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens
+from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens, template_fingerprint
 from lamella.errors import UserError
 from lamella.recipe_sections import Portion
 from lamella.train.data import MixedSamples, open_samples
@@ -107,6 +107,15 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     source = write(tmp_path / "chat.jsonl", [TWO_TURNS])
     with pytest.raises(UserError, match="has no chat template"):
         token_file(source, None, save_tokenizer(tmp_path / "plain"), cache=tmp_path)
+
+
+def test_damaged_settings_of_a_tokenizer_are_one_line(folder):
+    damaged = folder()
+    settings = damaged / "tokenizer_config.json"
+    settings.write_text(settings.read_text()[:40])
+    (damaged / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is damaged"):
+        template_fingerprint(damaged)
 
 
 def test_samples_hold_whole_conversations(folder, tmp_path):

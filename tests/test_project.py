@@ -135,6 +135,11 @@ def test_the_demo_refuses_before_it_removes_anything(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="something else"):  # a run, but not a demo's
         check_arguments(tmp_path, 3, 12)
+    (tmp_path / "report.json").touch()
+    (tmp_path / "training.png").touch()
+    check_arguments(tmp_path, 3, 12)  # finished, by an earlier version
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "training.png").unlink()
     (tmp_path / ".lamella-demo").touch()
     check_arguments(tmp_path, 3, 12)  # broken off: only its own
     (tmp_path / "precious.txt").touch()

@@ -69,6 +69,39 @@ def test_signal_saves_and_resume_finishes(setting):
     assert [line["step"] for line in run.metrics()] == list(range(stop + 1))
 
 
+def test_a_signal_before_the_first_step_ends_all_ranks_at_once(setting):
+    """Rank 0 converts while the others wait: with nothing to save, none may wait for one that is gone."""
+    folder, words, environment = setting
+    place = folder / "early"
+    place.mkdir()
+    words = [word for word in words if not word.startswith(("model=", "out="))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(TRAIN)]
+    process = subprocess.Popen(
+        [*torchrun, *words], env=environment, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("There is no artifacts/moe yet"), process.communicate()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)  # torchrun would kill what is left after 30 s
+    assert process.returncode != 0
+    assert [path.name for path in place.glob("artifacts/*")] == []
+
+
+def test_a_run_that_is_not_to_be_resumed_is_left_as_it_is(setting):
+    folder, words, environment = setting
+    run = folder / "untouched"
+    words = [*words, f"out={run}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(TRAIN)]
+    command = [*torchrun, *words, "stop_at_step=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    command = [*torchrun, *words, "resume=never"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("holds a run already; set out= to another folder") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
 ONLY_THE_RANKS_FIND = {
     "torchtitan.training.gc_freqq=3": (
         "error: the recipe's torchtitan section has errors:\n"

@@ -112,6 +112,11 @@ class CheckpointStore:
         committed = {*self.steps(), self.latest()}
         return [step for step in steps if step in committed]
 
+    def half_written(self) -> list[str]:
+        """Names of the checkpoints that are not `found`."""
+        found = self.found()
+        return [f"step-{step}" for step in self._named() if step not in found]
+
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
         return [step for step in self._named() if self.files.exists(self.inside(f"step-{step}", MANIFEST))]
@@ -203,7 +208,7 @@ class CheckpointStore:
         os.replace(temporary, path)
 
     def discard_unfinished(self) -> list[str]:
-        """Remove what interrupted writes left; only while nobody writes."""
+        """Remove what interrupted writes left; only while nobody writes. In a remote folder it stays: see `found`."""
         left = [name for name in self.names() if name.endswith(".tmp")]
         for name in left:
             self._remove(self.inside(name))

@@ -64,9 +64,13 @@ def check_arguments(out: Path, ranks: int, steps: int) -> None:
         raise UserError(f"{steps} training steps cannot be cut in two; ask for at least 2")
     if ranks < 1:
         raise UserError(f"{ranks} training processes cannot train; ask for at least 1")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if out.exists() and not (out.is_dir() and (not names or (MARK in names and names <= OWN_NAMES))):
+    if out.exists() and not (out.is_dir() and _is_demo({path.name for path in out.iterdir()})):
         raise UserError(f"{out} holds something else than a demo; give another --out")
+
+
+def _is_demo(names: set[str]) -> bool:
+    """Of an empty folder, too; finished ones of earlier versions have no mark."""
+    return not names or (names <= OWN_NAMES and (MARK in names or {"report.json", "training.png"} <= names))
 
 
 def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:

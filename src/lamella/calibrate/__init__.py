@@ -67,7 +67,8 @@ def calibrate(
     stream = StreamFolder(folder / STREAMS, (*tokens.ids_NL.shape, model.width))
     run = Run(model, tokens, stream, results, chosen, on_layer, gradients, replacement, on_progress)
     results.check(wanted, overwrite)
-    stream.check_space(run.num_streams, result_bytes * sum(not results.has(layer) for layer in chosen))
+    left = sum(not (results.is_of(wanted) and results.has(layer)) for layer in chosen)
+    stream.check_space(run.num_streams, result_bytes * left)
     with _locked(folder):
         results.claim(wanted)
         if not all(results.has(layer) for layer in chosen):

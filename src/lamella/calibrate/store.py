@@ -51,11 +51,14 @@ class ResultFolder:
 
     def claim(self, wanted: dict[str, Any]) -> None:
         """Make the existing folder this calibration's, without what another one left."""
-        if self._found() != wanted:
+        if not self.is_of(wanted):
             self._write_fingerprint({})  # matches nothing, if the clearing is interrupted
             for path in (*self.folder.glob("layer-*.safetensors"), *(self.folder / STREAMS).glob("*")):
                 path.unlink()
             self._write_fingerprint(wanted)
+
+    def is_of(self, wanted: dict[str, Any]) -> bool:
+        return self._found() == wanted
 
     def _found(self) -> dict[str, Any] | None:
         path = self.folder / FINGERPRINT

@@ -26,12 +26,13 @@ class GatherRows:
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
         for source, ids in self.parts:
             if isinstance(source, TransposedTensor):  # a row of it is a read per stored row
-                matrix = source.read(0, source.numel).view(source.shape)
-                sink.append(checked(matrix.index_select(0, ids).to(dtype), source.name).flatten())
+                rows = source.read(0, source.numel).view(source.shape).index_select(0, ids)
+                sink.append(checked(rows.to(dtype), rows, source.name).flatten())
                 continue
             for row, count in consecutive(ids.tolist()):
                 for start, size in spans(row * source.width, count * source.width, CHUNK_ELEMENTS):
-                    sink.append(checked(source.read(start, size).to(dtype), source.name))
+                    data = source.read(start, size)
+                    sink.append(checked(data.to(dtype), data, source.name))
 
 
 def consecutive(ids: list[int]) -> Iterator[tuple[int, int]]:
@@ -51,7 +52,8 @@ class GatherElements:
     ids: Tensor
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
-        sink.append(self.source.read(0, self.source.numel)[self.ids].to(dtype).flatten())
+        data = self.source.read(0, self.source.numel)[self.ids]
+        sink.append(checked(data.to(dtype), data, self.source.name).flatten())
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,8 @@ class GatherColumns:
             if self.row_scale_D is not None:
                 block_rF = block_rF.float() * self.row_scale_D[row : row + rows, None]
             for e, ids_f in enumerate(self.ids_Ef):
-                sink.place((e * D + row) * f, checked(block_rF.index_select(1, ids_f).to(dtype), self.source.name))
+                part_rf = block_rF.index_select(1, ids_f)
+                sink.place((e * D + row) * f, checked(part_rf.to(dtype), part_rf, self.source.name))
 
 
 @dataclass(frozen=True, eq=False)

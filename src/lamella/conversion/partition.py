@@ -1,7 +1,7 @@
 """Method "partition": the neurons of every FFN divided among routed experts and, where asked for, a shared one.
 
 The tensors are gathered from the dense ones by the index lists that `lamella.partition.decide` made for each layer.
-Fewer active neurons than the dense model has; with all of them active the logits are the dense model's.
+Fewer active neurons than the dense model has; with all of them active and gate "unit" the logits are the dense model's.
 """
 
 from __future__ import annotations

@@ -61,10 +61,15 @@ class PartitionOptions(Axes):
         return dataclasses.asdict(self)
 
     def describe(self, moe: dict[str, Any]) -> str:
-        even = self.gate == "unit" or (self.router == "zero" and self.scale_factor is None)
+        scaled = self.scale_factor is not None and self.scale_factor != moe["num_experts_per_tok"]
+        even = self.gate == "unit" or self.router == "zero"
         if not self.all_active:
             share = f"{self.active / self.parts:.0%}"
             parity = f"{share} of the neurons are active per token: the logits differ from the dense model's; train it."
+        elif scaled:
+            parity = (
+                f"The experts' outputs are scaled by {self.scale_factor:g}: the logits differ from the dense model's."
+            )
         elif even:
             parity = "All experts are active, each with weight 1 at the start: the logits are the dense model's."
         else:

@@ -133,12 +133,14 @@ def _elements(
 ) -> Tensor:
     data = source.read(start, count)
     cast = data.to(dtype) if noise is None or not std else _noisy(data, source.name, start, dtype, std, noise)
-    return checked(cast, source.name) if cast is not data else cast
+    return checked(cast, data, source.name) if cast is not data else cast
 
 
-def checked(cast: Tensor, name: str) -> Tensor:
-    """A tensor in another dtype than the stored one; UserError where float16 could not hold its values."""
+def checked(cast: Tensor, data: Tensor, name: str) -> Tensor:
+    """`cast`, computed from `data`; UserError where float16 could not hold its values."""
     if cast.dtype == torch.float16 and not cast.isfinite().all():
+        if not data.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         raise UserError(f"{name} holds values beyond float16's range; use dtype bfloat16 or float32")
     return cast
 

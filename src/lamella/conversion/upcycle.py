@@ -89,7 +89,7 @@ class UpcycleOptions:
             if exact
             else "The copies differ from the dense FFN, and the logits from the dense model's."
         )
-        return f"""\\
+        return f"""\
 - Recipe: method `upcycle`, {self.experts} copies of each FFN in {self.granularity} shards, noise {self.noise},
   redrawn {self.redraw}, seed {self.seed}.
 - {parity}"""
@@ -217,7 +217,7 @@ class CopiedRows:
                         block_rD, matrix.name, expert, rows.start * matrix.width, std[matrix.name],
                         fresh_f[rows, None], moments,
                     )  # fmt: skip
-                    sink.append(checked(changed.to(dtype), matrix.name))
+                    sink.append(checked(changed.to(dtype), changed, matrix.name))
 
     def _blocks(self, matrix: SourceTensor, expert: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the expert, [r, D])"""
@@ -240,7 +240,7 @@ class CopiedColumns:
             moments = _moments(self._blocks(expert), fresh_f, by_row=False)
             for rows, block_rf in self._blocks(expert):
                 changed = self.copies.changed(block_rf, self.source.name, expert, rows.start * f, std, fresh_f, moments)
-                sink.place((expert * D + rows.start) * f, checked(changed.to(dtype), self.source.name))
+                sink.place((expert * D + rows.start) * f, checked(changed.to(dtype), changed, self.source.name))
 
     def _blocks(self, expert: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, [r, f])"""

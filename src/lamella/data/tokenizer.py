@@ -4,7 +4,7 @@ the workers of `lamella data prepare` are started with an `Encoder` alone."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,13 +145,20 @@ def template_fingerprint(tokenizer: str | Path) -> str:
     if not folder.is_dir():
         return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
     file = folder / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else _settings(folder).get("chat_template")
+    template = _parsed(file, str) if file.is_file() else _settings(folder).get("chat_template")
     return xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     settings = folder / "tokenizer_config.json"
-    return json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    return _parsed(settings, json.loads) if settings.is_file() else {}
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); restore the tokenizer's files") from None
 
 
 def _vocabulary_files(folder: Path) -> list[str]:

@@ -88,9 +88,9 @@ def is_sliced(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "moe_layers", None))
 
 
-def check_length(model: PreTrainedModel, seq_len: int) -> None:
-    """UserError for windows that are longer than the model's positions."""
-    longest = getattr(model.config, "max_position_embeddings", seq_len)
+def check_length(seq_len: int, *models: PreTrainedModel) -> None:
+    """UserError for windows that are longer than a model's positions."""
+    longest = min(getattr(model.config, "max_position_embeddings", seq_len) for model in models)
     if seq_len > longest:
         raise UserError(f"windows of {seq_len} tokens are longer than the model's {longest} positions; lower --seq-len")
 

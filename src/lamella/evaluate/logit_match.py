@@ -137,7 +137,7 @@ def logit_match(
     for dtype, ids in windows.items():
         on_step(f"{dtype}: loading both models")
         dense, moe = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
-        check_length(moe, seq_len)
+        check_length(seq_len, dense, moe)
         _check_has_slices(moe, moe_name)
         check_same_text_interface(dense, moe)
         on_step(f"{dtype}: dense against transformers")

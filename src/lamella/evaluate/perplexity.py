@@ -113,7 +113,7 @@ def evaluate(
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = open_checkpoint(path, dtype, device)
-    check_length(model, seq_len)
+    check_length(seq_len, model)
     if mode is not None:
         if not hasattr(model, "set_mode"):
             raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
@@ -121,6 +121,7 @@ def evaluate(
     results = {"model": perplexity(model, samples, tokenizer, max_tokens)}
     if dense is not None:
         baseline = open_checkpoint(dense, dtype, device)
+        check_length(seq_len, baseline)
         check_same_text_interface(baseline, model)
         results["dense"] = perplexity(baseline, samples, tokenizer, max_tokens)
     return results

@@ -72,7 +72,7 @@ class Axes:
 
     @property
     def all_active(self) -> bool:
-        """Every expert computes every token: the dense FFN, whatever the router says."""
+        """Every expert computes every token: with gate "unit" the dense FFN, whatever the router says."""
         return self.active == self.parts
 
     @property

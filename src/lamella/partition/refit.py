@@ -42,7 +42,8 @@ def refit_down(sample: LayerSample, masked_TF: Tensor, reference_TD: Tensor | No
     ffn = sample.ffn
     target_TD = dense_output(sample) if reference_TD is None else reference_TD
     missing_TD = target_TD - torch.nn.functional.linear(masked_TF, ffn.down_DF, ffn.down_bias_D)
-    change = RidgeProblem(masked_TF).fit(missing_TD, _best_strength(masked_TF, missing_TD))
+    strength = _best_strength(masked_TF, missing_TD)
+    change = RidgeProblem(masked_TF).fit(missing_TD, strength)
     return Refit(ffn.down_DF + change.weight_ED, change.bias_E)
 
 

@@ -172,6 +172,8 @@ class CommittedCheckpoints(CheckpointManager):
         """At the start of a run nobody writes yet: what is half-written is a killed attempt's."""
         if dist.get_rank() == 0 and (left := self.store.discard_unfinished()):
             logger.warning(f"Discarded unfinished checkpoints: {', '.join(left)}")
+        if dist.get_rank() == 0 and (left := self.store.half_written()):
+            logger.warning(f"Half-written, not counted, not removed: {', '.join(left)} in {self.store.folder}")
 
     def _load(self, step: int = -1) -> bool:
         return super()._load(self._trusted_step(step))

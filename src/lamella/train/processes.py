@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -16,17 +17,32 @@ LAUNCH_ID = "LAMELLA_LAUNCH_ID"
 
 
 class StopRequest:
-    """Remembers a SIGTERM or SIGUSR1, from the first import on: the trainer looks after each step."""
+    """SIGTERM or SIGUSR1. They end a process that has nothing to save yet; a trainer looks after each step."""
 
     def __init__(self) -> None:
         self.asked = False
 
+    def exit(self) -> None:
+        """From here on it is an exception: half-written folders are removed."""
+        if self.asked:
+            sys.exit(128 + signal.SIGTERM)
+        _handle(lambda number, _: sys.exit(128 + number))
+
+    def die(self) -> None:
+        """From here on nothing is to be removed, and the process may wait where Python's handlers do not run."""
+        _handle(signal.SIG_DFL)
+
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        """From here on it is remembered."""
+        _handle(self._ask)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+
+
+def _handle(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -103,8 +103,7 @@ class LamellaTrainer(Trainer):
         self.heldout = self._open_heldout(config.heldout)
         self.teacher = self._open_teacher(config) if self.recipe.objective == "distil" else None
         self.stop: StopRequest = config.stop or StopRequest()
-        if config.stop is None:
-            self.stop.listen()
+        self.stop.listen()
 
     @property
     def model(self) -> LamellaDecoder:

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -41,7 +40,7 @@ def main(words: list[str] | None = None) -> None:
     """Train all stages, in one process group; exits 2 on bad input and 1 when the training fails."""
     rank = int(os.environ.get("RANK", 0))
     stop = StopRequest()
-    stop.listen()
+    stop.exit()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun starts ranks in sessions of their own: nothing else would end them
     try:
@@ -59,12 +58,14 @@ def main(words: list[str] | None = None) -> None:
 
 def train_stage(recipe: Recipe, rank: int, stop: StopRequest) -> bool:
     """Train one run, or continue it; whether it is finished now. The process group stays for the next."""
+    stop.exit()
     try:
         config = prepare(recipe, rank)
     except UserError as error:
         _refuse(error, rank)
     if config is None:
         return True
+    stop.die()  # until the process group is there: a rank would wait for others that are gone
     with redirected_output(RunDir(Path(recipe.out)).log_file(rank)) as terminal:
         config.stream, config.stop = terminal, stop
         try:
@@ -80,8 +81,7 @@ def train_stage(recipe: Recipe, rank: int, stop: StopRequest) -> bool:
 
 
 def _refuse(error: UserError, rank: int) -> NoReturn:
-    if rank != 0:  # where rank 0 is refused too, it alone speaks
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which torchrun ends all ranks when one ends
+    if rank != 0:  # where rank 0 is refused too, it alone speaks: torchrun ends all ranks when one ends
         time.sleep(5)
     if REFUSAL_FILE in os.environ:
         write_atomic(Path(os.environ[REFUSAL_FILE]), str(error))
@@ -157,11 +157,9 @@ def _wait_for_model(folder: Path) -> Path:
 
 
 def _wait_until(is_there: Callable[[], bool]) -> None:
-    """For what rank 0 makes. If it fails, torchrun ends this rank by SIGTERM: nothing that could be saved is lost."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For what rank 0 makes. If it fails, torchrun ends this rank by SIGTERM."""
     while not is_there():
         time.sleep(0.05)
-    signal.signal(signal.SIGTERM, before)
 
 
 def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
