@@ -39,9 +39,13 @@ from lamella.partition.static import Kept, flap, kept_output, static
 
 PARTS = 16
 OURS = "coadapted"
-# name -> the axes in which it differs from the defaults; published methods with unit gates, as facts are compared
+# name -> the axes in which it differs from the defaults without balance; published methods with unit gates
 PARTITIONED: dict[str, dict[str, Any]] = {
+    "contiguous": {"neurons": "contiguous", "output": "plain"},
     "random": {"neurons": "random", "output": "plain"},
+    "kmeans": {"neurons": "kmeans", "output": "plain"},
+    "gradient-sharing": {"neurons": "gradient-sharing", "router": "kmeans", "output": "plain"},
+    "no residual split": {"neurons": "gradient-max", "router": "kmeans", "shared": 0, "output": "plain"},
     "residual split": {"neurons": "gradient-max", "router": "kmeans", "output": "plain"},  # LLaMA-MoE-v2's
     "cmoe": {"neurons": "coactivation", "router": "analytic", "output": "plain"},
     OURS: {"output": "plain"},
@@ -58,7 +62,7 @@ QUICK = ("flap", "cmoe")
 
 
 def axes_of(name: str, active: int) -> Axes:
-    return Axes(parts=PARTS, active=active, **PARTITIONED[name])
+    return Axes(parts=PARTS, active=active, **{"balance": None} | PARTITIONED[name])
 
 
 Rows = list[dict[str, Any]]

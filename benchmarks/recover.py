@@ -27,7 +27,7 @@ def variant(method: str, active: int, calibration_tokens: int) -> Variant:
     calibration = {"num_tokens": calibration_tokens}
     axes = {"method": "partition", "parts": PARTS, "active": active, "calibration": calibration}
     axes["sequential"] = method in SEQUENTIAL
-    return Variant(method, axes | PARTITIONED[method], DOCS)
+    return Variant(method, axes | {"balance": None} | PARTITIONED[method], DOCS)
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -270,7 +270,7 @@ def test_glm4_moe_holds_it_while_the_attention_is_the_dense_one(llama: Path) -> 
     report = export(converted(sliced, "all", experts=4), "glm4-moe", llama.parent / "glm")
     assert report.max_abs_logit_diff is not None
     assert report.max_abs_logit_diff < FP32_BOUND
-    for name, options in {"fewer": {"top_k": 1}, "weighed": {"gate": "softmax"}}.items():
+    for name, options in {"fewer": {"top_k": 1, "router": "random"}, "weighed": {"gate": "softmax"}}.items():
         with pytest.raises(UserError, match="no attention experts"):
             export(converted(sliced, name, **options), "glm4-moe", llama.parent / "no")
 
@@ -304,9 +304,17 @@ def test_ridge_finds_a_linear_rule() -> None:
     assert agree.float().mean() > 0.9  # all but near ties of size 0.1 in norms of size 4
 
 
+def test_the_router_starts_so_that_no_expert_is_dead_by_default() -> None:
+    assert AttentionOptions().router_start(4, 4) == "zero"  # all chosen
+    assert AttentionOptions().router_start(4, 2) == "ridge"
+    assert AttentionOptions(gate="softmax").router_start(4, 2) == "random"
+    assert AttentionOptions(router="zero").router_start(4, 2) == "zero"
+
+
 def test_ridge_router_from_text(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "dense")
-    folder = converted(source, layers="all", top_k=1, router="ridge", calibration=CALIBRATION)
+    folder = converted(source, layers="all", top_k=1, calibration=CALIBRATION)
+    assert "router start `ridge`" in (folder / "README.md").read_text()
     model: Any = load(folder)
     for layer in model.attention_experts:
         assert layer.router.weight.abs().sum() > 0
@@ -343,7 +351,7 @@ WRONG_OPTIONS = [
     ({"route_scale": 2.0}, "gate 'unit' has no route_scale"),
     ({"router": "ridge", "calibration": CALIBRATION}, "has no tokenizer"),
     ({"router": "ridge"}, "longer than the model's 256 positions; lower the calibration's sequence_length"),
-    ({"balance": 0.1}, "balance needs calibration text, which router 'zero' does not read"),
+    ({"router": "zero", "balance": 0.1}, "balance needs calibration text, which only router 'ridge' reads"),
     ({"router": "ridge", "balance": 0.0}, "balance is 0.0; it must be a MaxVio above 0"),
 ]
 

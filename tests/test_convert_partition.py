@@ -12,13 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, save_tokenizer
 from tiny_models import CONFIGS, tiny_checkpoint
+from typer.testing import CliRunner
 
 from lamella.calibrate import calibration_tokens, store
 from lamella.calibrate.guard import Verdict
 from lamella.calibrate.layerwise import document_mask
+from lamella.cli import app
 from lamella.conversion import SliceOptions, convert
 from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.recipe import load_conversion
+from lamella.conversion.recipe import load_conversion, make_conversion
 from lamella.errors import UserError
 from lamella.models.hf import load
 from lamella.moe.balancing import expert_counts, max_violation
@@ -64,9 +66,8 @@ def test_all_experts_active_are_the_dense_model(tmp_path: Path, family: str, neu
 @pytest.mark.parametrize("gate", ["unit", "normalised", "softmax"])
 def test_every_router_and_gate_loads_and_routes(tmp_path: Path, router: str, gate: str) -> None:
     dense = dense_model(tmp_path / "dense")
-    out = partition(
-        dense, tmp_path / "moe", "active=2", "neurons=coactivation", "shared=0", f"router={router}", f"gate={gate}"
-    )
+    words = ["active=2", "neurons=coactivation", "shared=0", f"router={router}", f"gate={gate}", "balance=null"]
+    out = partition(dense, tmp_path / "moe", *words)
     assert torch.isfinite(logits(out)).all()
     moe = load(out)
     moe(torch.arange(3, 43)[None])
@@ -260,6 +261,30 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     words = ["active=4", "shared=0", "neurons=contiguous", "router=random", "dtype=float16"]
     with pytest.raises(UserError, match=r"down_proj\.weight holds values beyond float16's range"):
         partition(dense, tmp_path / "out", *words)
+
+
+def test_calibration_may_be_named_alone(tmp_path: Path) -> None:
+    """In a recipe, in a word, as an option of the command, and from Python."""
+    (tmp_path / "recipe.yaml").write_text("method: partition\ncalibration: text.md\n")
+    for recipe in (
+        load_conversion(tmp_path / "recipe.yaml"),
+        load_conversion(None, ["method=partition", "calibration=text.md"]),
+        make_conversion({"method": "partition", "calibration": Path("text.md")}),
+        load_conversion(tmp_path / "recipe.yaml", ["calibration.num_tokens=1024"]),
+    ):
+        assert recipe.options.calibration.data == "text.md"
+    dense = dense_model(tmp_path / "dense")
+    words = ["method=partition", "parts=4", "active=2", f"model={dense}", f"out={tmp_path / 'moe'}", CALIBRATION]
+    done = CliRunner().invoke(app, ["convert", *words, "--calibration", str(tmp_path / "missing.md")])
+    assert isinstance(done.exception, UserError)
+    assert "missing.md" in str(done.exception)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_loads_are_even_on_the_calibration_text_by_default(tmp_path: Path) -> None:
+    """As the default asks for, within what two of 128 tokens are."""
+    dense = dense_model(tmp_path / "dense")
+    assert max(loads(partition(dense, tmp_path / "moe", "active=2", "shared=0"))) <= 0.01 + 2 / 128
 
 
 def test_damage_is_not_called_float16s_range(tmp_path: Path) -> None:

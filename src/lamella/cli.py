@@ -90,12 +90,16 @@ def convert(
     out: Annotated[
         Path | None, typer.Option(help="Folder to make.", show_default="the recipe's, or artifacts/moe")
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to calibrate on, as the recipe's `calibration.data`; its training part.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
 ) -> None:
     """Make experts out of a dense model by any method, as a recipe says; see launch/conversions/."""
     from lamella.conversion.command import run_recipe, run_slicing
 
+    words = [*(words or []), *([] if calibration is None else [f"calibration.data={calibration}"])]
     if words:
         run_recipe(words, model, out, overwrite=overwrite, dry_run=dry_run)
     else:

@@ -36,7 +36,8 @@ class AttentionOptions:
     top_k: int | None = None
     """Experts per token; None: all of them, which with the gate "unit" is the dense attention."""
     gate: GateKind = "unit"
-    router: RouterStart = "zero"
+    router: RouterStart | None = None
+    """None: "zero" where all experts are chosen, else "ridge", or with another gate than "unit" "random"."""
     route_scale: float | None = None
     """Factor on normalised weights; None: top-k, so that equal weights are 1. Gate "unit" has none."""
     seed: int = 0
@@ -49,22 +50,30 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         check_choice("gate", self.gate, get_args(GateKind))
-        check_choice("router", self.router, get_args(RouterStart))
+        check_choice("router", self.router, (*get_args(RouterStart), None))
         if self.router == "ridge" and self.gate != "unit":
             raise UserError(f"router 'ridge' predicts norms, which gate {self.gate!r} does not weigh; use gate 'unit'")
         if self.gate == "unit" and self.route_scale is not None:
             raise UserError("gate 'unit' has no route_scale; leave it out")
-        if self.balance is not None and self.router != "ridge":
-            raise UserError(f"balance needs calibration text, which router {self.router!r} does not read; use 'ridge'")
+        if self.balance is not None and (self.router not in ("ridge", None) or self.gate != "unit"):
+            raise UserError("balance needs calibration text, which only router 'ridge' reads; use it, with gate 'unit'")
         check_balance(self.balance)
+
+    def router_start(self, num_experts: int, num_chosen: int) -> RouterStart:
+        if self.router is not None:
+            return self.router
+        if num_chosen == num_experts:
+            return "zero"
+        return "ridge" if self.gate == "unit" else "random"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def describe(self, entry: dict[str, Any]) -> str:
         """Lines of the model card, given the `attention_moe` entry of the new config."""
+        start = self.router_start(entry["num_experts"], entry["num_experts_per_tok"])
         return f"""\
-- Recipe: method `attention`, router start `{self.router}`, seed {self.seed}. The attention is
+- Recipe: method `attention`, router start `{start}`, seed {self.seed}. The attention is
   {entry["num_experts"]} experts (query heads that share a key/value head). Each attends over the tokens that were
   routed to it, and its cache holds only these."""
 

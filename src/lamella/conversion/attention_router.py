@@ -36,10 +36,11 @@ def start_routers(
     source: Checkpoint, config: AttentionMoEConfig, options: AttentionOptions, on_progress: Callable[[Any], None]
 ) -> dict[int, RouterStartValues]:
     """The routers of the converted layers, float32; "ridge" runs the source on calibration text, a layer at a time."""
-    if options.router == "ridge":
+    start = options.router_start(config.num_experts, config.num_experts_per_tok)
+    if start == "ridge":
         return _ridge_routers(source, config, options, on_progress)
     generator, shape = torch.Generator().manual_seed(options.seed), (config.num_experts, source.config["hidden_size"])
-    std = RANDOM_STD if options.router == "random" else 0.0
+    std = RANDOM_STD if start == "random" else 0.0
     return {
         layer: RouterStartValues(torch.randn(shape, generator=generator) * std, torch.zeros(config.num_experts))
         for layer in config.layers

@@ -42,8 +42,15 @@ def load_conversion(path: str | Path | None, words: list[str] | tuple[str, ...] 
     """The recipe in a YAML file with `key=value` words laid over it; UserError with all its problems at once."""
     values = {} if path is None else parse_yaml(read_recipe_text(Path(path)), str(path))
     for word in words:
-        set_by_word(values, word)
+        set_by_word(_spelled_out(values), word)
     return make_conversion(values)
+
+
+def _spelled_out(values: dict[str, Any]) -> dict[str, Any]:
+    """`calibration` may be the text alone."""
+    if isinstance(values.get("calibration"), str | Path):
+        values["calibration"] = {"data": str(values["calibration"])}
+    return values
 
 
 def make_conversion(values: dict[str, Any]) -> ConversionRecipe:
@@ -56,7 +63,7 @@ def make_conversion(values: dict[str, Any]) -> ConversionRecipe:
     if wrong:
         raise UserError(f"{wrong[0]} must be a path or a name, not {own[wrong[0]]!r}")
     kind = options_type(method)
-    rest = {key: value for key, value in values.items() if key not in _OWN_KEYS}
+    rest = _spelled_out({key: value for key, value in values.items() if key not in _OWN_KEYS})
     if isinstance(rest.get("layers"), int | list):  # what YAML makes of 3 and of [0, 3]
         rest["layers"] = str(rest["layers"]).strip("[]")
     try:

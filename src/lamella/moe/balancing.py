@@ -81,8 +81,11 @@ def balanced_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int, target: float, 
     """[E] biases under which these tokens' MaxVio is at most `target`, found by sign updates with a falling rate.
 
     The rate is a share of the scores' spread: an absolute one is too slow for large scores and oscillates on small
-    ones. Where the target cannot be reached (fewer tokens than experts), the best of all rounds.
+    ones. Where the target cannot be reached (fewer tokens than experts), the best of all rounds; where all tokens have
+    the same scores (a router of zeros), `bias_E`.
     """
+    if (scores_TE == scores_TE[:1]).all():
+        return bias_E
     spread = (scores_TE + bias_E).std().item() or 1.0
     best_E, best = bias_E, float("inf")
     for round_ in range(max_rounds):

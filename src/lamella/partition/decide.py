@@ -54,7 +54,7 @@ class Axes:
     experts, then over their sum."""
     scale_factor: float | None = None
     """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
-    balance: float | None = None
+    balance: float | None = 0.01
     """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
     output: OutputName = "refit"
     """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
