@@ -140,7 +140,7 @@ class Recipe(Strict):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     frozen_weights: Literal["auto", "sharded", "replicated"] = "auto"
     """replicated: every rank holds all that does not train, and none of it is gathered during a step. Worth its memory
-    where ranks are joined by a slow network. auto: sharded where there is a GPU, replicated elsewhere."""
+    where ranks are joined by a slow network. auto: replicated without a GPU in float32, else sharded."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: parameters, gradients and optimizer wait in main memory (GPU runs only)."""
     parallel: Parallel = Parallel()

@@ -43,7 +43,7 @@ class Portion(Strict):
 
 
 class TwinShare(Strict):
-    """The bias holds the twins at a share of the tokens, by default ramped up from none (the dense model exactly)."""
+    """The bias holds the twins at a share of the tokens; with a ramp from none, which is the dense model exactly."""
 
     start: float = Field(default=0.0, ge=0, le=1)
     hold_steps: int = Field(default=0, ge=0)

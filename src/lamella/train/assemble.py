@@ -171,7 +171,7 @@ def training_config(recipe: Recipe) -> TrainingConfig:
         max_norm=recipe.max_grad_norm,
         steps=recipe.steps,
         enable_cpu_offload=recipe.offload == "cpu",
-        disable_cuda_graphs=True,  # the expert paths synchronise with the host
+        disable_cuda_graphs=True,  # some expert paths synchronise with the host
         mixed_precision_param=_precision(recipe),  # type: ignore[arg-type]
     )
 
