@@ -144,6 +144,7 @@ def test_samples_hold_whole_conversations(folder, tmp_path):
     assert 0 < learned.count("x") < 500
 
 
+@pytest.mark.faults
 def test_another_template_is_another_text(folder, tmp_path):
     """The tokenizer's ids are the same; prepared conversations are refused, and plain text is not."""
     source = write(tmp_path / "chat.jsonl", [TWO_TURNS] * 30)

@@ -91,6 +91,7 @@ def test_broken_records_name_file_and_line(tmp_path):
         list(documents(str(path)))
 
 
+@pytest.mark.faults
 def test_broken_files_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="not a parquet file"):

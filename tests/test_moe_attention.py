@@ -132,6 +132,7 @@ def test_all_experts_with_weight_one_are_dense_attention(bias: bool) -> None:
     torch.testing.assert_close(attend_masked(x_BLD, w, routing, context), dense, **FP32)
 
 
+@pytest.mark.faults
 def test_an_expert_without_tokens_and_a_call_of_padding_alone() -> None:
     w, x_BLD = weights(4), torch.randn(B, L, D)
     ids = torch.tensor([[0, 1]]).expand(B * L, 2)

@@ -130,6 +130,34 @@ def test_every_requirement_names_a_test_or_command_that_exists() -> None:
             assert re.search(rf"def {function}\b", (ROOT / path).read_text()), f"{path}::{function}"
 
 
+NAMED_TEST = re.compile(r"`(tests/\w+\.py)(?:::(\w+))?`")
+
+
+def collected(mark: str) -> list[str]:
+    """The tests that `pytest -m mark` runs, as path::function[parameters]."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", mark, "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.slow
+def test_every_case_of_the_faults_has_a_row_whose_tests_are_marked() -> None:
+    """So that `pytest -m faults` is all of them; a file named whole is marked as one."""
+    section = (ROOT / "REQUIREMENTS.md").read_text().partition("\n## Faults\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+(?:, \d+)*) (.*)$", section, re.MULTILINE)
+    assert [int(case) for cases, _ in rows for case in cases.split(", ")] == list(range(1, 18))
+    marked = {node.partition("[")[0] for node in collected("faults")}
+    for cases, row in rows:
+        named = NAMED_TEST.findall(row)
+        assert named, f"case {cases} names no test"
+        for path, function in named:
+            if function:
+                assert f"{path}::{function}" in marked, f"case {cases}: {path}::{function} is not marked"
+            else:
+                assert re.search(r"^pytestmark = .*\bfaults\b", (ROOT / path).read_text(), re.MULTILINE), path
+
+
 def test_the_demo_refuses_before_it_removes_anything(tmp_path: Path) -> None:
     check_arguments(tmp_path, 3, 12)
     (tmp_path / "run").mkdir()

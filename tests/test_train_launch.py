@@ -47,6 +47,7 @@ def wait_for_step(run: RunDir, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("no step in 2 minutes")
 
 
+@pytest.mark.faults
 def test_signal_saves_and_resume_finishes(setting):
     folder, words, environment = setting
     run = RunDir(folder / "run")
@@ -69,6 +70,7 @@ def test_signal_saves_and_resume_finishes(setting):
     assert [line["step"] for line in run.metrics()] == list(range(stop + 1))
 
 
+@pytest.mark.faults
 def test_a_signal_before_the_first_step_ends_all_ranks_at_once(setting):
     """Rank 0 converts while the others wait: with nothing to save, none may wait for one that is gone."""
     folder, words, environment = setting

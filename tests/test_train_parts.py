@@ -83,6 +83,7 @@ def test_a_source_without_weight_gives_nothing():
     assert all(x >= 100 for x in indices(mixed(seed=1, weights=[0, 2]).sample(i) for i in range(30)))
 
 
+@pytest.mark.faults
 def test_exhaustion_follows_the_policy():
     replay = mixed(seed=3, weights=[0.75, 0.25])  # the 10th sample, or the one before or behind it, is low's 8th
     assert steps_of_data(replay, 100, 4, "repeat") == 100
@@ -103,6 +104,7 @@ def test_spread_takes_part_of_each_source():
     assert len(spread(mixed(), 100)) == 12
 
 
+@pytest.mark.faults
 def test_bad_data_are_skipped_on_the_held_out_side_too(tmp_path):
     class Damaged(Numbers):
         def sample(self, index):
@@ -134,6 +136,7 @@ def global_batches(num_ranks, per_micro_batch, micro_batches, first=0):
     return sorted(x for batch in batches for x in batch), loaders[0][0].state_dict()
 
 
+@pytest.mark.faults
 def test_loader_gives_the_same_global_batch_on_any_number_of_ranks():
     one, state = global_batches(1, 6, 1)
     assert state == {"consumed_samples": 6}

@@ -35,6 +35,7 @@ def test_all_errors_come_at_once():
     assert "samples_per_step: " in text
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -118,6 +119,7 @@ def test_the_demo_recipe_is_for_three_ranks_and_the_same_in_both_places():
     assert demo == prepare_recipe(str(next(p for p in RECIPES if p.name == "demo.yaml")), [])
 
 
+@pytest.mark.faults
 def test_world_sizes_that_do_not_divide_are_refused():
     Recipe(samples_per_step=12, samples_per_micro_batch=2).check_world_size(3)
     with pytest.raises(UserError, match="samples_per_step=10 or 20"):
@@ -151,6 +153,7 @@ def test_run_directory_keeps_what_it_is_given(tmp_path):
     assert run.steps() == [10]  # step 2 was never finished
 
 
+@pytest.mark.faults
 def test_another_recipe_or_model_is_refused(tmp_path):
     model, run = fake_model(tmp_path / "model"), RunDir(tmp_path / "run")
     run.create(Recipe(), model)
@@ -225,6 +228,7 @@ def test_bad_input_exits_with_2(tmp_path):
     assert done.stderr == "error: the recipe has errors:\n  unknown key 'stepz' (did you mean 'steps'?)\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("parallel", "num_ranks", "message"),
     [

@@ -206,6 +206,7 @@ def test_materialised_model_has_the_reported_loss(runs):
     assert heldout(runs, "whole")[-1] == pytest.approx(transformers_loss(folder, runs / "text.md", "routed"), abs=1e-5)
 
 
+@pytest.mark.faults
 def test_resume_is_bit_equal(runs):
     assert losses(runs, "resumed") == losses(runs, "whole")
     assert heldout(runs, "resumed") == heldout(runs, "whole")
@@ -213,12 +214,14 @@ def test_resume_is_bit_equal(runs):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("other", ["accumulated", "alone", "moved", "full_ac", "replicated"])
 def test_the_same_global_batch_gives_the_same_losses(runs, other):
     """Micro-batches, 1 rank in place of 3, from 2 ranks to 3 to 1, recomputed activations, whole weights."""
     assert losses(runs, other) == pytest.approx(losses(runs, "whole"), abs=REORDERED)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["two_slices", "uneven"])
 def test_more_ranks_than_slices(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, f"{name}-alone"), abs=REORDERED)
@@ -226,6 +229,7 @@ def test_more_ranks_than_slices(runs, name):
     assert ("expert shards are padded" in log) == (name == "uneven")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["whole", "all", "held", "flat", "replicated", "replicated_all"])
 def test_frozen_experts_keep_their_bytes(runs, name):
     before = load_file(runs / ("flat-model" if name == "flat" else "twin-model") / "model.safetensors")
@@ -246,6 +250,7 @@ def test_only_experts_train_when_told_so(runs):
     assert not torch.equal(after[key], start[key])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("name", "kinds"), [("whole", {"trainable", "router"}), ("experts", {"trainable"})])
 def test_optimizer_state_only_for_what_trains(runs, name, kinds):
     run = RunDir(runs / name)
@@ -355,6 +360,7 @@ def test_the_auxiliary_loss_balances_without_a_bias(runs):
     assert not bias.any()
 
 
+@pytest.mark.faults
 def test_a_mixture_whose_source_ends_ends_the_run(runs):
     """10 samples at a weight of 1 in 4 last for 40 to 43 of the run's samples: 6 steps and a half."""
     assert RunDir(runs / "replay").status()["state"] == "finished"

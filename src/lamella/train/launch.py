@@ -81,6 +81,17 @@ def check(words: Sequence[str], nproc: int) -> Recipe:
     return recipe
 
 
+def check_stages(words: Sequence[str], nproc: int) -> list[Recipe]:
+    """Each stage, checked; UserError before anything is started."""
+    stages = prepare_stages(*arguments(words))
+    return [check(words if len(stages) == 1 else _words_of(stage, words), nproc) for stage in stages]
+
+
+def _words_of(stage: Recipe, words: Sequence[str]) -> list[str]:
+    """The words that select this one of several stages."""
+    return [*words, f"stage={Path(stage.out).name}"]
+
+
 def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
     """The recipe's run directory, new or holding the same run; else UserError."""
     run = RunDir(Path(recipe.out))
@@ -138,11 +149,9 @@ def launch(words: Sequence[str], nproc: int, quiet: bool = False) -> int:
 
 def _launch_each(stages: list[Recipe], words: Sequence[str], nproc: int, quiet: bool) -> int:
     """One stage after the other, until one is not finished; those that are finished say so themselves."""
-    each = [[*words, f"stage={Path(stage.out).name}"] for stage in stages]
-    for stage_words in each:
-        check(stage_words, nproc)
-    for stage, stage_words in zip(stages, each, strict=True):
-        code = launch(stage_words, nproc, quiet)
+    check_stages(words, nproc)
+    for stage in stages:
+        code = launch(_words_of(stage, words), nproc, quiet)
         if code or RunDir(Path(stage.out)).status()["state"] != "finished":
             return code
     return 0

@@ -70,8 +70,8 @@ class Supervisor:
             if self.signals:
                 return 128 + self.signals[0]
             fruitless = 1 if self._num_saves() > saves else fruitless + 1
-            if not failure["retryable"] or fruitless > self.recipe.max_restarts_without_progress:
-                self._give_up(failure, fruitless - 1)
+            if not is_worth_another(failure, fruitless, self.recipe):
+                _say(last_words(self.run, failure, fruitless))
                 return 1
             self._back_off(failure, fruitless)
             if self.signals:
@@ -84,7 +84,7 @@ class Supervisor:
         """One torchrun, start to end; None after success, else the failure."""
         number = len(self.run.events("start"))
         launch_id = uuid.uuid4().hex
-        self._forget_the_last()
+        forget_the_last(self.run, self.recipe)
         with tempfile.TemporaryDirectory() as folder:
             refusal, said = Path(folder) / "refusal", Path(folder) / "stderr"
             environment = self.environment | {REFUSAL_FILE: str(refusal), LAUNCH_ID: launch_id}
@@ -93,18 +93,11 @@ class Supervisor:
                 code = self._torchrun(environment, errors, launch_id)
             if refusal.is_file():
                 raise UserError(refusal.read_text())
-            failure = self._failure(code, said.read_text())
+            failure = failure_of(self.run, code, said.read_text())
         if self.run.exists():
             with suppress(OSError):  # a full disk must not end the supervisor
-                self._record(number, failure)
+                record(self.run, self.recipe, failure, attempt=number)
         return failure
-
-    def _forget_the_last(self) -> None:
-        """What an earlier attempt said must not be taken for this one's word."""
-        forget(self.run)
-        status = self.run.status()
-        if status["state"] not in ("none", "finished"):
-            self.run.write_status("starting", status["step"], self.recipe.steps)
 
     def _torchrun(self, environment: dict[str, str], errors: Any, launch_id: str) -> int:
         supervisor = os.getpid()
@@ -131,37 +124,6 @@ class Supervisor:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    def _failure(self, code: int, said: str) -> dict[str, Any] | None:
-        """The ranks know best; what died without a word is known from torchrun, or from its absence."""
-        status = self.run.status()
-        if code == 0 and status["state"] in ("finished", "stopped"):
-            return None
-        if status["state"] == "preempted":
-            return {
-                "failure": "preempted",
-                "retryable": True,
-                "reason": "a signal asked to stop",
-                "step": status["step"],
-            }
-        if found := cause(self.run):
-            killed = _killed(said) if "silent" in found and found["failure"] == "infra" else ""
-            return found | {"reason": killed or found["reason"]}
-        if not self.run.exists():
-            return {"failure": "user_config", "retryable": False, "reason": said.strip(), "step": 0}
-        if code < 0:
-            reason = f"torchrun was killed by {signal.Signals(-code).name}"
-        else:
-            reason = _killed(said) or said.strip() or f"torchrun ended with exit code {code}"
-        return {"failure": "infra", "retryable": True, "reason": reason, "step": status["step"]}
-
-    def _record(self, number: int, failure: dict[str, Any] | None) -> None:
-        self.run.event("end" if failure is None else "fault", attempt=number, **_brief(failure))
-        if failure is not None and failure["failure"] != "preempted":
-            steps = self.recipe.steps
-            self.run.write_status(
-                "failed", failure["step"], steps, failure["reason"], failure["failure"], failure["retryable"]
-            )
-
     def _back_off(self, failure: dict[str, Any], fruitless: int) -> None:
         wait = 0.0 if failure["failure"] == "preempted" else FIRST_BACKOFF_S * 2 ** (fruitless - 1)
         wait = min(wait, LONGEST_BACKOFF_S)
@@ -172,12 +134,6 @@ class Supervisor:
         while time.monotonic() < deadline and not self.signals:
             time.sleep(POLL_S)
 
-    def _give_up(self, failure: dict[str, Any], restarts: int) -> None:
-        tried = f" after {restarts} restarts without a new checkpoint" if failure["retryable"] else ""
-        log = self.run.log_file(failure.get("rank", 0))
-        more = f"\n(more in {log})" if log.is_file() else ""
-        _say(f"error: {failure['failure']} at step {failure['step']}{tried}: {failure['reason']}{more}")
-
     def _sum_up(self) -> None:
         time_spent = effective_time(self.run)
         if time_spent["restarts"]:
@@ -185,6 +141,68 @@ class Supervisor:
                 f"effective training time {time_spent['share']:.1%} of {time_spent['wall_s']:.0f} s, "
                 f"{time_spent['restarts']} restarts"
             )
+
+
+def forget_the_last(run: RunDir, recipe: Recipe) -> None:
+    """What an earlier attempt said must not be taken for the next one's word."""
+    forget(run)
+    status = run.status()
+    if status["state"] not in ("none", "finished"):
+        run.write_status("starting", status["step"], recipe.steps)
+
+
+def failure_of(run: RunDir, code: int, said: str) -> dict[str, Any] | None:
+    """Of an attempt that has ended; None after success. The ranks know best; what died without a word is known from
+    torchrun, or from its absence.
+
+    Args:
+        code: the command's exit code, -N where signal N killed it.
+        said: the command's stderr.
+
+    Returns:
+        {"failure", "retryable", "reason", "step"} and of a rank's report the rest.
+    """
+    status = run.status()
+    if code == 0 and status["state"] in ("finished", "stopped"):
+        return None
+    if status["state"] == "preempted":
+        return {
+            "failure": "preempted",
+            "retryable": True,
+            "reason": "a signal asked to stop",
+            "step": status["step"],
+        }
+    if found := cause(run):
+        killed = _killed(said) if "silent" in found and found["failure"] == "infra" else ""
+        return found | {"reason": killed or found["reason"]}
+    if not run.exists():
+        return {"failure": "user_config", "retryable": False, "reason": said.strip(), "step": 0}
+    if code < 0:
+        reason = f"torchrun was killed by {signal.Signals(-code).name}"
+    else:
+        reason = _killed(said) or said.strip() or f"torchrun ended with exit code {code}"
+    return {"failure": "infra", "retryable": True, "reason": reason, "step": status["step"]}
+
+
+def record(run: RunDir, recipe: Recipe, failure: dict[str, Any] | None, **values: Any) -> None:
+    """How an attempt ended, as an event with these values, and as the run's status."""
+    run.event("end" if failure is None else "fault", **values, **_brief(failure))
+    if failure is not None and failure["failure"] != "preempted":
+        run.write_status(
+            "failed", failure["step"], recipe.steps, failure["reason"], failure["failure"], failure["retryable"]
+        )
+
+
+def is_worth_another(failure: dict[str, Any], fruitless: int, recipe: Recipe) -> bool:
+    """Whether to try again after so many attempts in a row, this one included, since the last new checkpoint."""
+    return failure["retryable"] and fruitless <= recipe.max_restarts_without_progress
+
+
+def last_words(run: RunDir, failure: dict[str, Any], fruitless: int) -> str:
+    tried = f" after {fruitless - 1} restarts without a new checkpoint" if failure["retryable"] else ""
+    log = run.log_file(failure.get("rank", 0))
+    more = f"\n(more in {log})" if log.is_file() else ""
+    return f"error: {failure['failure']} at step {failure['step']}{tried}: {failure['reason']}{more}"
 
 
 def _brief(failure: dict[str, Any] | None) -> dict[str, Any]:
