@@ -2,7 +2,7 @@
 
 The memory that `lamella plan` predicts for a rank, beside what ranks of real training runs on CPU reached: recipes
 that differ in what trains, how frozen weights lie, checkpointing of activations, sample length and ranks, one with a
-teacher and one with the stages of a pipeline.
+teacher, one with an asynchronous save and one with the stages of a pipeline.
 
 Measured is the kernel's own high-water mark of a rank's resident memory (VmHWM) from the end of loading to the end of
 the last checkpoint, less what was resident before the model was built, and less the same difference of a model of a
@@ -50,6 +50,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     }),
     "all trains": (3, {"seq_len": 256, "frozen_weights": "sharded", "trains": "all"}),
     "teacher": (2, {"seq_len": 512, "frozen_weights": "sharded", "objective": "distil", "samples_per_step": 4}),
+    "asynchronous save": (2, {"seq_len": 512, "frozen_weights": "sharded", "checkpoint_async": True}),
     "pipeline": (2, {"seq_len": 512, "frozen_weights": "sharded", "parallel": {"pipeline": 2}}),
 }  # fmt: skip
 LEAST_BLOCK_BYTES = 1 << 16

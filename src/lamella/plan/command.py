@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lamella.errors import UserError
 from lamella.plan.compute import DEFAULT_GPU, gpu
@@ -12,40 +13,82 @@ from lamella.plan.fit import check_fit
 from lamella.plan.layout import Layout
 from lamella.plan.model import Model, read_model
 from lamella.plan.report import plan_text, plan_values
+from lamella.plan.start import starting_model, with_deltas
 from lamella.recipe import Recipe
 from lamella.run_dir import write_atomic
-from lamella.train.launch import arguments, prepare_recipe
+from lamella.train.launch import arguments, prepare_stages
+
+DEFAULT_RANKS = 8
 
 
 def run(
     words: list[str],
     *,
     gpu_name: str = DEFAULT_GPU,
-    ranks: int = 8,
+    ranks: int | None = None,
     price_per_hour: float | None = None,
     tokens_per_second: float | None = None,
     dense: str | None = None,
     slices: int | None = None,
     json_path: Path | None = None,
 ) -> None:
-    """Print the plan of a recipe, and write it where `json_path` says.
+    """Print the plan of a recipe, of several stages each, and write it where `json_path` says.
+
+    Args:
+        ranks: None: see `most_ranks`.
 
     Raises:
         UserError: a bad recipe, no config.json, ranks or degrees that do not fit, an unknown GPU.
     """
-    recipe = prepare_recipe(*arguments(words))
     if (dense is None) != (slices is None):
         raise UserError("--dense and --slices belong together: a dense model, and how it would be converted")
-    name = recipe.model if dense is None else dense
-    model = read_model(name, slices)
-    teacher = None
-    if recipe.objective == "distil" and recipe.distil.teacher is not None:
-        teacher = read_model(recipe.distil.teacher if dense is None else dense)
-    layout = make_layout(recipe, model, ranks, gpu_name, teacher, name)
-    values = plan_values(layout, gpu_name, price_per_hour, tokens_per_second)
-    print(plan_text(values))
+    path, settings = arguments(words)
+    recipes = prepare_stages(path, settings)
+    every = prepare_stages(path, [word for word in settings if not word.startswith("stage=")])
+    ranks = most_ranks(recipes) if ranks is None else ranks
+    plans, texts = {}, {}
+    for recipe in recipes:
+        start = starting_model(recipe, every[: every.index(recipe)], dense, slices)
+        layout = make_layout(recipe, start.model, ranks, gpu_name, _teacher(recipe, dense), start.name)
+        stage, values = Path(recipe.out).name, plan_values(layout, gpu_name, price_per_hour, tokens_per_second)
+        plans[stage], texts[stage] = values, f"model             {start.name}\n{plan_text(values)}"
+    _give(plans, texts, json_path)
+
+
+def _give(plans: dict[str, dict[str, Any]], texts: dict[str, str], json_path: Path | None) -> None:
+    """Print and write the plans of stages by their names, or of a run without."""
+    if len(plans) == 1:
+        (values,), (text,) = plans.values(), texts.values()
+    else:
+        values = {"stages": plans}
+        text = "\n\n".join(f"stage             {stage}\n{text}" for stage, text in texts.items())
+    print(text)
     if json_path is not None:
         write_atomic(json_path, json.dumps(values, indent=1) + "\n")
+
+
+def most_ranks(recipes: Sequence[Recipe], limit: int = DEFAULT_RANKS) -> int:
+    """The largest number of ranks up to `limit` that every recipe can be laid over; UserError where there is none."""
+    suitable = [n for n in range(1, limit + 1) if all(_can_be_laid_over(n, recipe) for recipe in recipes)]
+    if not suitable:
+        for recipe in recipes:
+            recipe.check_world_size(limit)  # raises for one of them
+    return max(suitable)
+
+
+def _can_be_laid_over(ranks: int, recipe: Recipe) -> bool:
+    try:
+        recipe.check_world_size(ranks)
+    except UserError:
+        return False
+    return True
+
+
+def _teacher(recipe: Recipe, dense: str | None) -> Model | None:
+    """Held beside the model, if any is."""
+    if recipe.objective != "distil" or recipe.distil.teacher is None:
+        return None
+    return read_model(recipe.distil.teacher if dense is None else dense)
 
 
 def make_layout(
@@ -58,6 +101,4 @@ def make_layout(
         raise UserError(f"ranks is {ranks}; it must be at least 1")
     recipe.check_world_size(ranks)
     check_fit(recipe, model, name)
-    if recipe.lora is not None and model.moe is not None:
-        model = replace(model, moe=model.moe.with_lora(recipe.lora.rank, recipe.lora.alpha))
-    return Layout(model, recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)
+    return Layout(with_deltas(model, recipe), recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)

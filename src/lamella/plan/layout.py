@@ -36,8 +36,8 @@ class Layout:
         return [replace(self, stage=stage) for stage in range(self.recipe.parallel.pipeline)]
 
     def of_teacher(self, teacher: Model) -> Layout:
-        """Laid over the ranks like the model, but that nothing trains and frozen weights are shared out."""
-        still = {"trains": "nothing", "objective": "pretrain", "frozen_weights": "sharded"}
+        """Laid over the ranks like the model, but that nothing trains or is saved and frozen weights are shared out."""
+        still = {"trains": "nothing", "objective": "pretrain", "frozen_weights": "sharded", "checkpoint_async": False}
         return replace(self, model=teacher, teacher=None, recipe=self.recipe.model_copy(update=still))
 
     @property

@@ -7,6 +7,9 @@ have groups of their own; a tied pair stays gathered for the whole step.
 
 A stage of a pipeline keeps what it gathered, and gradients whole, to the end of the step, and activations of as many
 micro-batches as have gone on to the stages behind it. A teacher's forward pass comes before the model's.
+
+An asynchronous save copies the rank's weights and moments to main memory, on ranks without a GPU too, and keeps the
+room for the next save. A synchronous one copies a few tensors at a time.
 """
 
 from __future__ import annotations
@@ -59,7 +62,10 @@ class Memory:
         }
         self.offloads = layout.recipe.offload == "cpu"
         self.teacher = None if layout.teacher is None else Memory(layout.of_teacher(layout.teacher))
+        self.staging = {"checkpoint staging": sum(self.state.values())} if self._saves_while_training() else {}
         self.held = {"buffers": self._buffers()} | ({} if self.offloads else self.state)
+        if layout.device == "cpu":
+            self.held |= self.staging
         if self.teacher is not None:
             self.held["teacher"] = sum(self.teacher.held.values())
 
@@ -79,12 +85,12 @@ class Memory:
         gradients = 0 if self.offloads else self._summed(self.layout.weights())
         yield Moment("optimizer", self.held | {"gradients": gradients})
 
-    def main_memory_bytes(self) -> int:
-        """Of a GPU's rank: its part of a checkpoint, copied there before it is written; offloaded state."""
+    def main_memory(self) -> dict[str, int]:
+        """What it is -> bytes. Of a GPU's rank: offloaded state, and the copy of an asynchronous save."""
         if self.layout.device == "cpu":
-            return self.peak().total_bytes
-        state = sum(self.state.values())
-        return state + (state + self._summed(self.layout.weights()) if self.offloads else 0)
+            return self.peak().parts
+        gradients = {"gradients": self._summed(self.layout.weights())}
+        return (self.state | gradients if self.offloads else {}) | self.staging
 
     def checkpoint_bytes(self) -> int:
         """On disk, of all ranks and stages: weights and moments once."""
@@ -94,6 +100,10 @@ class Memory:
             numel[self.layout.is_whole(weight)] += weight.numel
             trained += weight.numel if self.layout.trains(weight) else 0
         return MASTER_BYTES * (numel[False] + 2 * trained) + self.layout.compute_bytes * numel[True]
+
+    def _saves_while_training(self) -> bool:
+        recipe = self.layout.recipe
+        return recipe.checkpoint_async and recipe.save_every_steps < recipe.steps  # the last step's save is synchronous
 
     def _buffers(self) -> int:
         """Rope tables of each layer, and what a stage receives; statistics and selection biases are small."""

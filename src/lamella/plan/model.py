@@ -152,22 +152,22 @@ def read_model(path: str | Path, slices: int | None = None) -> Model:
         raise UserError(
             f"there is no {file}; convert the model first, or give its dense config: --dense FOLDER --slices 8"
         )
-    values = json.loads(file.read_text())
+    return make_model(json.loads(file.read_text()), str(file), slices)
+
+
+def make_model(values: dict[str, Any], name: str, slices: int | None = None) -> Model:
+    """The model of what a config.json holds, called `name` in errors; else as `read_model`."""
     family = str(values.get("model_type", "")).removeprefix("lamella_")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} cannot be trained{did_you_mean(family, FAMILIES)}")
-    return _model(family, values, slices, file)
-
-
-def _model(family: str, values: dict[str, Any], slices: int | None, file: Path) -> Model:
-    D, F, N, layers = (_needed(values, key, file) for key in (
+    D, F, N, layers = (_needed(values, key, name) for key in (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
     ))  # fmt: skip
     moe = None if values.get("moe") is None else MoEConfig.from_dict(values["moe"])
     heads = values.get("attention_moe")
     if slices is not None:
         if moe is not None:
-            raise UserError(f"{file} is a converted model already; leave --slices out")
+            raise UserError(f"{name} is a converted model already; leave --slices out")
         moe = sliced(F, layers, slices)
     return Model(
         family=family,
@@ -177,7 +177,7 @@ def _model(family: str, values: dict[str, Any], slices: int | None, file: Path) 
         N=N,
         G=values.get("num_key_value_heads") or N,
         H=values.get("head_dim") or D // N,
-        V=_needed(values, "vocab_size", file),
+        V=_needed(values, "vocab_size", name),
         tied=bool(values.get("tie_word_embeddings", False)),
         attention_bias=bool(values.get("attention_bias", False)),
         mlp_bias=bool(values.get("mlp_bias", False)),
@@ -188,9 +188,9 @@ def _model(family: str, values: dict[str, Any], slices: int | None, file: Path) 
     )
 
 
-def _needed(values: dict[str, Any], key: str, file: Path) -> int:
+def _needed(values: dict[str, Any], key: str, name: str) -> int:
     if not isinstance(values.get(key), int):
-        raise UserError(f"{file} does not say {key}, which a plan needs; add it")
+        raise UserError(f"{name} does not say {key}, which a plan needs; add it")
     return values[key]
 
 

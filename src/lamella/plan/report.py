@@ -68,7 +68,7 @@ def _parameters(layout: Layout) -> dict[str, int]:
 
 def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
     memory = fullest(layout)
-    peak = memory.peak()
+    peak, main_memory = memory.peak(), memory.main_memory()
     most: dict[str, int] = {}
     for moment in memory.moments():
         most[moment.name] = max(most.get(moment.name, 0), moment.total_bytes)
@@ -78,7 +78,8 @@ def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
         "stage": memory.layout.stage,
         "parts": peak.parts,
         "moments": most,
-        "main_memory_bytes": memory.main_memory_bytes(),
+        "main_memory_bytes": sum(main_memory.values()),
+        "main_memory_parts": main_memory,
         "device_bytes": gpu(gpu_name)[1] if layout.device == "gpu" else None,
         "checkpoint_bytes": memory.checkpoint_bytes(),
     }
@@ -140,8 +141,8 @@ def plan_text(values: dict[str, Any]) -> str:
         f"memory of a rank  {gib(memory['peak_bytes'])}, reached in the {memory['peak_moment']}"
         + (f" of stage {memory['stage']}" if ranks["pipeline"] > 1 else "")
         + (f"; the GPU has {gib(memory['device_bytes'])}" if memory["device_bytes"] else ""),
-        *(f"  {name:<16}{gib(value):>11}" for name, value in memory["parts"].items() if value),
-        f"main memory       {gib(memory['main_memory_bytes'])} of a rank",
+        *_part_lines(memory["parts"]),
+        *_main_memory_lines(memory),
         f"checkpoint        {gib(memory['checkpoint_bytes'])} on disk",
         f"FLOPs             {time['flops_per_token']:.3e} a token",
     ]
@@ -154,3 +155,14 @@ def plan_text(values: dict[str, Any]) -> str:
     if time["cost"] is not None:
         lines.append(f"cost              {time['cost']:,.2f}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in values["warnings"])])
+
+
+def _main_memory_lines(memory: dict[str, Any]) -> list[str]:
+    """Without a GPU, main memory is the memory of a rank."""
+    if not memory["device_bytes"] or not memory["main_memory_bytes"]:
+        return []
+    return [f"main memory       {gib(memory['main_memory_bytes'])}", *_part_lines(memory["main_memory_parts"])]
+
+
+def _part_lines(parts: dict[str, int]) -> list[str]:
+    return [f"  {name:<18}{gib(value):>11}" for name, value in parts.items() if value]

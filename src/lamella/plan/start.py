@@ -1,0 +1,71 @@
+"""The model that a run begins with: a folder's, what an earlier run or stage makes of one, or the embedded model that
+training converts where the default model is missing. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from lamella.embedded import embedded_config
+from lamella.plan.model import Model, make_model, read_model
+from lamella.recipe import Recipe
+from lamella.run_dir import run_of_result
+
+EMBEDDED_SLICES = 8
+"""Of the conversion that training makes by itself."""
+
+
+class Start(NamedTuple):
+    model: Model
+    name: str
+    """What plans and errors call it."""
+
+
+def starting_model(
+    recipe: Recipe, earlier: Sequence[Recipe] = (), dense: str | None = None, slices: int | None = None
+) -> Start:
+    """The model of a recipe.
+
+    Args:
+        earlier: the stages before it; its model is the last one's result.
+        dense, slices: a dense model and how it would be converted, in place of the first stage's model.
+
+    Raises:
+        UserError: no config.json, or see `read_model`.
+    """
+    if earlier and (dense is not None or not _has_config(recipe.model)):
+        *before, last = earlier
+        start = starting_model(last, before, dense, slices)
+        return start._replace(model=with_deltas(start.model, last))
+    if dense is not None:
+        return Start(read_model(dense, slices), dense)
+    if _has_config(recipe.model):
+        return Start(read_model(recipe.model), recipe.model)
+    return _not_made_yet(recipe.model)
+
+
+def _not_made_yet(name: str) -> Start:
+    """What training would make first."""
+    result = run_of_result(Path(name))
+    if result is not None and result[0].exists():
+        run = result[0]
+        return Start(with_deltas(read_model(run.model), run.recipe()), name)
+    if name == Recipe.model_fields["model"].default:
+        model = make_model(embedded_config(), "the embedded model", EMBEDDED_SLICES)
+        return Start(
+            model, f"{name}, not made yet: the embedded model in {EMBEDDED_SLICES} slices, as training makes it"
+        )
+    return Start(read_model(name), name)
+
+
+def _has_config(folder: str) -> bool:
+    return (Path(folder) / "config.json").is_file()
+
+
+def with_deltas(model: Model, recipe: Recipe) -> Model:
+    """The model with the low-rank deltas that the recipe adds; UserError where it has others."""
+    if recipe.lora is None or model.moe is None:
+        return model
+    return replace(model, moe=model.moe.with_lora(recipe.lora.rank, recipe.lora.alpha))
