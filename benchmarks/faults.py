@@ -1,9 +1,9 @@
 """Run: uv run benchmarks/faults.py [--steps 120] [--out FILE.json]
 
 `lamella train` on 2 ranks of this machine with a fault after every 30 steps: a rank killed, a signal to a rank, the
-newest checkpoint damaged before another kill. More than 120 steps have torchrun itself killed as well, and then the same
-four in turn. Prints where the wall time went and the effective training time: the share of it whose steps are part of
-the result. Start-up bounds it, so what a step takes decides: here 60 samples of 512 tokens (5.6 s on two cores).
+newest checkpoint damaged before another kill. More than 120 steps have torchrun itself killed as well, and then the
+same four in turn. Prints where the wall time went and the effective training time: the share of it whose steps are part
+of the result. Start-up bounds it, so what a step takes decides: here 60 samples of 512 tokens (5.6 s on two cores).
 """
 
 from __future__ import annotations
