@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from tiny import VOCAB, save_tokenizer
 from tiny_models import tiny_checkpoint
 
 import lamella
+from lamella.conversion import command
+from lamella.conversion.recipe import make_conversion
 from lamella.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -38,6 +41,34 @@ def test_a_model_and_its_tokenizer_that_generate_at_once(tmp_path: Path, method:
         again, _ = lamella.load(out)
         with torch.no_grad():
             assert torch.equal(again(text).logits, model(text).logits)
+
+
+def test_again_with_progress_and_a_report(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "dense", vocab_size=VOCAB)
+    save_tokenizer(tmp_path / "dense")
+    with pytest.raises(UserError, match="exists"):
+        lamella.convert(tmp_path / "dense", tmp_path / "dense")
+    steps: list[Any] = []
+    recipe = RECIPES["partition"] | {"layers": (1,), "guard": {"metric": "kl", "per_layer": 9.0}}
+    for _ in range(2):
+        steps.clear()
+        model, _ = lamella.convert(
+            tmp_path / "dense", tmp_path / "moe", overwrite=True, method="partition", on_progress=steps.append, **recipe
+        )
+        assert {step.phase for step in steps} >= {"embed", "method"}
+        assert [verdict["layer"] for verdict in model.lamella_report.notes["guard"]] == [1]
+
+
+def test_a_calibration_says_how_far_it_is_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "dense", vocab_size=VOCAB)
+    save_tokenizer(tmp_path / "dense")
+    options = make_conversion({"method": "partition"} | RECIPES["partition"]).options
+    monkeypatch.setattr(command, "SECONDS_PER_LINE", 0)
+    command.run(str(tmp_path / "dense"), tmp_path / "moe", options, overwrite=False, dry_run=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibrating: ")]
+    assert any(re.fullmatch(r"calibrating: method, layer 1 of \d+, [\d,]+ tokens/s", line) for line in lines)
 
 
 def test_bad_recipes_are_user_errors(tmp_path: Path) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def convert(model: str | Path | None = None, out: str | Path | None = None, **recipe: Any) -> tuple[Any, Any]:
+def convert(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[Any], None] = lambda _: None,
+    **recipe: Any,
+) -> tuple[Any, Any]:
     """Convert a dense model and load the result; both generate at once.
 
         model, tokenizer = lamella.convert("path/to/Llama", method="partition", active=8)
@@ -15,11 +23,14 @@ def convert(model: str | Path | None = None, out: str | Path | None = None, **re
     Args:
         model: folder, .gguf file or hub name; None: the embedded SmolLM2-135M.
         out: folder to keep; None keeps none.
+        overwrite: replace the checkpoint in `out`.
+        on_progress: told of each step of a calibration (`lamella.calibrate.Progress`).
         recipe: the keys of a conversion recipe: `method` and the fields of its options
             (lamella.conversion.recipe.OPTIONS).
 
     Returns:
-        (transformers model in evaluation mode, in the checkpoint's dtype; its tokenizer)
+        (transformers model in evaluation mode, in the checkpoint's dtype; its tokenizer). `model.lamella_report` is the
+        `lamella.conversion.ConversionReport`: times, sizes, and the guard's verdicts.
 
     Raises:
         UserError: as the command, before anything is written.
@@ -28,12 +39,12 @@ def convert(model: str | Path | None = None, out: str | Path | None = None, **re
     from lamella.conversion.recipe import make_conversion
 
     chosen = make_conversion(recipe | {"model": model, "out": out})
-    if out is not None:
-        conversion.convert(chosen.model, out, chosen.options)
-        return load(out)
     with tempfile.TemporaryDirectory(prefix="lamella.") as folder:
-        conversion.convert(chosen.model, Path(folder) / "model", chosen.options)
-        return load(Path(folder) / "model")  # mapped files live on without their names
+        place = Path(folder) / "model" if out is None else Path(out)
+        report = conversion.convert(chosen.model, place, chosen.options, overwrite=overwrite, on_progress=on_progress)
+        converted, tokenizer = load(place)  # mapped files live on without their names
+    converted.lamella_report = report
+    return converted, tokenizer
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:

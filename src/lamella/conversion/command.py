@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,13 +66,17 @@ def run(model: str | None, out: Path, options: Options, *, overwrite: bool, dry_
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Display]:
-    """A bar with bytes per second and the time left, and one per phase of a calibration; on a terminal only."""
+    """A bar with bytes per second and the time left, and one per phase of a calibration. Without a terminal a
+    calibration prints lines."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
     console = Console(stderr=True)
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as p:
         yield Display(p, label)
+
+
+SECONDS_PER_LINE = 10
 
 
 class Display:
@@ -80,6 +86,7 @@ class Display:
         self._progress, self._label = progress, label
         self._bytes = progress.add_task(label, total=None, visible=False, speed="")
         self._phases: dict[str, TaskID] = {}
+        self._line_due = time.monotonic() + SECONDS_PER_LINE
 
     def on_plan(self, plan: Plan) -> None:
         self._progress.update(self._bytes, total=plan.total_bytes, visible=True)
@@ -93,7 +100,12 @@ class Display:
         if step.phase not in self._phases:
             description = f"Calibrating: {step.phase}"
             self._phases[step.phase] = self._progress.add_task(description, total=step.num_layers, speed="")
-        self._progress.update(self._phases[step.phase], advance=1, speed=f"{step.tokens_per_s:,.0f} tokens/s")
+        speed = f"{step.tokens_per_s:,.0f} tokens/s"
+        self._progress.update(self._phases[step.phase], advance=1, speed=speed)
+        if self._progress.disable and (now := time.monotonic()) >= self._line_due:
+            self._line_due = now + SECONDS_PER_LINE
+            place = f"{step.phase}, layer {step.layer + 1} of {step.num_layers}"
+            print(f"calibrating: {place}, {speed}", file=sys.stderr, flush=True)
 
 
 def _print_verdict(verdict: Any) -> None:

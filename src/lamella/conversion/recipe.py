@@ -64,8 +64,8 @@ def make_conversion(values: dict[str, Any]) -> ConversionRecipe:
         raise UserError(f"{wrong[0]} must be a path or a name, not {own[wrong[0]]!r}")
     kind = options_type(method)
     rest = _spelled_out({key: value for key, value in values.items() if key not in _OWN_KEYS})
-    if isinstance(rest.get("layers"), int | list):  # what YAML makes of 3 and of [0, 3]
-        rest["layers"] = str(rest["layers"]).strip("[]")
+    if isinstance(rest.get("layers"), int | list | tuple):  # what YAML makes of 3 and of [0, 3]
+        rest["layers"] = str(rest["layers"]).strip("[](),")
     try:
         options = TypeAdapter(kind).validate_python(rest)
     except ValidationError as error:
