@@ -53,8 +53,9 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     f"{OURS}, refit": {},
     f"{OURS}, bias, balanced": {"output": "bias", "balance": 0.1},
     f"{OURS}, refit, sequential": {"balance": 0.1},
+    "default": {"balance": 0.01},
 }
-SEQUENTIAL = (f"{OURS}, refit, sequential",)
+SEQUENTIAL = (f"{OURS}, refit, sequential", "default")
 """Each layer is calibrated behind the converted ones, so every share needs a calibration of its own."""
 PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"

@@ -18,6 +18,7 @@ from tiny import save_llama
 
 from lamella.cli import run_command
 from lamella.conversion import SliceOptions, convert
+from lamella.conversion.recipe import load_conversion
 from lamella.conversion.upcycle import UpcycleOptions
 from lamella.embedded import embedded_model
 from lamella.errors import UserError
@@ -114,8 +115,45 @@ def test_other_models_are_refused(dense, tmp_path):
     with pytest.raises(UserError, match="is a dense model; pass a converted one"):
         logit_match(str(dense), str(dense), tokens={"float32": 512})
     convert(dense, tmp_path / "upcycled", UpcycleOptions(experts=2))
-    with pytest.raises(UserError, match="has no frozen slices"):
+    with pytest.raises(UserError, match="has neither frozen slices nor all experts active with unit gates"):
         logit_match(str(dense), str(tmp_path / "upcycled"), tokens={"float32": 512})
+
+
+ALL_ACTIVE = {
+    "partition": ["method=partition", "parts=4", "active=4", "shared=1", "neurons=random", "router=random"],
+    "attention": ["method=attention"],
+    "attention of a sliced model": ["method=attention"],
+}
+
+
+@pytest.mark.parametrize("kind", ALL_ACTIVE)
+def test_all_experts_active_match(dense, kind, tmp_path):
+    source = converted(dense, tmp_path / "sliced") if "sliced" in kind else dense
+    convert(source, tmp_path / "moe", load_conversion(None, ALL_ACTIVE[kind]).options)
+    checks = logit_match(str(dense), str(tmp_path / "moe"), tokens=TINY_TOKENS)
+    assert failed(checks) == []
+    assert "routed" in {check.what for check in checks if check.bound is not None}
+    model = load(tmp_path / "moe")
+    name = (
+        "model.layers.1.self_attn.o_proj.weight"
+        if "attention" in kind
+        else "model.layers.1.mlp.experts.trainable_down_proj"
+    )
+    with torch.no_grad():
+        model.get_parameter(name)[..., 0] *= 1.5
+    model.save_pretrained(tmp_path / "moe")
+    assert failed(logit_match(str(dense), str(tmp_path / "moe"), tokens={"float32": 512}))
+
+
+def test_chosen_attention_experts_are_not_asked_to_match_when_routed(dense, tmp_path):
+    options = load_conversion(None, ["method=attention", "top_k=1", "router=random"]).options
+    convert(converted(dense, tmp_path / "sliced"), tmp_path / "moe", options)
+    checks = logit_match(str(dense), str(tmp_path / "moe"), tokens={"float32": 512})
+    assert failed(checks) == []
+    assert "routed" not in {check.what for check in checks}
+    convert(dense, tmp_path / "alone", options)
+    with pytest.raises(UserError, match="has neither frozen slices nor all experts active"):
+        logit_match(str(dense), str(tmp_path / "alone"), tokens={"float32": 512})
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:

@@ -88,6 +88,11 @@ def is_sliced(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "moe_layers", None))
 
 
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether it has MoE layers of lamella, or attention experts."""
+    return is_sliced(model) or bool(getattr(model, "attention_experts", None))
+
+
 def check_length(seq_len: int, *models: PreTrainedModel) -> None:
     """UserError for windows that are longer than a model's positions."""
     longest = min(getattr(model.config, "max_position_embeddings", seq_len) for model in models)

@@ -4,6 +4,8 @@ fp32. Slicing changes nothing but the order in which the F terms of each FFN out
 is off by about u sqrt(F) of its size (u = 2^-24, roundings as a random walk), the errors of N layers add up like
 another random walk, and the output head keeps the relative error: |difference| <= u sqrt(F N) max|logit|. For
 SmolLM2 that is 5.5e-4; an error in the conversion shows as more than 1e-1. Never more than 1e-3 is let through.
+Attention experts add up an attention's output in another order, too: F is then F + A + L, A the width of all heads and
+L the tokens that are attended to.
 
 bf16. u is 2^-9, and one rounding can flip a later one, so no formula of this kind is tight. The floor is measured
 instead, on the same tokens: the dense model against itself with its FFNs summed over as many groups of neurons as the
@@ -26,12 +28,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from lamella.config import MoEConfig
+from lamella.config import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     check_length,
     check_same_text_interface,
     ffn_width,
+    is_converted,
     is_sliced,
     model_path,
     open_checkpoint,
@@ -86,10 +89,10 @@ class Bounds:
     reason: str
 
 
-def fp32_bounds(ffn_width: int, layers: int, max_logit: float) -> Bounds:
+def fp32_bounds(terms: int, layers: int, max_logit: float) -> Bounds:
     """See the module's docstring. KL of small differences d is about d^2 / 2; a flipped top-1 needs a tie."""
     u = torch.finfo(torch.float32).eps / 2
-    max_abs = min(FP32_LIMIT, u * math.sqrt(ffn_width * layers) * max_logit)
+    max_abs = min(FP32_LIMIT, u * math.sqrt(terms * layers) * max_logit)
     return Bounds(max_abs, max_abs, max(max_abs**2, 1e-9), 0.999, 0.0, "2^-24 sqrt(F N) max|logit|")
 
 
@@ -138,7 +141,7 @@ def logit_match(
         on_step(f"{dtype}: loading both models")
         dense, moe = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
         check_length(seq_len, dense, moe)
-        _check_has_slices(moe, moe_name)
+        _check_is_the_dense_model(moe, moe_name)
         check_same_text_interface(dense, moe)
         on_step(f"{dtype}: dense against transformers")
         checks.append(_sanity(dense, dense_name, dtype, ids[:1]))
@@ -146,14 +149,15 @@ def logit_match(
     return checks
 
 
-def _check_has_slices(moe: Any, name: str) -> None:
-    if is_sliced(moe) and MoEConfig.from_dict(moe.config.moe).num_frozen_experts:
+def _check_is_the_dense_model(moe: Any, name: str) -> None:
+    """UserError where its logits need not match in any mode."""
+    if is_converted(moe):
+        if not checked_modes(moe):
+            raise UserError(
+                f"{name} has neither frozen slices nor all experts active with unit gates: its logits need not be the "
+                f"dense model's; compare the two by `lamella evaluate {name} --dense DIR`"
+            )
         return
-    if is_sliced(moe) or getattr(moe.config, "attention_moe", None):
-        raise UserError(
-            f"{name} has no frozen slices of the dense FFNs, whose logits would have to match; compare the two by "
-            f"`lamella evaluate {name} --dense DIR`"
-        )
     raise UserError(f"{name} is a dense model; pass a converted one (uv run convert_by_slicing.py makes it)")
 
 
@@ -169,19 +173,19 @@ def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
 def _dtype_checks(
     dense: Any, moe: Any, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
 ) -> Iterator[Check]:
-    config, slices = moe.moe_layers[0].config, moe.moe_layers[0].config.num_frozen_experts
+    layers, parts = _summed_in_parts(moe, ffn_width(dense))
     on_step(f"{dtype}: logits of the dense model")
     references = logits_of(dense, windows)
     floors = []
     for seed in FLOOR_SEEDS:
         on_step(f"{dtype}: floor {seed + 1} of {len(FLOOR_SEEDS)}")
-        floors.append(compare_reordered(references, dense, slices, list(config.moe_layers), windows, seed))
+        floors.append(compare_reordered(references, dense, parts, layers, windows, seed))
     floor = max(floors, key=lambda f: f.max_abs)
     yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
+    bounds = floor_bounds(floors)
     if dtype == "float32":
-        bounds = fp32_bounds(ffn_width(dense), len(config.moe_layers), floor.max_logit)
-    else:
-        bounds = floor_bounds(floors)
+        terms = ffn_width(dense) + _attention_terms(moe, len(windows[0]))
+        bounds = fp32_bounds(terms, len(layers), floor.max_logit)
     on_step(f"{dtype}: greedy tokens of the dense model")
     prompt = windows[0][:PROMPT_TOKENS]
     expected = greedy(dense, prompt, GREEDY_TOKENS)
@@ -195,14 +199,35 @@ def _dtype_checks(
 def checked_modes(moe: Any) -> list[str]:
     """The modes in which this model must be the dense one.
 
-    "routed" only before training (rows of the router are zero); "random" only where every slice is drawn once (twin).
+    With slices "routed" only before training (rows of the router are zero), "random" only where every slice is drawn
+    once (twin). Without them "routed", where all experts are chosen with unit gates.
     """
+    heads = all(_all_chosen(attention.config) for attention in moe.attention_experts)
+    if not is_sliced(moe) or not moe.moe_layers[0].config.num_frozen_experts:
+        return ["routed"] if heads and all(_all_chosen(layer.config) for layer in moe.moe_layers) else []
     modes = ["dense"]
-    if not any(layer.router.weight.any() for layer in moe.moe_layers):
+    if heads and not any(layer.router.weight.any() for layer in moe.moe_layers):
         modes.append("routed")
-    if moe.moe_layers[0].config.routing == "twin":
+    if heads and moe.moe_layers[0].config.routing == "twin":
         modes.append("random, no noise")
     return modes
+
+
+def _all_chosen(config: MoEConfig | AttentionMoEConfig) -> bool:
+    return config.num_experts_per_tok == config.num_experts and config.gate == "unit"
+
+
+def _attention_terms(moe: Any, num_tokens: int) -> int:
+    return num_tokens + moe.attention_experts[0].o_proj.weight.shape[1] if moe.attention_experts else 0
+
+
+def _summed_in_parts(moe: Any, ffn_width: int) -> tuple[list[int], int]:
+    """(layers, parts of each whose outputs are added); of attention alone the number of its experts."""
+    if not is_sliced(moe):
+        config = moe.attention_experts[0].config
+        return list(config.layers), config.num_experts
+    config = moe.moe_layers[0].config
+    return list(config.moe_layers), config.num_frozen_experts or ffn_width // config.moe_intermediate_size
 
 
 def _as(moe: Any, what: str) -> AbstractContextManager:

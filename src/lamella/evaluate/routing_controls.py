@@ -82,13 +82,14 @@ def _set_trainable(experts: Any, tensors: Any) -> None:
 
 @contextmanager
 def mode(model: Any, name: Mode) -> Iterator[None]:
-    """Inside, every MoE layer is in this mode."""
-    before = [layer.mode for layer in model.moe_layers]
+    """Inside, every MoE layer is in this mode, and all attention experts."""
+    layers = [*model.moe_layers, *model.attention_experts]
+    before = [layer.mode for layer in layers]
     model.set_mode(name)
     try:
         yield
     finally:
-        for layer, old in zip(model.moe_layers, before, strict=True):
+        for layer, old in zip(layers, before, strict=True):
             layer.mode = old
 
 
