@@ -44,20 +44,25 @@ def write_text(file: Path, num_bytes: int) -> None:
                 return
 
 
-def open_training(source: str, seed: int = 0) -> Any:
+def open_training(source: str, seed: int = 0, stream: bool = False) -> Any:
     from lamella.embedded import embedded_model
     from lamella.recipe_sections import Portion
     from lamella.train.data import open_samples
 
-    return open_samples([Portion(source=source)], "train", embedded_model(), SEQ_LEN, seed, MANY, 49152)
+    return open_samples([Portion(source=source, stream=stream)], "train", embedded_model(), SEQ_LEN, seed, MANY, 49152)
 
 
 def micro_batches(samples: Any, first: int = 0) -> Iterator[Any]:
+    return iter(loader_at(samples, {"consumed_samples": first}))
+
+
+def loader_at(samples: Any, state: dict[str, Any]) -> Any:
     from lamella.train.data import SampleLoader
 
     loader = SampleLoader.Config(samples=samples).build(dp_world_size=1, dp_rank=0, local_batch_size=1)
-    loader.load_state_dict({"consumed_samples": first})
-    return iter(loader)
+    if state["consumed_samples"]:
+        loader.load_state_dict(state)
+    return loader
 
 
 def delivered(batches: Iterator[Any], count: int) -> float:
@@ -121,7 +126,7 @@ def peer_preparing(text: Path, folder: Path) -> tuple[list[dict[str, Any]], Any]
     return rows, mapped
 
 
-def reading(prepared: Path, mapped: Any, count: int, repeats: int) -> list[dict[str, Any]]:
+def reading(text: Path, prepared: Path, mapped: Any, count: int, repeats: int) -> list[dict[str, Any]]:
     from measure import median_spread
 
     shuffled = mapped.shuffle(seed=0).with_format("torch")
@@ -129,6 +134,7 @@ def reading(prepared: Path, mapped: Any, count: int, repeats: int) -> list[dict[
         "prepared shards": lambda: micro_batches(open_training(str(prepared))),
         "stdlib-code (cached)": lambda: micro_batches(open_training("stdlib-code")),
         "python-docs (cached)": lambda: micro_batches(open_training("python-docs")),
+        "streamed": lambda: micro_batches(open_training(str(text), stream=True)),
         "datasets, mapped and shuffled": lambda: (shuffled[i % len(shuffled)] for i in range(MANY)),
     }
     rows = []
@@ -165,8 +171,8 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def resuming(tokens: TokenFolder, mapped: Any, repeats: int) -> list[dict[str, Any]]:
-    """Open the corpus and read the micro-batch at 90% of it."""
+def resuming(text: Path, tokens: TokenFolder, mapped: Any, repeats: int) -> list[dict[str, Any]]:
+    """Open the corpus and read the micro-batch at 90% of it; of a stream, at 90% of the text."""
     from measure import median_spread
 
     from lamella.data.shards import Shard
@@ -189,6 +195,17 @@ def resuming(tokens: TokenFolder, mapped: Any, repeats: int) -> list[dict[str, A
             "what": name, "seconds": middle, "spread": spread, "tokens": len(tokens), "sample": late,
             "shards": len(shards), "index_bytes": sum(s.header.num_bytes - s.header.starts_at for s in shards),
         })  # fmt: skip
+    stream = open_training(str(text), stream=True)
+    consumed = int(0.9 * sum(map(len, mapped["input_ids"])) / SEQ_LEN)
+    state = {"consumed_samples": consumed, "streams": stream.stream_states(consumed)}
+    timed = [
+        seconds(lambda: next(iter(loader_at(open_training(str(text), stream=True), state))))[0] for _ in range(repeats)
+    ]
+    middle, spread = median_spread(timed)
+    rows.append({
+        "what": "resume: streamed", "seconds": middle, "spread": spread, "sample": consumed,
+        "state_bytes": len(state["streams"]), "passes": stream.streams[0].passes(),
+    })  # fmt: skip
     shuffle, shuffled = seconds(lambda: mapped.shuffle(seed=0))
     read, _ = seconds(lambda: shuffled[int(0.9 * len(shuffled))])
     rows.append({"what": "resume: datasets, shuffled", "seconds": shuffle + read, "tokens": len(mapped) * SEQ_LEN})
@@ -213,8 +230,8 @@ def main() -> None:
         write_text(text, args.text_mb << 20)
         rows = preparing(text, folder, args.repeats)
         peers, mapped = peer_preparing(text, folder)
-        rows += peers + reading(folder / "2", mapped, args.samples, args.repeats)
-        rows += resuming(large_corpus(text, folder / "large", args.large_tokens), mapped, args.repeats)
+        rows += peers + reading(text, folder / "2", mapped, args.samples, args.repeats)
+        rows += resuming(text, large_corpus(text, folder / "large", args.large_tokens), mapped, args.repeats)
     for row in rows:
         if "tokens_per_s" in row:
             row["over_training_step"] = row["tokens_per_s"] / args.step_tokens_per_s

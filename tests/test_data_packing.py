@@ -7,14 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
 from shards import write_folder
 from tiny import BOS, EOS, save_tokenizer
 
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, make_sample, token_file
 from lamella.data.prepared import TokenFolder, open_prepared
 from lamella.data.sources import MANIFEST, documents
-from lamella.data.streaming import StreamedSamples
 from lamella.data.tokenizer import Tokens
 from lamella.errors import UserError
 from lamella.recipe_sections import Portion
@@ -169,11 +167,6 @@ def test_too_little_text_is_refused(tokens, source, tokenizer, tmp_path):
         token_file("someone/something", None, tokenizer, cache=tmp_path)
 
 
-def streamed(source, tokenizer, **options):
-    stream = load_dataset("json", data_files=source, split="train", streaming=True)
-    return StreamedSamples(source, None, tokenizer, 64, stream=stream, **options)
-
-
 def test_samples_to_look_at_are_read_of_a_stream_that_nothing_trains_on(source, tokenizer, tokens, monkeypatch):
     read = {}
     monkeypatch.setattr(
@@ -182,46 +175,3 @@ def test_samples_to_look_at_are_read_of_a_stream_that_nothing_trains_on(source, 
     portions = [Portion(source=source, weight=1), Portion(source="owner/looked-at", weight=0)]
     data.open_samples(portions, "train", tokenizer, 64, 0, 20, 300, at_least=12)
     assert read == {source: None, "owner/looked-at": 13 * 64 + 1}
-
-
-def take(samples, count):
-    iterator = iter(samples)
-    return [next(iterator) for _ in range(count)]
-
-
-def test_a_stream_gives_the_samples_of_the_token_file(source, tokenizer, tokens):
-    packed = PackedSamples(tokens, 64)
-    # The file's last windows aside: the stream goes on into its next epoch.
-    for i, sample in enumerate(take(streamed(source, tokenizer), len(packed))):
-        assert all(torch.equal(a, b) for a, b in zip(sample, packed.sample(i), strict=True))
-
-
-def test_ranks_share_a_stream(source, tokenizer):
-    alone = take(streamed(source, tokenizer), 12)
-    for rank in range(3):
-        shares = take(streamed(source, tokenizer, rank=rank, world_size=3), 4)
-        assert all(torch.equal(a.input_ids_L, b.input_ids_L) for a, b in zip(shares, alone[rank::3], strict=True))
-
-
-@pytest.mark.parametrize("done", [1, 40, 150, 400])  # 400: in the stream's third epoch
-def test_a_resumed_stream_goes_on_where_it_was(source, tokenizer, done):
-    samples = streamed(source, tokenizer, rank=1, world_size=2)
-    iterator = iter(samples)
-    for _ in range(done):
-        next(iterator)
-    state = samples.state_dict()
-    expected = [next(iterator) for _ in range(150)]
-    resumed = streamed(source, tokenizer, rank=1, world_size=2)
-    resumed.load_state_dict(state)
-    for a, b in zip(take(resumed, 150), expected, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_a_stream_too_short_for_a_sample_is_refused(tmp_path, tokenizer):
-    path = tmp_path / "short.jsonl"
-    path.write_text('{"text": "short"}\n')
-    with pytest.raises(UserError, match="has 6 tokens, too few for one sample of 64"):
-        next(iter(streamed(str(path), tokenizer)))
-    stream = load_dataset("json", data_files=str(path), split="train", streaming=True)
-    with pytest.raises(UserError, match="record 0: no text in the field 'body'"):
-        next(iter(StreamedSamples(f"{path}#body", None, tokenizer, 64, stream=stream)))

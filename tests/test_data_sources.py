@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lamella.data.readers import BLOCK_CHARS, blocks
+from lamella.data.readers import BLOCK_CHARS
 from lamella.data.sources import EMBEDDED_SOURCES, documents, split_of
 from lamella.errors import UserError
 
@@ -64,7 +64,6 @@ def test_a_single_text_file_is_cut_at_line_ends(tmp_path):
     assert "".join(pieces) == text
     assert all(BLOCK_CHARS <= len(p) < BLOCK_CHARS + 40 and p.endswith("\n") for p in pieces[:-1])
     assert 0 < len(list(documents(str(path), "heldout"))) < len(pieces)
-    assert list(blocks("")) == []
 
 
 def test_files_of_a_folder_are_documents_in_the_order_of_their_paths(tmp_path):

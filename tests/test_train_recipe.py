@@ -43,7 +43,7 @@ def test_all_errors_come_at_once():
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps is larger than steps"),
         ({"keep_checkpoints": 1}, "at least 2"),
         ({"data": []}, "names no text"),
-        ({"data": [3]}, r"data.0: write a source's name, or \{source: NAME, weight: NUMBER\}, not 3"),
+        ({"data": [3]}, r"data.0: write a source's name, or \{source: NAME, weight: NUMBER, stream: true\}, not 3"),
         ({"data": ["a", {"source": "b", "weight": 1}]}, "data has weights on some sources"),
         ({"data": [{"source": "a", "weight": -1}]}, r"data.0.weight: .* greater than or equal to 0, not -1"),
         ({"data": [{"source": "a", "weight": float("nan")}]}, "data.0.weight: .* finite"),

@@ -45,6 +45,7 @@ COMMON = {
 # fp32: another number of ranks or micro-batches adds the same terms in another order; 5e-7 was seen after 12 steps
 REORDERED = 2e-5
 REPLAY = "[{{source: {0}/text.md, weight: 3}}, {{source: {0}/short.md, weight: 1}}]"
+STREAMS = "[{{source: {0}/text.md, weight: 3, stream: true}}, {{source: {0}/short.md, weight: 1, stream: true}}]"
 FITTED = "[{{source: {0}/digits.md, weight: 1}}, {{source: {0}/text.md, weight: 0}}]"
 RUNS_ON_3 = {
     "whole": {"tensorboard": "true", "torchtitan.debug.print_config": "true"},
@@ -77,6 +78,8 @@ RUNS_ON_3 = {
     "flat_unbalanced": {"model": "flat-model", "bias_rate": 0.0},
     "prepared-run": {"data": "[{0}/prepared]"},
     "chat": {"data": "[{0}/chat.jsonl]", "trains": "all"},
+    "streamed": {"data": STREAMS, "heldout_data": "[{0}/text.md]"},
+    "streamed_moved": {"data": STREAMS, "heldout_data": "[{0}/text.md]", "samples_per_micro_batch": 1},
     "replay": {"data": REPLAY, "on_exhausted": "stop", "heldout_data": "[{0}/text.md]"},
 }
 
@@ -134,15 +137,16 @@ def runs(tmp_path_factory):
     trainable_moe(folder / "uneven-model", slices=2)
     prepare([str(folder / "text.md")], folder / "twin-model", folder / "prepared", unit_bytes=20_000)
     write_conversations(folder)
-    jobs = [words(folder, name) for name in RUNS_ON_3 if name != "moved"]
+    moved = ("moved", "streamed_moved")
+    jobs = [words(folder, name) for name in RUNS_ON_3 if name not in moved]
     jobs += [words(folder, "resumed", stop_at_step=6), words(folder, "resumed")]
-    jobs += [words(folder, "moved", stop_at_step=9)]
+    jobs += [words(folder, name, stop_at_step=9) for name in moved]
     jobs += [words(folder, "lora_resumed", **RUNS_ON_3["lora"], stop_at_step=6)]
     jobs += [words(folder, "lora_resumed", **RUNS_ON_3["lora"])]
-    run_many(folder, 2, [words(folder, "moved", stop_at_step=6)])
+    run_many(folder, 2, [words(folder, name, stop_at_step=6) for name in moved])
     run_many(folder, 3, jobs)
     alone = [words(folder, name, out=f"{name}-alone") for name in ("two_slices", "uneven", "fitted")]
-    run_many(folder, 1, [words(folder, "alone"), words(folder, "moved"), *alone])
+    run_many(folder, 1, [words(folder, "alone"), *(words(folder, name) for name in moved), *alone])
     return folder
 
 
@@ -219,6 +223,17 @@ def test_resume_is_bit_equal(runs):
 def test_the_same_global_batch_gives_the_same_losses(runs, other):
     """Micro-batches, 1 rank in place of 3, from 2 ranks to 3 to 1, recomputed activations, whole weights."""
     assert losses(runs, other) == pytest.approx(losses(runs, "whole"), abs=REORDERED)
+
+
+@pytest.mark.faults
+def test_streams_go_on_where_a_checkpoint_stood_on_other_ranks(runs):
+    """From 2 ranks to 3 to 1; nothing of the training text is written, and the short stream begins again on the way."""
+    assert losses(runs, "streamed_moved") == pytest.approx(losses(runs, "streamed"), abs=REORDERED)
+    assert losses(runs, "streamed")[0] != pytest.approx(losses(runs, "whole")[0], abs=1e-4)  # another order
+    epochs = lines(runs, "streamed")[-1]["data_epochs"]
+    assert epochs[str(runs / "short.md")] > 1 > epochs[str(runs / "text.md")] > 0
+    manifest = RunDir(runs / "streamed_moved").store().manifest(9)
+    assert manifest["data"] == {"consumed_samples": 9 * 6}
 
 
 @pytest.mark.faults

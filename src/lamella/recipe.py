@@ -43,7 +43,9 @@ class Recipe(Strict):
     `datasets` name. Records with `messages` in place of `text` are conversations, of which the answers are learned.
     Without weights each source has its share of the samples, and an epoch holds all of them once.
     With weights (on all entries) each has its weight over their sum of every step's samples: with replay, so much of
-    the old text is mixed into the new: [{source: new, weight: 0.75}, {source: old, weight: 0.25}]."""
+    the old text is mixed into the new: [{source: new, weight: 0.75}, {source: old, weight: 0.25}].
+    With stream: true a source is read while the run goes on, in its own order. Any other one is tokenised before the
+    first step; of a `datasets` name, as much as the run can use."""
     heldout_data: list[Portion] | None = None
     """Text of the held-out loss; None is the held-out part of `data`."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
@@ -164,6 +166,9 @@ class Recipe(Strict):
             problems.append("offload: cpu needs frozen_weights: sharded")
         problems += _mixture_problems("data", self.data)
         problems += _mixture_problems("heldout_data", self.heldout_data)
+        streams = [portion.source for portion in self.data if portion.stream]
+        if streams and self.on_exhausted != "repeat":
+            problems.append(f"on_exhausted: {self.on_exhausted} needs the length of the data; streams only repeat")
         if self.router_warmup_steps and (self.trains == "experts" or self.router_warmup_steps >= self.steps):
             problems.append("router_warmup_steps must be below steps, and needs trains: experts+router or all")
         if self.routing_loss is not None and self.trains == "experts":
@@ -173,6 +178,8 @@ class Recipe(Strict):
             for name in [] if sides is None else [*sides.to_slices, *sides.to_twins]:
                 if name not in known:
                     problems.append(f"{key} names {name!r}, which data does not{did_you_mean(name, known)}")
+                elif key == "router_fit" and name in streams:
+                    problems.append(f"router_fit needs samples from all over {name!r}; leave out its stream: true")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -209,6 +216,8 @@ def _mixture_problems(key: str, portions: list[Portion] | None) -> list[str]:
         return [f"{key} names no text"]
     if weights and len(weights) < len(portions):
         return [f"{key} has weights on some sources; give one to each, or to none"]
+    if key == "data" and not weights and len(portions) > 1 and any(p.stream for p in portions):
+        return ["data has a stream, whose length is not known; give each source a weight"]
     if weights and sum(weights) == 0:
         return [f"the weights of {key} sum to 0; raise one of them"]
     return []

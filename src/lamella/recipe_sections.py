@@ -29,17 +29,21 @@ class Portion(Strict):
 
     source: str
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    stream: bool = False
+    """Read and tokenise it while training, in its own order, in place of tokenising first what the run can use."""
 
     @model_validator(mode="before")
     @classmethod
     def _alone(cls, value: Any) -> Any:
         if not isinstance(value, str | dict):
-            raise ValueError("write a source's name, or {source: NAME, weight: NUMBER}")
+            raise ValueError("write a source's name, or {source: NAME, weight: NUMBER, stream: true}")
         return {"source": value} if isinstance(value, str) else value
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
-        return self.source if self.weight is None else {"source": self.source, "weight": self.weight}
+        options = {"weight": self.weight} if self.weight is not None else {}
+        options |= {"stream": True} if self.stream else {}
+        return {"source": self.source} | options if options else self.source
 
 
 class TwinShare(Strict):

@@ -33,8 +33,7 @@ from lamella.embedded import cache_dir
 from lamella.errors import UserError
 
 IGNORE_INDEX = -100
-BATCH_DOCUMENTS = 64
-FORMAT = "3"  # raise it when what is cached changes: old caches are then left alone
+FORMAT = "4"  # raise it when what is cached changes: old caches are then left alone
 CACHED_UNIT_BYTES = 1 << 30
 
 
@@ -49,7 +48,9 @@ class Sample(NamedTuple):
 class Samples(Protocol):
     """Samples of one source; sample i is the same for ever, and reading it reads no other."""
 
-    tokens: TokenFolder
+    seq_len: int
+    hash: str
+    """Of the text: with another one, sample i is another."""
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -68,7 +69,7 @@ class PackedSamples:
 
     def __init__(self, tokens: TokenFolder, seq_len: int, seed: int | None = None):
         check_length(tokens, seq_len)
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.tokens, self.seq_len, self.seed, self.hash = tokens, seq_len, seed, tokens.hash
         self._epoch = -1
         self._order: np.ndarray | None = None
 
@@ -101,7 +102,7 @@ class PackedConversations:
 
     def __init__(self, tokens: TokenFolder, seq_len: int):
         check_length(tokens, seq_len)
-        self.tokens, self.seq_len = tokens, seq_len
+        self.tokens, self.seq_len, self.hash = tokens, seq_len, tokens.hash
         bounds = np.append(tokens.document_starts(), len(tokens))
         self.spans = whole_documents(bounds, seq_len + 1)
         self.num_cut = int((np.diff(bounds) > seq_len + 1).sum())
@@ -201,7 +202,7 @@ def token_file(
     if opened.kind == "prepared":
         return open_prepared(opened.root, split, tokenizer)
     if opened.is_streamed and max_tokens is None:
-        raise UserError(f"{source} is streamed: say how many tokens to keep of it, or use StreamedSamples")
+        raise UserError(f"{source} is streamed: say how many tokens to keep of it")
     # The template counts for plain text as well: whether there are conversations is known only after reading.
     hashes = [fingerprint(opened), tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)]
     made_by = [*hashes, str(split), str(max_tokens), FORMAT, on_bad_data]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -22,6 +22,20 @@ def policy(word: str) -> Policy:
     return cast(Policy, word)
 
 
+class Place(NamedTuple):
+    """Where a record begins: reading goes on from here as if everything before had been read."""
+
+    file: int = 0
+    """Number of the file in the source."""
+    offset: int = 0
+    """Bytes of the file before this; of a parquet file, estimated by its rows."""
+    records: int = 0
+    """Records of the file (lines of JSONL, rows, blocks) before this one."""
+
+
+FIRST = Place()
+
+
 class Record(NamedTuple):
     """A document as it is read: a text, or a conversation (a list of messages)."""
 
@@ -32,6 +46,8 @@ class Record(NamedTuple):
     """File and line, for people."""
     num_bytes: int = 0
     """Read of the source for it; for progress."""
+    end: Place = FIRST
+    """Where the next record begins."""
 
 
 class BadRecords:
@@ -82,10 +98,10 @@ def record_text(record: Any, field: str | None, where: str) -> str:
     return content
 
 
-def read_jsonl(file: Path, name: str, field: str | None, bad: BadRecords) -> Iterator[Record]:
+def read_jsonl(file: Path, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
     with file.open("rb") as lines:
-        offset = 0
-        for number, line in enumerate(lines, 1):
+        offset = lines.seek(start.offset)
+        for number, line in enumerate(lines, start.records + 1):
             where = f"{file}, line {number} (byte {offset})"
             offset += len(line)
             if not line.strip():
@@ -97,10 +113,10 @@ def read_jsonl(file: Path, name: str, field: str | None, bad: BadRecords) -> Ite
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 bad(UserError(f"{where}: not JSON ({error}); mend or remove the line"))
             else:
-                yield Record(f"{name}:{number - 1}", content, where, len(line))
+                yield Record(f"{name}:{number - 1}", content, where, len(line), Place(start.file, offset, number))
 
 
-def read_parquet(file: Path, name: str, field: str | None, bad: BadRecords) -> Iterator[Record]:
+def read_parquet(file: Path, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -113,58 +129,81 @@ def read_parquet(file: Path, name: str, field: str | None, bad: BadRecords) -> I
     column = field or ("messages" if "text" not in names and "messages" in names else "text")
     if column not in names:
         record_content(dict.fromkeys(names), field, str(file))
-    row, row_bytes = 0, file.stat().st_size // max(1, table.metadata.num_rows)
+    row_bytes = file.stat().st_size // max(1, table.metadata.num_rows)
+    group, row = _group_of(table.metadata, start.records)
+    groups = range(group, table.metadata.num_row_groups)
     try:
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        for batch in table.iter_batches(batch_size=1024, columns=[column], row_groups=groups):
             for value in batch.column(0).to_pylist():
                 where = f"{file}, row {row}"
+                row += 1
+                if row <= start.records:
+                    continue
                 try:
-                    yield Record(f"{name}:{row}", record_content({column: value}, column, where), where, row_bytes)
+                    content = record_content({column: value}, column, where)
                 except UserError as error:
                     bad(error)
-                row += 1
+                else:
+                    yield Record(
+                        f"{name}:{row - 1}", content, where, row_bytes, Place(start.file, row * row_bytes, row)
+                    )
     except (pyarrow.ArrowException, OSError) as error:
         bad(UserError(f"{file}, behind row {row}: cannot be read ({error}); mend or remove the file"))
 
 
-def read_text(file: Path, name: str, bad: BadRecords) -> Iterator[Record]:
+def _group_of(metadata: Any, row: int) -> tuple[int, int]:
+    """(the row group of a parquet file that holds this row, its first row); behind the last, an empty group."""
+    first = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < first + rows:
+            return group, first
+        first += rows
+    return metadata.num_row_groups, first
+
+
+def read_text(file: Path, name: str, bad: BadRecords, start: Place) -> Iterator[Record]:
     """The whole file as one record."""
+    if start.records:
+        return
     raw = file.read_bytes()
     try:
-        yield Record(name, _newlines(raw.decode("utf-8")), str(file), len(raw))
+        yield Record(name, _newlines(raw.decode("utf-8")), str(file), len(raw), Place(start.file, len(raw), 1))
     except UnicodeDecodeError as error:
         bad(_not_utf8(file, error, error.start))
 
 
-def read_blocks(file: Path, name: str, bad: BadRecords) -> Iterator[Record]:
-    """Records of about BLOCK_CHARS characters, read line by line."""
-    for index, block in enumerate(blocks(_lines(file, bad))):
-        yield Record(f"{name}:{index}", block, f"{file}, block {index}", len(block.encode()))
-
-
-def blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Pieces that end at line ends, each the shortest of at least BLOCK_CHARS characters (the last may be shorter)."""
+def read_blocks(file: Path, name: str, bad: BadRecords, start: Place) -> Iterator[Record]:
+    """Records that end at line ends, each the shortest of at least BLOCK_CHARS characters (the last may be shorter)."""
     block: list[str] = []
-    size = 0
-    for line in lines:
+    size, index, begin, end = 0, start.records, start.offset, start.offset
+
+    def record() -> Record:
+        return Record(
+            f"{name}:{index}", "".join(block), f"{file}, block {index}", end - begin, Place(start.file, end, index + 1)
+        )
+
+    for line, end in _lines(file, bad, start.offset):
         block.append(line)
         size += len(line)
         if size >= BLOCK_CHARS:
-            yield "".join(block)
-            block, size = [], 0
+            yield record()
+            block, size, index, begin = [], 0, index + 1, end
     if block:
-        yield "".join(block)
+        yield record()
 
 
-def _lines(file: Path, bad: BadRecords) -> Iterator[str]:
-    offset = 0
+def _lines(file: Path, bad: BadRecords, start: int) -> Iterator[tuple[str, int]]:
+    """(line, the byte behind it) from byte `start` on; lines end with any of the three newlines."""
     with file.open("rb") as raw_lines:
-        for raw in raw_lines:
-            try:
-                yield from _newlines(raw.decode("utf-8")).splitlines(keepends=True)
-            except UnicodeDecodeError as error:
-                bad(_not_utf8(file, error, offset + error.start))
-            offset += len(raw)
+        offset = raw_lines.seek(start)
+        for raw_line in raw_lines:
+            for raw in raw_line.splitlines(keepends=True):
+                offset += len(raw)
+                try:
+                    yield _newlines(raw.decode("utf-8")), offset
+                except UnicodeDecodeError as error:
+                    bad(_not_utf8(file, error, offset - len(raw) + error.start))
 
 
 def _newlines(text: str) -> str:
@@ -175,7 +214,7 @@ def _not_utf8(file: Path, error: UnicodeDecodeError, offset: int) -> UserError:
     return UserError(f"{file} is not UTF-8 text ({error.reason} at byte {offset}); convert or remove it")
 
 
-RECORD_READERS: dict[str, Callable[[Path, str, str | None, BadRecords], Iterator[Record]]] = {
+RECORD_READERS: dict[str, Callable[[Path, str, str | None, BadRecords, Place], Iterator[Record]]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }

@@ -33,7 +33,16 @@ from typing import Any, Literal, get_args
 
 import xxhash
 
-from lamella.data.readers import RECORD_READERS, BadRecords, Record, read_blocks, read_text, record_content
+from lamella.data.readers import (
+    FIRST,
+    RECORD_READERS,
+    BadRecords,
+    Place,
+    Record,
+    read_blocks,
+    read_text,
+    record_content,
+)
 from lamella.errors import UserError, did_you_mean
 
 Split = Literal["train", "heldout"]
@@ -80,14 +89,15 @@ def documents(source: str, split: Split | None = None) -> Iterator[str]:
     """
     check_split(split)
     opened = open_source(source)
-    named = ((record, record.content) for record in records(opened, BadRecords()))
-    return (_text(c, r) for r, c in named if split in (None, split_of(r.name)) and _text(c, r).strip())
+    wanted = (record for record in records(opened, BadRecords()) if split in (None, split_of(record.name)))
+    return (text_of(record) for record in wanted if text_of(record).strip())
 
 
-def _text(content: Any, record: Record) -> str:
-    if not isinstance(content, str):
+def text_of(record: Record) -> str:
+    """Its content; UserError for a conversation."""
+    if not isinstance(record.content, str):
         raise UserError(f"{record.where}: it is a conversation where a text is wanted; use another source")
-    return content
+    return record.content
 
 
 def check_split(split: str | None) -> None:
@@ -95,41 +105,43 @@ def check_split(split: str | None) -> None:
         raise UserError(f"split is {split!r}; it must be one of {', '.join(get_args(Split))}")
 
 
-def records(source: Source, bad: BadRecords) -> Iterator[Record]:
-    """All documents of a source in a fixed order, broken ones given to `bad`."""
+def records(source: Source, bad: BadRecords, start: Place = FIRST) -> Iterator[Record]:
+    """The documents of a source in a fixed order from `start` on (a `Record.end`), broken ones given to `bad`."""
     if source.kind == "prepared":
         raise UserError(f"{source.word} holds tokens, not text; name the text that it was made from")
     if source.kind == "dataset":
-        yield from _streamed(source, bad)
+        yield from records_of(load_stream(source), source, bad)
     elif source.word == "python-docs":
         from pydoc_data import topics
 
-        for name, text in sorted(topics.topics.items()):
-            yield Record(name, text, f"topic {name}", len(text))
+        for index, (name, text) in enumerate(sorted(topics.topics.items())):
+            if index >= start.records:
+                yield Record(name, text, f"topic {name}", len(text), Place(records=index + 1))
     else:
-        for file in source.files:
-            yield from _read_file(file, source, bad)
+        for number, file in enumerate(source.files[start.file :], start.file):
+            yield from _read_file(file, source, bad, start if number == start.file else Place(number))
 
 
-def _streamed(source: Source, bad: BadRecords) -> Iterator[Record]:
-    for index, record in enumerate(load_stream(source)):
+def records_of(stream: Any, source: Source, bad: BadRecords, first: int = 0) -> Iterator[Record]:
+    """Those of a `datasets.IterableDataset` whose next record has the index `first`."""
+    for index, record in enumerate(stream, first):
         where = f"{source.word}, record {index}"
         try:
-            yield Record(str(index), record_content(record, source.field, where), where)
+            yield Record(str(index), record_content(record, source.field, where), where, end=Place(records=index + 1))
         except UserError as error:
             bad(error)
 
 
-def _read_file(file: Path, source: Source, bad: BadRecords) -> Iterator[Record]:
+def _read_file(file: Path, source: Source, bad: BadRecords, start: Place) -> Iterator[Record]:
     name = file.relative_to(source.root).as_posix()
     if reader := RECORD_READERS.get(file.suffix):
-        yield from reader(file, name, source.field, bad)
+        yield from reader(file, name, source.field, bad, start)
     elif source.kind == "embedded":
-        yield from read_text(file, name, BadRecords("skip", named=0))  # some test the decoding of other encodings
+        yield from read_text(file, name, BadRecords("skip", named=0), start)  # some test the decoding of others
     elif len(source.files) == 1:
-        yield from read_blocks(file, name, bad)
+        yield from read_blocks(file, name, bad, start)
     else:
-        yield from read_text(file, name, bad)
+        yield from read_text(file, name, bad, start)
 
 
 def split_of(name: str) -> Split:

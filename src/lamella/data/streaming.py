@@ -1,27 +1,85 @@
-"""Samples packed on the fly from a `datasets` stream, for text that is too large to tokenise first."""
+"""Samples packed on the fly, in the order of the text: for text that is too large to tokenise first.
+
+A source is read from a place that can be written down: of local files file, byte and record, of a `datasets`
+stream its own state. So a run goes on where it stood without reading what came before.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from lamella.data.packing import BATCH_DOCUMENTS, Sample, make_sample
-from lamella.data.readers import record_text
-from lamella.data.sources import Split, load_stream, open_source, split_of
-from lamella.data.tokenizer import DocumentTokenizer
+from lamella.data.packing import Sample, make_sample
+from lamella.data.readers import BadRecords, Place, Policy, Record
+from lamella.data.shards import BadData
+from lamella.data.sources import Source, Split, load_stream, open_source, records, records_of, split_of, text_of
+from lamella.data.tokenizer import DocumentTokenizer, Text, check_vocabulary
+from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
+
+BATCH_CHARS = 1 << 18
+
+
+class FileReading:
+    """Records of local text; the place is that behind the last record."""
+
+    def __init__(self, source: Source, bad: BadRecords):
+        self.source, self.bad = source, bad
+        self.sizes = [file.stat().st_size for file in source.files]
+
+    def start(self, place: Any, epoch: int) -> Iterator[Record]:
+        """The records from this place on (None: the first) to the end of the source."""
+        return records(self.source, self.bad, Place(*(place or ())))
+
+    def place(self, last: Record) -> Any:
+        """Behind the last record of `start`, for JSON."""
+        return list(last.end)
+
+    def share(self, place: Any) -> float:
+        """Of the source, before this place; 0 where it has no files."""
+        at = Place(*(place or ()))
+        return (sum(self.sizes[: at.file]) + at.offset) / max(1, sum(self.sizes))
+
+    def identity(self) -> Any:
+        """Changes when the text does, as far as names and sizes tell."""
+        names = [file.relative_to(self.source.root).as_posix() for file in self.source.files]
+        return [self.source.field, list(zip(names, self.sizes, strict=True)) or self.source.word]
+
+
+class SetReading:
+    """The same of a set that `datasets` streams, which keeps its place itself. Its length is not known."""
+
+    def __init__(self, source: Source, bad: BadRecords, stream: Any):
+        self.source, self.bad, self.stream = source, bad, stream
+        self.first = {"stream": stream.state_dict(), "records": 0}
+
+    def start(self, place: Any, epoch: int) -> Iterator[Record]:
+        place = place or self.first
+        # datasets goes on from a state only in the epoch that it was taken in
+        self.stream.set_epoch(epoch)
+        self.stream.load_state_dict(place["stream"] | {"epoch": epoch})
+        return records_of(self.stream, self.source, self.bad, place["records"])
+
+    def place(self, last: Record) -> Any:
+        return {"stream": self.stream.state_dict(), "records": last.end.records}
+
+    def share(self, place: Any) -> float:
+        return 0.0
+
+    def identity(self) -> Any:
+        return self.source.word
 
 
 class StreamedSamples:
-    """Endless samples of a streamed source, in its order; rank r of W takes samples r, r + W, r + 2W, ...
+    """Windows of L tokens of a source, over and over; sample i is the same for ever, on any number of ranks.
 
-    Every rank reads the whole stream and keeps its share, so the text of a step does not depend on the number of
-    ranks. `state_dict` holds the place in the stream and the tokens read but not yet used: a resumed iterator gives
-    exactly the samples that an uninterrupted one would have given.
+    They are asked for in ascending order: on the way to a sample all before it are read and tokenised, from the last
+    one on. `state_dict` is the place in the source and the tokens that were read behind the last sample.
     """
 
     def __init__(
@@ -30,83 +88,131 @@ class StreamedSamples:
         split: Split | None,
         tokenizer: str | Path,
         seq_len: int,
-        rank: int = 0,
-        world_size: int = 1,
+        *,
+        vocab_size: int | None = None,
+        on_bad_data: Policy = "fail",
         stream: Any = None,
     ):
-        """`stream` takes the place of `load_stream`: any `datasets.IterableDataset` of records."""
-        opened = open_source(source) if stream is None else None
-        self.source, self.split, self.seq_len = source, split, seq_len
-        self.field = opened.field if opened else source.partition("#")[2] or None
-        self.rank, self.world_size = rank, world_size
-        self.encode = DocumentTokenizer(tokenizer)
-        self.stream = load_stream(opened) if opened else stream
-        self.record_index = 0
-        self.sample_index = 0
-        self.epoch = 0
-        self.tokens: list[int] = []
-        self.starts: list[int] = []
-        self._records: Iterator[Any] | None = None
+        """Reads the first sample's text, so that what is wrong with the source is known at once.
 
-    def __iter__(self) -> Iterator[Sample]:
-        while True:
-            while len(self.tokens) > self.seq_len:
-                sample = self._take()
-                self.sample_index += 1
-                if (self.sample_index - 1) % self.world_size == self.rank:
-                    yield sample
-            self._read_until_enough()
+        Args:
+            vocab_size: of the model; a larger id is refused.
+            stream: in place of what the source's name means, any `datasets.IterableDataset` of records.
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "stream": self.stream.state_dict(),
-            "tokens": np.asarray(self.tokens, dtype=self.encode.encoder.dtype),
-            "starts": np.asarray(self.starts, dtype=np.int64),
-        } | {name: getattr(self, name) for name in ("record_index", "sample_index", "epoch")}
+        Raises:
+            UserError: see `lamella.data.sources.documents`; conversations, tokens, too little text for one sample.
+        """
+        opened = Source(source, "dataset", field=source.partition("#")[2] or None) if stream else open_source(source)
+        if opened.kind == "prepared":
+            raise UserError(f"{source} is prepared: a step reads only its own samples; leave out stream: true")
+        self.source, self.split, self.tokenizer, self.seq_len = source, split, str(tokenizer), seq_len
+        self.vocab_size = vocab_size
+        self.encode = DocumentTokenizer(tokenizer).encoder
+        bad = BadRecords(on_bad_data)
+        is_set = opened.kind == "dataset"
+        self.reading = SetReading(opened, bad, stream or load_stream(opened)) if is_set else FileReading(opened, bad)
+        made_by = [self.reading.identity(), split, seq_len, tokenizer_fingerprint(tokenizer)]
+        self.hash = xxhash.xxh3_128_hexdigest(json.dumps(made_by).encode())
+        self._place: Any
+        self._records: Iterator[Record] | None
+        self._restart()
+        self._read()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
-        self._records = None
-        self.tokens, self.starts = state["tokens"].tolist(), state["starts"].tolist()
-        self.record_index, self.sample_index, self.epoch = (state[n] for n in ("record_index", "sample_index", "epoch"))
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, which is none before the last one.
 
-    def _take(self) -> Sample:
+        Raises:
+            BadData: a file cannot be read any more.
+            UserError: a broken record, with the policy "fail".
+        """
+        self.advance(index)
         L = self.seq_len
-        starts = np.asarray([s for s in self.starts if s <= L], dtype=np.int64)
-        sample = make_sample(np.asarray(self.tokens[: L + 1]), starts)
-        del self.tokens[:L]
-        self.starts = [s - L for s in self.starts if s >= L]
+        self._read()
+        sample = make_sample(self._ids[: L + 1], self._starts[self._starts <= L])
+        self._drop()
         return sample
 
-    def _read_until_enough(self) -> None:
-        while len(self.tokens) <= self.seq_len:
-            if self._records is None:
-                # datasets resumes a loaded state only in the epoch that it was taken in.
-                self.stream.set_epoch(self.epoch)
-                self._records = iter(self.stream)
-            records = list(islice(self._records, BATCH_DOCUMENTS))
-            if records:
-                self._append(records)
-            else:
-                self._next_epoch()
+    def advance(self, index: int) -> None:
+        """Read up to sample `index`."""
+        assert index >= self.index, "a stream goes forward"
+        while self.index < index:
+            self._read()
+            self._drop()
 
-    def _append(self, records: list[Any]) -> None:
-        texts = []
-        for record in records:
-            text = record_text(record, self.field, f"{self.source}, record {self.record_index}")
-            if self.split in (None, split_of(str(self.record_index))) and text.strip():
-                texts.append(text)
-            self.record_index += 1
-        for ids in self.encode(texts) if texts else ():
-            self.starts.append(len(self.tokens))
-            self.tokens += ids
+    def passes(self) -> float:
+        """How often the source has been gone through, estimated; of a `datasets` name, as far as whole passes tell."""
+        given = self.index * self.seq_len
+        return (self.epoch + self.reading.share(self._place)) * given / (given + len(self._ids))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        tokens = {"ids": self._ids.tolist(), "starts": self._starts.tolist()}
+        return {"index": self.index, "epoch": self.epoch, "place": self._place} | tokens
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._restart()
+        self.index, self.epoch, self._place = state["index"], state["epoch"], state["place"]
+        self._ids = np.asarray(state["ids"], dtype=self.encode.dtype)
+        self._starts = np.asarray(state["starts"], dtype=np.int64)
+
+    def _restart(self) -> None:
+        self.index = self.epoch = 0
+        self._place = self._records = None
+        self._ids = np.zeros(0, dtype=self.encode.dtype)
+        self._starts = np.zeros(0, dtype=np.int64)
+
+    def _drop(self) -> None:
+        """The first sample of the tokens at hand."""
+        L = self.seq_len
+        self._ids, self._starts = self._ids[L:], self._starts[self._starts >= L] - L
+        self.index += 1
+
+    def _read(self) -> None:
+        """Until the tokens of a sample are at hand, and the one after it."""
+        while len(self._ids) <= self.seq_len:
+            if self._records is None:
+                self._records = self.reading.start(self._place, self.epoch)
+            try:
+                texts, last = self._next_texts(self._records)
+            except OSError as error:
+                self._records = None  # the next call tries again from the same place
+                raise BadData(
+                    f"{self.source} cannot be read any more: {error}; bring it back and start again"
+                ) from error
+            if last is None:
+                self._next_epoch()
+                continue
+            self._place = self.reading.place(last)
+            self._append(texts)
+
+    def _next_texts(self, stream: Iterator[Record]) -> tuple[list[Text], Record | None]:
+        """(texts of the split, the last record that was read, if any)."""
+        texts, num_chars, record = [], 0, None
+        for record in stream:
+            text = text_of(record)
+            num_chars += len(text)
+            if self.split in (None, split_of(record.name)) and text.strip():
+                texts.append(Text(text))
+            if num_chars >= BATCH_CHARS:
+                break
+        return texts, record
+
+    def _append(self, texts: list[Text]) -> None:
+        rows = [tokens.ids for tokens in self.encode(texts)]
+        if not rows:
+            return
+        ids = np.concatenate(rows)
+        if self.vocab_size is not None:
+            check_vocabulary(self.source, int(ids.max()), self.vocab_size, self.tokenizer)
+        lengths = np.asarray([len(row) for row in rows])
+        starts = len(self._ids) + np.cumsum(lengths) - lengths
+        self._ids, self._starts = np.concatenate([self._ids, ids]), np.concatenate([self._starts, starts])
 
     def _next_epoch(self) -> None:
-        if self.sample_index == 0:
+        if self.index == 0:
             raise UserError(
-                f"{self.source} ({self.split or 'all'}) has {len(self.tokens)} tokens, too few for one sample of "
+                f"{self.source} ({self.split or 'all'}) has {len(self._ids)} tokens, too few for one sample of "
                 f"{self.seq_len} and the token after it; use more text or a shorter sample"
             )
         self.epoch += 1
-        self.record_index = 0
-        self._records = None
+        self._place = self._records = None

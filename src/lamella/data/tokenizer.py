@@ -121,6 +121,15 @@ class DocumentTokenizer:
         return [tokens.ids.tolist() for tokens in self.encoder(map(Text, texts))]
 
 
+def check_vocabulary(source: str, largest_id: int, vocab_size: int, tokenizer: str | Path) -> None:
+    """UserError for an id that the model does not have."""
+    if largest_id >= vocab_size:
+        raise UserError(
+            f"{source} has the token id {largest_id}, but the model's vocabulary has {vocab_size} ids; put the model's "
+            f"own tokenizer into {tokenizer}"
+        )
+
+
 def is_path(name: str) -> bool:
     """Whether it cannot be a hub name, which is NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -1,20 +1,21 @@
 """Samples of several sources in one order, and the loader that gives each rank its share of them.
 
 Sample i is a function of (seed, i) alone. Optimizer step t takes samples (t-1)*G up to t*G, on any number of ranks, so
-the only state of the loader is the number of samples consumed.
+the state of the loader is the number of samples consumed, and of each stream the place that this number means.
 
 Shapes: B samples, L tokens.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lamella.models.titan_device  # noqa: F401  before torchtitan
 
@@ -28,6 +29,8 @@ from lamella.data.packing import IGNORE_INDEX, PackedConversations, Sample, Samp
 from lamella.data.readers import Policy
 from lamella.data.shards import BadData
 from lamella.data.sources import Split, open_source
+from lamella.data.streaming import StreamedSamples
+from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import UserError
 from lamella.recipe_sections import Portion
 
@@ -38,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 class MixedSamples:
     """The samples of several sources, interleaved by weight: in file order without a seed, else in an order drawn anew
-    for each epoch of each source.
+    for each epoch of each source. Streams keep their own order.
 
     Without weights a source has as many shares as it has samples, so that an epoch of all of them holds every sample
     once. Nothing is stored per sample: see `lamella.data.order`.
@@ -46,7 +49,7 @@ class MixedSamples:
 
     def __init__(
         self,
-        sources: Sequence[Samples],
+        sources: Sequence[Samples | StreamedSamples],
         seed: int | None = None,
         weights: Sequence[float] | None = None,
         names: Sequence[str] = (),
@@ -55,12 +58,14 @@ class MixedSamples:
         self.sources, self.seed, self.on_bad_data = sources, seed, on_bad_data
         self.skipped = self._skipped_in_a_row = 0
         self.names = list(names) or [str(i) for i in range(len(sources))]
-        self.interleaving = Interleaving(weights or [len(s) for s in sources], seed)
+        self.streams = {i: s for i, s in enumerate(sources) if isinstance(s, StreamedSamples)}
+        self.sized = {i: s for i, s in enumerate(sources) if not isinstance(s, StreamedSamples)}
+        self.interleaving = Interleaving(weights or [len(s) for s in self.sized.values()] or [1], seed)
         self._orders: dict[tuple[int, int], Permutation] = {}
 
     def __len__(self) -> int:
-        """Samples of all sources."""
-        return sum(len(s) for s in self.sources)
+        """Samples of all sources but streams."""
+        return sum(len(s) for s in self.sized.values())
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, counted over epochs. By policy a sample of damaged data has nothing to predict.
@@ -77,7 +82,7 @@ class MixedSamples:
             if self.on_bad_data == "fail" or self._skipped_in_a_row >= MAX_BAD_IN_A_ROW:
                 raise
             logger.warning("sample %d has nothing to predict: %s", index, error)
-            return nothing(cast(Any, self.sources[source]).seq_len)
+            return nothing(self.sources[source].seq_len)
         self._skipped_in_a_row = 0
         return sample
 
@@ -87,7 +92,7 @@ class MixedSamples:
         Raises:
             BadData: see `sample`.
         """
-        samples = self.sources[source]
+        samples = self.sized[source]
         stride = len(samples) // MAX_BAD_IN_A_ROW + 1  # soon out of a damaged file
         *places, last = ((position + k * stride) % len(samples) for k in range(MAX_BAD_IN_A_ROW))
         for place in places:
@@ -102,41 +107,61 @@ class MixedSamples:
     def locate(self, index: int) -> tuple[int, int]:
         """(source, position in it) of sample `index`."""
         source, count = self.interleaving.place(index)
-        epoch, position = divmod(count, len(self.sources[source]))
+        if source in self.streams:
+            return source, count
+        epoch, position = divmod(count, len(self.sized[source]))
         return source, self._order(source, epoch)[position] if self.seed is not None else position
 
     def hashes(self) -> dict[str, str]:
-        """Of the tokens of each source: with other ones, sample i is another."""
-        return {name: source.tokens.hash for name, source in zip(self.names, self.sources, strict=True)}
+        """Of the text of each source: with another one, sample i is another."""
+        return {name: source.hash for name, source in zip(self.names, self.sources, strict=True)}
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """How often each source has been gone through after so many samples."""
+        """How often each source has been gone through after so many samples; of a stream, until now."""
         counts = self.interleaving.counts(num_samples)
-        return {n: c / len(s) for n, c, s in zip(self.names, counts, self.sources, strict=True)}
+        done = {i: stream.passes() for i, stream in self.streams.items()}
+        done |= {i: counts[i] / len(source) for i, source in self.sized.items()}
+        return {name: done[i] for i, name in enumerate(self.names)}
 
     def describe(self, num_samples: int) -> str:
         """What a run of so many samples takes of each source: its share of them, its epochs, and what is cut."""
         counts, parts = self.interleaving.counts(num_samples), []
-        for name, count, samples in zip(self.names, counts, self.sources, strict=True):
-            part = f"{name} {count / num_samples:.1%} of the samples, {count / len(samples):.2f} epochs"
+        for i, (name, count) in enumerate(zip(self.names, counts, strict=True)):
+            samples = self.sized.get(i)
+            epochs = "streamed" if samples is None else f"{count / len(samples):.2f} epochs"
+            part = f"{name} {count / num_samples:.1%} of the samples, {epochs}"
             if num_cut := getattr(samples, "num_cut", 0):
                 part += f", {num_cut} conversations longer than a sample are cut"
             parts.append(part)
         return "; ".join(parts)
 
     def num_before_exhaustion(self, at_most: int) -> int:
-        """The most samples, up to `at_most`, of which no source gives one twice."""
+        """The most samples, up to `at_most`, of which no source but a stream gives one twice."""
 
         def repeats(num_samples: int) -> bool:
             counts = self.interleaving.counts(num_samples)
-            return any(c > len(s) for c, s in zip(counts, self.sources, strict=True))
+            return any(counts[i] > len(source) for i, source in self.sized.items())
 
         return bisect_left(range(at_most + 1), True, key=repeats) - 1
+
+    def stream_states(self, num_samples: int) -> str:
+        """JSON: the place of each stream behind so many samples of the mixture, the same on every rank.
+
+        A rank has read up to the last sample of its own; here it reads on to the common place.
+        """
+        counts = self.interleaving.counts(num_samples)
+        for i, stream in self.streams.items():
+            stream.advance(counts[i])
+        return json.dumps([stream.state_dict() for stream in self.streams.values()])
+
+    def load_stream_states(self, states: str) -> None:
+        for stream, state in zip(self.streams.values(), json.loads(states), strict=True):
+            stream.load_state_dict(state)
 
     def _order(self, source: int, epoch: int) -> Permutation:
         if (source, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key[0] != source}
-            self._orders[source, epoch] = Permutation(len(self.sources[source]), self.seed or 0, source, epoch)
+            self._orders[source, epoch] = Permutation(len(self.sized[source]), self.seed or 0, source, epoch)
         return self._orders[source, epoch]
 
 
@@ -151,27 +176,29 @@ def open_samples(
     on_bad_data: Policy = "fail",
     at_least: int = 0,
 ) -> MixedSamples:
-    """Tokenise the sources (or find them in the cache).
+    """Tokenise the sources (or find them in the cache), or begin to stream those of the training part that want it.
 
     Args:
-        num_samples: what a run can use; of a streamed source no more is read.
+        num_samples: what a run can use; of a source that is streamed, or a `datasets` name, no more is kept.
         at_least: samples that are wanted of every source, whatever its weight.
 
     Raises:
         UserError: see `lamella.data.packing.token_file`; a tokenizer that does not belong to the model.
     """
     weights = [p.weight for p in portions if p.weight is not None]
-    sources = []
+    sources: list[Samples | StreamedSamples] = []
     for i, portion in enumerate(portions):
+        if portion.stream and split == "train":
+            stream = StreamedSamples(
+                portion.source, split, tokenizer, seq_len, vocab_size=vocab_size, on_bad_data=on_bad_data
+            )
+            sources.append(stream)
+            continue
         share = weights[i] / sum(weights) if weights else 1
         max_tokens = (max(math.ceil(num_samples * share), at_least) + 1) * seq_len + 1
-        limit = max_tokens if open_source(portion.source).is_streamed else None
+        limit = max_tokens if portion.stream or open_source(portion.source).is_streamed else None
         tokens = token_file(portion.source, split, tokenizer, max_tokens=limit, on_bad_data=on_bad_data)
-        if tokens.largest_id >= vocab_size:
-            raise UserError(
-                f"{portion.source} has the token id {tokens.largest_id}, but the model's vocabulary has {vocab_size} "
-                f"ids; put the model's own tokenizer into {tokenizer}"
-            )
+        check_vocabulary(portion.source, tokens.largest_id, vocab_size, tokenizer)
         sources.append(samples_of(tokens, seq_len))
     return MixedSamples(sources, seed, weights, [p.source for p in portions], on_bad_data)
 
@@ -208,8 +235,7 @@ def spread(samples: MixedSamples, count: int) -> list[Sample]:
     """`count` samples (or all, if there are fewer): of each source its share, at even distances; by policy, where one
     is damaged, another."""
     shares = samples.interleaving.counts(min(count, len(samples)))
-    sizes = [len(source) for source in samples.sources]
-    parts = [(s, size, min(share, size)) for s, (size, share) in enumerate(zip(sizes, shares, strict=True))]
+    parts = [(s, len(source), min(shares[s], len(source))) for s, source in samples.sized.items()]
     return [samples.readable(s, i * size // share) for s, size, share in parts for i in range(share)]
 
 
@@ -254,7 +280,10 @@ class SampleLoader(BaseDataLoader):
             yield inputs, labels_BL
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed_samples": self.consumed}
+        streams = {"streams": self.samples.stream_states(self.consumed)} if self.samples.streams else {}
+        return {"consumed_samples": self.consumed} | streams
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.consumed = state_dict["consumed_samples"]
+        if self.samples.streams:
+            self.samples.load_stream_states(state_dict["streams"])

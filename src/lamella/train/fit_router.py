@@ -101,5 +101,5 @@ def spread_over(samples: MixedSamples, names: Sequence[str], count: int) -> list
     """`count` samples in all, as many of each of these sources, at even distances."""
     sources = [samples.names.index(name) for name in names]
     each = -(-count // len(sources))
-    places = [(s, i * len(samples.sources[s]) // each) for i in range(each) for s in sources]
+    places = [(s, i * len(samples.sized[s]) // each) for i in range(each) for s in sources]
     return [samples.readable(source, position) for source, position in places[:count]]
