@@ -9,42 +9,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import torch
-import typer
 from tiny import save_llama
 
-from lamella.cli import run_command
+from lamella.cli import run_command, verify
 from lamella.conversion import SliceOptions, convert
 from lamella.conversion.recipe import load_conversion
 from lamella.conversion.upcycle import UpcycleOptions
 from lamella.embedded import embedded_model
 from lamella.errors import UserError
-from lamella.evaluate.commands import verify
 from lamella.evaluate.logit_match import Check, logit_match
 from lamella.models.hf import load
 
 TINY_TOKENS = {"float32": 512, "bfloat16": 512}
-
-
-def main(
-    dense: Annotated[str | None, typer.Option(help="Dense model.", show_default="the embedded SmolLM2-135M")] = None,
-    moe: Annotated[
-        str | None, typer.Option(help="Converted model.", show_default="artifacts/moe, made if missing")
-    ] = None,
-    data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
-    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 512,
-    bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
-) -> None:
-    """Compare the logits of a dense model and its conversion."""
-    sizes: dict[str, int] = {"tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
-    passed = verify(dense, moe, data=data, **sizes, ratios=False, device=device, json_path=json)
-    raise typer.Exit(0 if passed else 1)
 
 
 @pytest.fixture(scope="module")
@@ -209,4 +188,5 @@ def test_the_embedded_model(tmp_path):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.argv[1:1] = ["--no-ratios"]  # or `lamella verify` itself
+    run_command(verify)

@@ -116,14 +116,15 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 512,
     bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    ratios: Annotated[bool, typer.Option(help="Also measure what random routing does to the model.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
 ) -> None:
     """Compare the logits of a dense model and its conversion, and what random routing does to it."""
     from lamella.evaluate.commands import verify as run
 
-    options: dict[str, Any] = {"data": data, "tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
-    if not run(dense, moe, **options, device=device, json_path=json):
+    sizes: dict[str, Any] = {"tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
+    if not run(dense, moe, data=data, **sizes, ratios=ratios, device=device, json_path=json):
         raise typer.Exit(1)
 
 
