@@ -151,7 +151,7 @@ def earlier_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, 
 
 @contextmanager
 def figure(path: Path, num_plots: int) -> Iterator[list[Any]]:
-    """Plots, two beside each other, with one scale upwards; legends are added, and the file written, at the end."""
+    """Plots, two beside each other, with one scale upwards; legends where there are none, and the file, at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,8 @@ def figure(path: Path, num_plots: int) -> Iterator[list[Any]]:
     plots = list(grid.flat)
     yield plots
     for plot in plots:
-        plot.legend(loc="best")
+        if plot.get_legend() is None:
+            plot.legend(loc="best")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=130)
 

@@ -39,6 +39,7 @@ from lamella.partition.static import Kept, flap, kept_output, static
 
 PARTS = 16
 OURS = "coadapted"
+DEFAULT = "default"
 # name -> the axes in which it differs from the defaults without balance; published methods with unit gates
 PARTITIONED: dict[str, dict[str, Any]] = {
     "contiguous": {"neurons": "contiguous", "output": "plain"},
@@ -53,9 +54,9 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     f"{OURS}, refit": {},
     f"{OURS}, bias, balanced": {"output": "bias", "balance": 0.1},
     f"{OURS}, refit, sequential": {"balance": 0.1},
-    "default": {"balance": 0.01},
+    DEFAULT: {"balance": 0.01},
 }
-SEQUENTIAL = (f"{OURS}, refit, sequential", "default")
+SEQUENTIAL = (f"{OURS}, refit, sequential", DEFAULT)
 """Each layer is calibrated behind the converted ones, so every share needs a calibration of its own."""
 PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"
@@ -217,21 +218,30 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     actives = sorted({row["active"] for row in report["rows"]})
     with figure(path, 1) as (plot,):
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in report["rows"])):
+        for i, method in enumerate(in_order(report)):
             found = [ratios(report, method, active) for active in actives]
             style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
             means, colour = [statistics.geometric_mean(f) for f in found], matplotlib.colormaps["tab20"](i)
-            plot.plot(actives, means, f"o{style}", color=colour, label=method)
+            colour, width = ("black", 3) if method == DEFAULT else (colour, 1.5)
+            plot.plot(actives, means, f"o{style}", color=colour, label=method, linewidth=width)
             plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=colour)
         plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives, ylim=(1, 100))
         plot.xaxis.set_major_formatter("{x:.0%}")
+        plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def in_order(report: dict[str, Any]) -> list[str]:
+    """The methods, the worst at the smallest share first."""
+    least = min(row["active"] for row in report["rows"])
+    names = dict.fromkeys(row["method"] for row in report["rows"])
+    return sorted(names, key=lambda name: -statistics.mean(ratios(report, name, least) or [0]))
 
 
 def show(report: dict[str, Any]) -> None:
     rows = report["rows"]
     actives = sorted({row["active"] for row in rows}, reverse=True)
     table = []
-    for name in dict.fromkeys(row["method"] for row in rows):
+    for name in in_order(report):
         line = [name]
         for active in actives:
             found = ratios(report, name, active)
