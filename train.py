@@ -1,6 +1,6 @@
 """Run: uv run torchrun --nproc-per-node=3 train.py [RECIPE.yaml] [key=value ...]"""
 
-from lamella.train.worker import main
+from lamella.worker import main
 
 if __name__ == "__main__":
     main()

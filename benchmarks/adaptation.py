@@ -28,16 +28,17 @@ from typing import Any
 import torch
 from measure import earlier_rows, figure, positive, provenance, work_folder, write_json
 
+from lamella.checkpoint.embedded import embedded_model
 from lamella.conversion import convert
-from lamella.conversion.recipe import make_conversion
-from lamella.embedded import embedded_model
 from lamella.evaluate.perplexity import perplexity, text_samples
-from lamella.models.hf import load
-from lamella.recipe import make_recipe
-from lamella.run_dir import RunDir
-from lamella.train.processes import StopRequest
+from lamella.hf.models import load
+from lamella.recipe.conversion import make_conversion
+from lamella.recipe.training import make_recipe
+from lamella.run.folder import RunDir
+from lamella.run.processes import StopRequest
+from lamella.train.stage import train_stage
 from lamella.train.weights import materialise
-from lamella.train.worker import alone_without_torchrun, train_stage
+from lamella.worker import alone_without_torchrun
 
 RESULTS = Path(__file__).parent / "results"
 NEW, NEWS, REPLAYED = "headers", "news", "readmes"

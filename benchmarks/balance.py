@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 from measure import earlier_rows, positive, print_table, provenance, work_folder, write_json
 
 from lamella.calibrate import CalibrationOptions, calibration_tokens
+from lamella.checkpoint.embedded import embedded_model
+from lamella.checkpoint.source import Checkpoint
 from lamella.conversion import convert
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.recipe import make_conversion
-from lamella.embedded import embedded_model
 from lamella.evaluate.perplexity import perplexity, text_samples
-from lamella.models.hf import load
+from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
+from lamella.recipe.conversion import make_conversion
 
 SOURCE, LENGTH, PARTS = "python-docs", 512, 16
 PERPLEXITY_TOKENS = 4096

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from measure import positive, print_table, provenance, write_json
 
-from lamella.conversion.families import dense_tensors, family_of
-from lamella.conversion.tensors import encode_header
+from lamella.architecture.families import dense_tensors, family_of
+from lamella.checkpoint.tensors import encode_header
 
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,

@@ -45,8 +45,8 @@ def write_text(file: Path, num_bytes: int) -> None:
 
 
 def open_training(source: str, seed: int = 0, stream: bool = False) -> Any:
-    from lamella.embedded import embedded_model
-    from lamella.recipe_sections import Portion
+    from lamella.checkpoint.embedded import embedded_model
+    from lamella.recipe.sections import Portion
     from lamella.train.data import open_samples
 
     return open_samples([Portion(source=source, stream=stream)], "train", embedded_model(), SEQ_LEN, seed, MANY, 49152)
@@ -76,8 +76,8 @@ def preparing(text: Path, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Wall time of whole calls, the first one's imports aside: start of the workers, reading, writing, verifying."""
     from measure import median_spread
 
+    from lamella.checkpoint.embedded import embedded_model
     from lamella.data.prepare import prepare
-    from lamella.embedded import embedded_model
 
     rows = []
     prepare(["python-docs"], embedded_model(), folder / "imports")
@@ -100,7 +100,7 @@ def peer_preparing(text: Path, folder: Path) -> tuple[list[dict[str, Any]], Any]
     import datasets
     from transformers import AutoTokenizer
 
-    from lamella.embedded import embedded_model
+    from lamella.checkpoint.embedded import embedded_model
 
     datasets.disable_progress_bars()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -146,10 +146,10 @@ def reading(text: Path, prepared: Path, mapped: Any, count: int, repeats: int) -
 
 def large_corpus(text: Path, folder: Path, num_tokens: int) -> TokenFolder:
     """Shards of real documents, repeated."""
+    from lamella.checkpoint.embedded import embedded_model
     from lamella.data.prepare import Batch, finish, write_units
     from lamella.data.prepared import Manifest, open_prepared
     from lamella.data.tokenizer import DocumentTokenizer, Text, fingerprint
-    from lamella.embedded import embedded_model
 
     encoder = DocumentTokenizer(embedded_model()).encoder
     lines = [json.loads(line)["text"] for line in islice(text.open(), 1200)]

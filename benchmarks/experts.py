@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 
 from measure import interleaved_seconds, median_spread, peak_bytes, positive, print_table, provenance, write_json
 
-from lamella.config import MoEConfig
+from lamella.architecture.moe import MoEConfig
 from lamella.moe.experts import PATHS, MoEWeights, moe_ffn
 from lamella.moe.slicing import Experts
 
@@ -145,7 +145,7 @@ def torchtitan_block(layer: Layer) -> Implementation:
     """torchtitan's MoE, which computes its experts in bf16 whatever the parameters' dtype."""
     from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
 
-    import lamella.models.titan_device  # noqa: F401  lets torchtitan run without an accelerator
+    import lamella.titan  # noqa: F401  lets torchtitan run without an accelerator
 
     D, f = layer.x_TD.shape[1], layer.config.moe_intermediate_size
     init = {"weight": nn.init.zeros_}

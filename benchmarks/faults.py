@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from measure import positive
 from titan_models import trainable_moe
 
-from lamella.run_dir import RunDir
-from lamella.train.effective import effective_time
+from lamella.run.effective import effective_time
+from lamella.run.folder import RunDir
 
 EVERY_STEPS = 30
 KINDS = ("kill:rank=1", "signal:rank=1", "damage:rank=0; kill:rank=0", "kill-agent:rank=0")

@@ -21,7 +21,7 @@ from measure import interleaved_seconds, median_spread, positive, print_table, p
 
 from lamella.conversion import convert
 from lamella.export import export
-from lamella.models.hf import load
+from lamella.hf.models import load
 
 PROMPT_TOKENS = 32
 
@@ -56,7 +56,7 @@ def main() -> None:
         moe_folder = args.moe or convert(args.dense, Path(temporary) / "moe").out
         glm_folder = export(moe_folder, "glm4-moe", Path(temporary) / "glm", check=False).out
         if args.dense is None:
-            from lamella.embedded import embedded_model
+            from lamella.checkpoint.embedded import embedded_model
 
             args.dense = embedded_model()
         dense, moe, glm = (load(folder, dtype, str(device)) for folder in (args.dense, moe_folder, glm_folder))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 from lamella.plan.command import make_layout
 from lamella.plan.memory import fullest
 from lamella.plan.model import Model, read_model
-from lamella.recipe import make_recipe
+from lamella.recipe.training import make_recipe
 
 SMALL = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
@@ -62,7 +62,7 @@ def write_model(folder: Path, sizes: dict[str, int], is_dense: bool = False, tie
     import torch
     from safetensors.torch import save_file
 
-    from lamella.models.names import hf_name
+    from lamella.architecture.names import hf_name
     from lamella.plan.model import sliced
 
     folder.mkdir()
@@ -111,10 +111,10 @@ def reset_high_water_mark() -> None:
 
 def rank(words: list[str]) -> None:
     """Under torchrun: train as `lamella train` does, and write what this rank's memory came to."""
-    from lamella.run_dir import RunDir
-    from lamella.train.launch import arguments, prepare_recipe
+    from lamella.run.folder import RunDir
+    from lamella.run.launch import arguments, prepare_recipe
+    from lamella.train.stage import prepare, redirected_output, return_freed_memory, train_run
     from lamella.train.trainer import LamellaTrainer
-    from lamella.train.worker import prepare, redirected_output, return_freed_memory, train_run
 
     number = int(os.environ["RANK"])
     recipe = prepare_recipe(*arguments(words))

@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 from measure import earlier_rows, figure, positive, print_table, provenance, work_folder, write_json
 
 from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.embedded import embedded_model
+from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
+from lamella.checkpoint.embedded import embedded_model
+from lamella.checkpoint.source import Checkpoint
+from lamella.conversion.partition.decide import Axes, Decision, finish, routed_output, split
+from lamella.conversion.partition.oracle import largest
+from lamella.conversion.partition.reconstruct import reconstruct
+from lamella.conversion.partition.refit import refit_down
+from lamella.conversion.partition.static import Kept, flap, kept_output, static
 from lamella.evaluate.perplexity import perplexity, text_samples
-from lamella.models.hf import load
+from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
-from lamella.partition.decide import Axes, Decision, finish, routed_output, split
-from lamella.partition.layer import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
-from lamella.partition.oracle import largest
-from lamella.partition.reconstruct import reconstruct
-from lamella.partition.refit import refit_down
-from lamella.partition.static import Kept, flap, kept_output, static
 
 PARTS = 16
 OURS = "coadapted"

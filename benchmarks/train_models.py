@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lamella.config import MoEConfig
+from lamella.architecture.moe import MoEConfig
 
 SLICES = 8
 LR = 1e-4
@@ -108,12 +108,12 @@ def titan_lamella(
     shape: Shape, seq_len: int, folder: Path, checkpointing: str, options: dict[str, Any], **settings: str
 ) -> Contestant:
     """The model that `lamella train` trains: sliced, or dense with trains="all". `settings` are the recipe's."""
-    from lamella.recipe import Recipe
+    from lamella.recipe.training import Recipe
+    from lamella.titan.flops import training_flops_per_token
+    from lamella.titan.parallelise import parallelize
     from lamella.train.assemble import model_config
     from lamella.train.balance import Balance
-    from lamella.train.flops import training_flops_per_token
     from lamella.train.optimizer import optimizer_config
-    from lamella.train.parallel import parallelize
 
     write_model_folder(shape, seq_len, folder, sliced=settings.get("trains") != "all")
     recipe = Recipe(model=str(folder), seq_len=seq_len, lr=LR, activation_checkpointing=checkpointing, **settings)  # type: ignore[arg-type]
@@ -135,8 +135,8 @@ def titan_llama(shape: Shape, seq_len: int, checkpointing: str, options: dict[st
     from torchtitan.components.optimizer import default_adamw
     from torchtitan.models.llama3 import parallelize_llama
 
-    from lamella.recipe import Recipe
-    from lamella.train.parallel import _sum_reductions
+    from lamella.recipe.training import Recipe
+    from lamella.titan.parallelise import _sum_reductions
 
     def parallelize(model: nn.Module, **kwargs: Any) -> nn.Module:
         model = parallelize_llama(model, **kwargs)
@@ -160,7 +160,7 @@ def _titan_llama_config(shape: Shape, seq_len: int) -> Any:
     from torchtitan.models.llama3 import Llama3Model
     from torchtitan.models.llama3.model import Llama3TransformerBlock
 
-    from lamella.models.titan_moe import UNSET
+    from lamella.titan.moe import UNSET
 
     D = shape.hidden_size
     # FlexAttention, torchtitan's default, has no backward pass on a CPU; this one is causal without documents
@@ -250,7 +250,7 @@ def transformers_model(shape: Shape, seq_len: int, sliced: bool, checkpointing: 
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lamella.models.hf import LamellaLlamaConfig, LamellaLlamaForCausalLM
+    from lamella.hf.models import LamellaLlamaConfig, LamellaLlamaForCausalLM
 
     values = hf_values(shape, seq_len)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,7 +287,7 @@ def transformers_model(shape: Shape, seq_len: int, sliced: bool, checkpointing: 
 
 
 def _hf_flops(model: nn.Module, shape: Shape, seq_len: int) -> int:
-    """As in lamella.train.flops, which needs torchtitan."""
+    """As in lamella.titan.flops, which needs torchtitan."""
     flops = 12.0 * shape.layers * shape.hidden_size * seq_len
     for name, p in model.named_parameters():
         if p.dim() > 1 and (shape.tied or "embed_tokens" not in name):

@@ -3,7 +3,7 @@
 One optimizer step of a converted Llama whose experts and router train, beside torchtitan's dense Llama of the same
 active size that trains all its parameters: same ranks, tokens, optimizer (AdamW, fused), dtype and checkpointing of
 activations, steps interleaved in one run. The limit is the ratio of the operations that both need (see
-lamella.train.flops): frozen weights take no gradient. Where torchtitan cannot be imported, both are the models of
+lamella.titan.flops): frozen weights take no gradient. Where torchtitan cannot be imported, both are the models of
 transformers.
 """
 
@@ -50,7 +50,7 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 def has_torchtitan() -> bool:
     try:
-        for module in ("lamella.models.titan_device", "torchtitan.trainer"):
+        for module in ("lamella.titan", "torchtitan.trainer"):
             importlib.import_module(module)
     except ImportError:
         return False
@@ -168,7 +168,7 @@ def worker(args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(args.threads or max(1, len(os.sched_getaffinity(0)) // args.ranks))
         if args.home == "torchtitan":
-            from lamella.train.worker import return_freed_memory
+            from lamella.train.stage import return_freed_memory
 
             return_freed_memory()  # as training does; it holds for all models here
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

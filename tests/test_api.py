@@ -15,8 +15,8 @@ from tiny_models import tiny_checkpoint
 
 import lamella
 from lamella.conversion import command
-from lamella.conversion.recipe import make_conversion
 from lamella.errors import UserError
+from lamella.recipe.conversion import make_conversion
 
 RECIPES: dict[str, dict[str, Any]] = {
     "slice": {"slices": 4},

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from tiny import save_llama
 
-from lamella.conversion.recipe import load_conversion
 from lamella.demo import check_arguments, run_demo
 from lamella.errors import UserError
+from lamella.recipe.conversion import load_conversion
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -26,7 +26,7 @@ def convert(
         overwrite: replace the checkpoint in `out`.
         on_progress: told of each step of a calibration (`lamella.calibrate.Progress`).
         recipe: the keys of a conversion recipe: `method` and the fields of its options
-            (lamella.conversion.recipe.OPTIONS).
+            (lamella.recipe.conversion.OPTIONS).
 
     Returns:
         (transformers model in evaluation mode, in the checkpoint's dtype; its tokenizer). `model.lamella_report` is the
@@ -36,7 +36,7 @@ def convert(
         UserError: as the command, before anything is written.
     """
     from lamella import conversion
-    from lamella.conversion.recipe import make_conversion
+    from lamella.recipe.conversion import make_conversion
 
     chosen = make_conversion(recipe | {"model": model, "out": out})
     with tempfile.TemporaryDirectory(prefix="lamella.") as folder:
@@ -51,6 +51,6 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder that lamella made, or of a dense one."""
     from transformers import AutoTokenizer
 
-    from lamella.models.hf import load as load_model
+    from lamella.hf.models import load as load_model
 
     return load_model(folder), AutoTokenizer.from_pretrained(folder)

@@ -163,7 +163,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a converted model: check the recipe, then start torchrun."""
-    from lamella.train.launch import default_nproc, launch
+    from lamella.run.launch import default_nproc, launch
 
     if code := launch(words or [], default_nproc(words or []) if nproc is None else nproc):
         raise typer.Exit(code)

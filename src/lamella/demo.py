@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lamella.errors import UserError
-from lamella.run_dir import RunDir
+from lamella.run.folder import RunDir
 
 Report = dict[str, dict[str, Any]]
 TEXT = "python-docs"
@@ -100,7 +100,7 @@ def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
 
 
 def convert(demo: Demo) -> None:
-    from lamella.embedded import embedded_model
+    from lamella.checkpoint.embedded import embedded_model
 
     with demo.stage("the embedded model, SmolLM2-135M"):
         embedded_model()
@@ -133,7 +133,7 @@ def compare(demo: Demo) -> None:
     """Logits against the dense model's, and what random routing does to twin and to flat."""
     from transformers import AutoTokenizer
 
-    from lamella.embedded import embedded_model
+    from lamella.checkpoint.embedded import embedded_model
     from lamella.evaluate.checkpoints import open_checkpoint
     from lamella.evaluate.logit_match import logit_match
     from lamella.evaluate.perplexity import perplexity, text_samples
@@ -179,7 +179,7 @@ def train(demo: Demo) -> None:
 
 
 def _launch(demo: Demo, out: Path) -> None:
-    from lamella.train.launch import launch
+    from lamella.run.launch import launch
 
     half = demo.steps // 2
     words = [f"model={demo.moe}", f"out={out}", f"steps={demo.steps}", f"save_every_steps={half}"]
@@ -190,7 +190,7 @@ def _launch(demo: Demo, out: Path) -> None:
 
 def frozen_unchanged(demo: Demo) -> bool:
     """Whether every frozen tensor of the trained model has the hash that the conversion's manifest gives it."""
-    from lamella.conversion.checkpoint import read_folder
+    from lamella.checkpoint.source import read_folder
     from lamella.train.weights import materialise
 
     manifest = json.loads((demo.moe / "lamella.json").read_text())["tensors"]

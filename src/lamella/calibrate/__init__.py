@@ -18,7 +18,7 @@ from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
 from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
 from lamella.calibrate.text import CalibrationOptions, CalibrationTokens, calibration_tokens
-from lamella.conversion.checkpoint import Checkpoint
+from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 
 __all__ = ["CalibrationOptions", "CalibrationTokens", "Progress", "calibrate", "calibration_tokens"]

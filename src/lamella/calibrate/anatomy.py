@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lamella.conversion.families import SLICED_PREFIX
-from lamella.conversion.layout import ffn_layout
-from lamella.conversion.tensors import SourceTensor
+from lamella.architecture.families import SLICED_PREFIX
+from lamella.architecture.layout import ffn_layout
+from lamella.calibrate.sample import FFN
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
-from lamella.partition.layer import FFN
 
 
 @dataclass(frozen=True)

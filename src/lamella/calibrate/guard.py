@@ -26,10 +26,10 @@ from lamella.calibrate.passes import (
     empty_sample,
     forward_pass,
 )
+from lamella.calibrate.sample import FFN
 from lamella.calibrate.text import CalibrationTokens
 from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError, check_choice
-from lamella.partition.layer import FFN
 
 Metric = Literal["perplexity", "kl"]
 _HEAD_ELEMENTS = 1 << 23

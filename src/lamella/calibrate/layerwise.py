@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lamella.architecture.families import SLICED_PREFIX
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.families import SLICED_PREFIX
+from lamella.calibrate.sample import FFN
+from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
-from lamella.partition.layer import FFN
 
 
 class LayerInput(NamedTuple):
@@ -156,7 +156,7 @@ def config_of(source: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config as transformers reads it, with the names that all families share."""
     anatomy_of(source.config)  # a family that is known
     if source.config["model_type"].startswith(SLICED_PREFIX):
-        import lamella.models.hf  # noqa: F401  registers the converted models
+        import lamella.hf.models  # noqa: F401  registers the converted models
     return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
 
 

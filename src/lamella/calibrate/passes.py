@@ -12,8 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lamella.calibrate.layerwise import LayerwiseModel
+from lamella.calibrate.sample import FFN, LayerSample
 from lamella.data.packing import IGNORE_INDEX
-from lamella.partition.layer import FFN, LayerSample
 
 BATCH_TOKENS = 2048
 """Tokens in a layer at a time, or one window where that is longer."""

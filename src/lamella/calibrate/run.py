@@ -26,10 +26,10 @@ from lamella.calibrate.passes import (
     head_pass,
     with_gradient,
 )
+from lamella.calibrate.sample import FFN, LayerSample
 from lamella.calibrate.store import ResultFolder
 from lamella.calibrate.stream import Kind, StreamFolder
 from lamella.calibrate.text import CalibrationTokens
-from lamella.partition.layer import FFN, LayerSample
 
 Phase = Literal["embed", "forward", "head", "backward", "replaced", "method"]
 OnLayer = Callable[[int, LayerSample], dict[str, Tensor]]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.calibrate.text import CalibrationTokens
-from lamella.conversion.checkpoint import Checkpoint, read_json
-from lamella.conversion.write import write_json
+from lamella.checkpoint.source import Checkpoint, read_json
+from lamella.checkpoint.write import write_json
 from lamella.errors import UserError
 
 FINGERPRINT = "calibration.json"

@@ -19,8 +19,8 @@ import xxhash
 from torch import Tensor
 
 from lamella.calibrate.layerwise import config_of
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.write import write_json
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.write import write_json
 from lamella.data.packing import PackedSamples, token_file
 from lamella.data.prepared import TokenFolder
 from lamella.data.sources import Split, open_source
@@ -87,7 +87,7 @@ def calibration_tokens(
     """The windows of `options.data` in the tokens of the model.
 
     Args:
-        cache: folder of the token files in place of `lamella.embedded.cache_dir()`.
+        cache: folder of the token files in place of `lamella.checkpoint.embedded.cache_dir()`.
 
     Raises:
         UserError: no such text, too little of it, no tokenizer, or windows longer than the model's positions.

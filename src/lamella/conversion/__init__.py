@@ -9,32 +9,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.options import Options, SliceOptions
-from lamella.conversion.plan import Plan
+from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.write import appearing_folder, check_output, write_tensors
 from lamella.conversion.sidecars import write_sidecars
 from lamella.conversion.slice import plan_slices
 from lamella.conversion.upcycle import plan_upcycle
 from lamella.conversion.work import Work
-from lamella.conversion.write import appearing_folder, check_output, write_tensors
+from lamella.recipe.methods.slice import Options, SliceOptions
 
 DEFAULT_OUT = Path("artifacts/moe")
 
 
 def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
-    from lamella.conversion.calibrated import plan_calibrated  # imports transformers, which slicing does without
+    from lamella.conversion.partition.calibrated import (
+        plan_calibrated,  # imports transformers, which slicing does without
+    )
 
     return plan_calibrated(source, options, work)
 
 
 def _plan_attention(source: Checkpoint, options: Any, work: Work) -> Plan:
-    from lamella.conversion.attention import plan_attention
+    from lamella.conversion.attention.plan import plan_attention
 
     return plan_attention(source, options, work)
 
 
 def _open_for_attention(model: str | Path | None) -> Checkpoint:
-    from lamella.conversion.attention import open_dense_or_converted
+    from lamella.conversion.attention.plan import open_dense_or_converted
 
     return open_dense_or_converted(model)
 

@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lamella.architecture.converted import converted_layers
+from lamella.architecture.layout import ffn_layout
+from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.write import check_output
 from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.converted import converted_layers
-from lamella.conversion.layout import ffn_layout
-from lamella.conversion.options import Options
-from lamella.conversion.plan import Plan
 from lamella.conversion.sidecars import holds_conversion
-from lamella.conversion.write import check_output
+from lamella.recipe.methods.slice import Options
 
 
 def run_slicing(
@@ -42,7 +42,7 @@ def run_recipe(
     words: list[str], model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Convert by a recipe: `words` are an optional YAML file and then key=value settings."""
-    from lamella.conversion.recipe import load_conversion
+    from lamella.recipe.conversion import load_conversion
 
     path = words[0] if words and "=" not in words[0] else None
     recipe = load_conversion(path, words if path is None else words[1:])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.families import dense_tensors
-from lamella.conversion.layout import FFNLayout
-from lamella.conversion.options import DTYPE_NAMES
-from lamella.conversion.pieces import Runs
-from lamella.conversion.plan import OutputTensor
-from lamella.conversion.tensors import SourceTensor
-from lamella.conversion.transposed import transposed
+from lamella.architecture.families import dense_tensors
+from lamella.architecture.layout import FFNLayout
+from lamella.checkpoint.pieces import Runs
+from lamella.checkpoint.plan import OutputTensor
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.tensors import SourceTensor
+from lamella.checkpoint.transposed import transposed
+from lamella.recipe.methods.slice import DTYPE_NAMES
 
 
 def with_ffns_replaced(

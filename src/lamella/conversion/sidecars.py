@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from lamella import __version__
-from lamella.conversion.checkpoint import Checkpoint, read_json
-from lamella.conversion.converted import REMOTE_CODE, converted_layers
-from lamella.conversion.families import Family
-from lamella.conversion.layout import ffn_layout
-from lamella.conversion.options import Options
-from lamella.conversion.plan import Plan
-from lamella.conversion.write import write_json
+from lamella.architecture.converted import REMOTE_CODE, converted_layers
+from lamella.architecture.families import Family
+from lamella.architecture.layout import ffn_layout
+from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.source import Checkpoint, read_json
+from lamella.checkpoint.write import write_json
+from lamella.recipe.methods.slice import Options
 
 MANIFEST = "lamella.json"
 
 _REMOTE_CODE = '''"""Imported by transformers with trust_remote_code=True; needs the package `lamella`."""
 
-from lamella.models.hf import {config}, {model}  # noqa: F401
+from lamella.hf.models import {config}, {model}  # noqa: F401
 '''
 
 _CARD = """---
@@ -35,7 +35,7 @@ A mixture of fine-grained experts made from **{name}** by lamella {version}, wit
 - Size: {total_gb:.2f} GB. Hashes of all tensors are in `{manifest}`.
 
 ```python
-import lamella.models.hf  # or pass trust_remote_code=True
+import lamella.hf.models  # or pass trust_remote_code=True
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")

@@ -1,24 +1,24 @@
 """Method "slice": every FFN becomes S frozen slices and S trainable, noisy copies of them.
 
 At conversion the router sends every token to the frozen slices with weight 1, so the logits are the dense model's
-(lamella.config.DENSE_BIAS says why).
+(lamella.architecture.moe.DENSE_BIAS says why).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from lamella.config import DENSE_BIAS, MoEConfig
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.converted import FLOAT32, converted_config, moe_tensors
-from lamella.conversion.families import ffn_layout
-from lamella.conversion.options import SliceOptions, parse_layers
-from lamella.conversion.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
-from lamella.conversion.plan import OutputTensor, Plan
+from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
+from lamella.architecture.families import ffn_layout
+from lamella.architecture.moe import DENSE_BIAS, MoEConfig
+from lamella.checkpoint.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
+from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
-from lamella.conversion.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.moe.slicing import check_slices
+from lamella.recipe.methods.slice import SliceOptions, parse_layers
 
 
 def plan_slices(source: Checkpoint, options: SliceOptions) -> Plan:

@@ -24,18 +24,18 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from lamella.config import MoEConfig
-from lamella.conversion.checkpoint import Checkpoint
-from lamella.conversion.converted import FLOAT32, converted_config, moe_tensors
-from lamella.conversion.gather import Given
-from lamella.conversion.layout import FFNLayout, ffn_layout
-from lamella.conversion.options import DTYPE_NAMES, SliceGate, parse_layers
-from lamella.conversion.pieces import Noise, Piece, Runs, Sink, Values, checked, noise_std
-from lamella.conversion.plan import OutputTensor, Plan
+from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
+from lamella.architecture.layout import FFNLayout, ffn_layout
+from lamella.architecture.moe import MoEConfig
+from lamella.checkpoint.gather import Given
+from lamella.checkpoint.pieces import Noise, Piece, Runs, Sink, Values, checked, noise_std
+from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
-from lamella.conversion.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError, check_choice
 from lamella.moe.slicing import check_slices, gaussian_noise, noise_generator
+from lamella.recipe.methods.slice import DTYPE_NAMES, SliceGate, parse_layers
 
 
 @dataclass(frozen=True)

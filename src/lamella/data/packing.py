@@ -21,6 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lamella.checkpoint.embedded import cache_dir
 from lamella.data.prepare import Done, finish, make_batches, make_manifest, tokenised, write_units
 from lamella.data.prepare import renderer as text_renderer
 from lamella.data.prepared import TokenFolder, open_prepared
@@ -29,7 +30,6 @@ from lamella.data.shards import Window
 from lamella.data.sources import MANIFEST, Source, Split, check_split, fingerprint, open_source, records, split_of
 from lamella.data.tokenizer import DocumentTokenizer, template_fingerprint
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
-from lamella.embedded import cache_dir
 from lamella.errors import UserError
 
 IGNORE_INDEX = -100
@@ -188,7 +188,7 @@ def token_file(
 
     Args:
         tokenizer: folder or hub name of the model.
-        cache: folder in place of `lamella.embedded.cache_dir()`.
+        cache: folder in place of `lamella.checkpoint.embedded.cache_dir()`.
         max_tokens: stop with the document that reaches this many; needed for `datasets` names, which are streamed.
         on_bad_data: broken records: "fail" names the first, "skip" leaves them out.
 

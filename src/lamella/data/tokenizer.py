@@ -98,7 +98,7 @@ class DocumentTokenizer:
     def __init__(self, name: str | Path):
         from transformers import AutoTokenizer
 
-        import lamella.models.hf  # noqa: F401  else a converted folder's tokenizer asks to trust the folder's code
+        import lamella.hf.models  # noqa: F401  else a converted folder's tokenizer asks to trust the folder's code
 
         if is_path(str(name)) and not Path(name).is_dir():
             raise UserError(f"there is no folder {name}; pass that of a model with its tokenizer")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamella.conversion.families import FAMILIES, SLICED_PREFIX, ffn_layout
+from lamella.architecture.families import FAMILIES, SLICED_PREFIX, ffn_layout
+from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
-from lamella.embedded import embedded_model
 from lamella.errors import UserError, check_choice
-from lamella.models.hf import load
-from lamella.run_dir import RunDir
+from lamella.hf.models import load
+from lamella.run.folder import RunDir
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lamella.conversion.layout import ffn_layout
-from lamella.models.hf_blocks import decoder_layers, ffn_modules, replace_ffn
-from lamella.partition.layer import FFN
+from lamella.architecture.layout import ffn_layout
+from lamella.calibrate.sample import FFN
+from lamella.hf.blocks import decoder_layers, ffn_modules, replace_ffn
 
 
 @dataclass

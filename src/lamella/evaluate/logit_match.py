@@ -28,7 +28,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lamella.config import AttentionMoEConfig, MoEConfig
+from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     check_length,
@@ -42,7 +42,7 @@ from lamella.evaluate.checkpoints import (
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
-from lamella.models.hf import quiet_loading
+from lamella.hf.models import quiet_loading
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 64

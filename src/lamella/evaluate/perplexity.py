@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lamella.config import Mode
+from lamella.architecture.moe import Mode
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
 from lamella.data.sources import Split
 from lamella.errors import UserError

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lamella.config import Mode, RoutingKind
+from lamella.architecture.moe import Mode, RoutingKind
 from lamella.data.packing import PackedSamples
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import is_sliced

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.conversion.checkpoint import check_tensors, copy_sidecars, read_config, read_folder
-from lamella.conversion.converted import dense_config, sliced_family, sliced_tensors
-from lamella.conversion.families import may_be_stored
-from lamella.conversion.plan import Plan
-from lamella.conversion.tensors import SourceTensor
-from lamella.conversion.write import appearing_folder, check_output, write_json, write_tensors
+from lamella.architecture.converted import dense_config, sliced_family, sliced_tensors
+from lamella.architecture.families import may_be_stored
+from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.source import check_tensors, copy_sidecars, read_config, read_folder
+from lamella.checkpoint.tensors import SourceTensor
+from lamella.checkpoint.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.errors import UserError, did_you_mean
 from lamella.export.dense import plan_dense
 from lamella.export.glm4_moe import plan_glm4_moe

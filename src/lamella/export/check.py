@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lamella.config import Mode
+from lamella.architecture.moe import Mode
 from lamella.errors import UserError
-from lamella.models.hf import load
+from lamella.hf.models import load
 
 CHECK_TOKENS = 128
 # fp32: both sum the same products, in another order. Logits are sums over depth x width terms of size about 10; their

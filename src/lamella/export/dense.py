@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lamella.conversion.converted import dense_config, ffn_config
-from lamella.conversion.families import dense_tensors, family_of, may_be_stored
-from lamella.conversion.layout import FFNLayout, ffn_layout
-from lamella.conversion.pieces import JoinColumns, Piece, Run, Runs
-from lamella.conversion.plan import OutputTensor, Plan
-from lamella.conversion.tensors import SourceTensor
-from lamella.conversion.transposed import matrices, transposed
+from lamella.architecture.converted import dense_config, ffn_config
+from lamella.architecture.families import dense_tensors, family_of, may_be_stored
+from lamella.architecture.layout import FFNLayout, ffn_layout
+from lamella.checkpoint.pieces import JoinColumns, Piece, Run, Runs
+from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.tensors import SourceTensor
+from lamella.checkpoint.transposed import matrices, transposed
 from lamella.errors import UserError
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from lamella.config import AttentionMoEConfig, MoEConfig
-from lamella.conversion.converted import attention_prefix, dense_config, ffn_prefix, sliced_family
-from lamella.conversion.pieces import Run, Runs, Sink, Values
-from lamella.conversion.plan import OutputTensor, Plan
-from lamella.conversion.tensors import SourceTensor
+from lamella.architecture.converted import attention_prefix, dense_config, ffn_prefix, sliced_family
+from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
+from lamella.checkpoint.pieces import Run, Runs, Sink, Values
+from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 
 ARCHITECTURE = "Glm4MoeForCausalLM"

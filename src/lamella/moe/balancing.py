@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.config import DENSE_BIAS
+from lamella.architecture.moe import DENSE_BIAS
 from lamella.errors import UserError
 
 

@@ -21,10 +21,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import ExpertPath, MoEConfig
+from lamella.architecture.moe import ExpertPath, MoEConfig
 from lamella.moe.collectives import gather_rows, sum_scatter_rows
-from lamella.moe.dispatch import pair_range
-from lamella.moe.paths import apply_experts
+from lamella.moe.paths.choose import apply_experts
+from lamella.moe.paths.dispatch import pair_range
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
 

@@ -1,4 +1,4 @@
-"""The MoE layer: route every token, then compute its experts by one of the paths of `lamella.moe.paths`.
+"""The MoE layer: route every token, then compute its experts by one of the paths of `lamella.moe.paths.choose`.
 
     y_t = shared(x_t) + sum over chosen e of weight_te * expert_e(x_t) + output_bias
 
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lamella.config import ExpertPath, Mode, MoEConfig
+from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
 from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
-from lamella.moe.paths import PATHS, apply_experts, gated_ffn
+from lamella.moe.paths.choose import PATHS, apply_experts, gated_ffn
 from lamella.moe.routing import Routing, analytic_logits, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.slicing import Experts
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared, two_matrix_ffn, two_matrix_path

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import LORA_PATHS, ExpertPath
+from lamella.architecture.moe import LORA_PATHS, ExpertPath
 from lamella.errors import UserError
-from lamella.moe.dispatch import dispatch, to_rows
-from lamella.moe.grouped import Half, grouped_fits, split_halves
+from lamella.moe.paths.dispatch import dispatch, to_rows
+from lamella.moe.paths.grouped import Half, grouped_fits, split_halves
 from lamella.moe.routing import Routing
 from lamella.moe.slicing import Experts
 
@@ -41,7 +41,7 @@ class Lora(NamedTuple):
 def lora_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, lora: Lora, scale: float, path: ExpertPath
 ) -> Tensor:
-    """[T, D] -> [T, D]: as `lamella.moe.paths.apply_experts`, with the deltas on the frozen experts."""
+    """[T, D] -> [T, D]: as `lamella.moe.paths.choose.apply_experts`, with the deltas on the frozen experts."""
     if path == "auto":
         fits = x_TD.device.type != "cpu" and grouped_fits(x_TD, frozen) and lora.down_a.shape[1] % 8 == 0
         path = "grouped" if fits else "loop"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import GateKind, Mode, MoEConfig
+from lamella.architecture.moe import GateKind, Mode, MoEConfig
 
 
 class Gating(Protocol):

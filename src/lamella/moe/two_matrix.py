@@ -3,7 +3,7 @@
     y_t = sum over k of weight_tk * expert_e(x_t),  e = expert_ids_tk
 
 The dense FFN's second bias belongs to no expert: it is the layer's `output_bias`. One computation, one expert after
-another under autograd; the faster paths of `lamella.moe.paths` are for gated experts.
+another under autograd; the faster paths of `lamella.moe.paths.choose` are for gated experts.
 
 Shapes: T tokens, D model width, E experts, f neurons per expert, K active experts, N = T*K routed rows, n rows of one
 expert or neurons of the shared one.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamella.config import Activation
+from lamella.architecture.moe import Activation
 from lamella.moe.routing import Routing
 
 

@@ -1,6 +1,6 @@
 """Bytes that a forward pass keeps for the backward pass, layer by layer, and what the loss needs.
 
-Counted from what the operations of `lamella.models.titan` save. With frozen weights a matrix product keeps nothing of
+Counted from what the operations of `lamella.titan.decoder` save. With frozen weights a matrix product keeps nothing of
 its input (only the weight's gradient would need it), so continued training of experts keeps less than full training.
 
 Shapes: T tokens of a micro-batch, D model width, F FFN width, N heads, G key/value heads, H head width, L tokens of a
@@ -9,7 +9,7 @@ sample, K active experts, E experts, S slices, f neurons per expert, V vocabular
 
 from __future__ import annotations
 
-from lamella.config import MoEConfig
+from lamella.architecture.moe import MoEConfig
 from lamella.plan.layout import Layout
 
 ROUTED_ROW_BYTES = 44
@@ -17,7 +17,7 @@ ROUTED_ROW_BYTES = 44
 ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
 HIDING_FEATURES = 8
-"""As `lamella.models.titan_attention.MORE_FEATURES`."""
+"""As `lamella.titan.attention.MORE_FEATURES`."""
 KL_CHUNK = 1024
 """Tokens, as in `lamella.train.distil`."""
 KL_NUMBERS = 5

@@ -14,9 +14,9 @@ from lamella.plan.layout import Layout
 from lamella.plan.model import Model, read_model
 from lamella.plan.report import plan_text, plan_values
 from lamella.plan.start import starting_model, with_deltas
-from lamella.recipe import Recipe
-from lamella.run_dir import write_atomic
-from lamella.train.launch import arguments, prepare_stages
+from lamella.recipe.training import Recipe
+from lamella.run.folder import write_atomic
+from lamella.run.launch import arguments, prepare_stages
 
 DEFAULT_RANKS = 8
 

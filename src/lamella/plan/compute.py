@@ -35,7 +35,7 @@ def active_part(layout: Layout, weight: Weight) -> float:
 
 
 def flops_per_token(layout: Layout) -> int:
-    """Training FLOPs, as `lamella.train.flops` counts them for the MFU that a run reports."""
+    """Training FLOPs, as `lamella.titan.flops` counts them for the MFU that a run reports."""
     model, flops = layout.model, 0.0
     for weight in layout.model.weights():
         if _is_multiplied(layout, weight):

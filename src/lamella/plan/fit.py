@@ -5,11 +5,11 @@ Imports no torch.
 
 from __future__ import annotations
 
-from lamella.config import LORA_PATHS
+from lamella.architecture.moe import LORA_PATHS
 from lamella.errors import UserError
 from lamella.plan.model import Model
-from lamella.recipe import Recipe
-from lamella.recipe_sections import TwinShare
+from lamella.recipe.sections import TwinShare
+from lamella.recipe.training import Recipe
 
 
 def check_fit(recipe: Recipe, model: Model, name: str) -> None:

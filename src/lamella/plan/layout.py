@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lamella.models.names import is_trained
+from lamella.architecture.names import is_trained
 from lamella.plan.model import DTYPE_BYTES, Model, Weight
-from lamella.recipe import Recipe
+from lamella.recipe.training import Recipe
 
 MASTER_BYTES = 4
 """Sharded weights, sums of gradients and the optimizer's moments are float32."""

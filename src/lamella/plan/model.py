@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.config import AttentionMoEConfig, MoEConfig
+from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError, did_you_mean
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -25,7 +25,7 @@ class Weight:
     """One parameter as it is before the ranks share it out."""
 
     name: str
-    """torchtitan's, as in `lamella.models.names`."""
+    """torchtitan's, as in `lamella.architecture.names`."""
     shape: tuple[int, ...]
 
     @property

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lamella.embedded import embedded_config
+from lamella.checkpoint.embedded import embedded_config
 from lamella.plan.model import Model, make_model, read_model
-from lamella.recipe import Recipe
-from lamella.run_dir import run_of_result
+from lamella.recipe.training import Recipe
+from lamella.run.folder import run_of_result
 
 EMBEDDED_SLICES = 8
 """Of the conversion that training makes by itself."""

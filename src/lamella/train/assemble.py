@@ -6,9 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
@@ -16,14 +13,16 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 
-from lamella.checkpoint_store import absolute
 from lamella.errors import UserError
-from lamella.models.titan import LamellaDecoder
-from lamella.models.titan_config import decoder_config
 from lamella.plan.fit import check_fit
 from lamella.plan.model import read_model
-from lamella.recipe import Recipe
-from lamella.run_dir import RunDir
+from lamella.recipe.training import Recipe
+from lamella.run.folder import RunDir
+from lamella.run.store import absolute
+from lamella.titan.config import decoder_config
+from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.parallelise import parallelize
+from lamella.titan.state_dict import LamellaStateDictAdapter
 from lamella.train.checkpoint import CommittedCheckpoints
 from lamella.train.data import MixedSamples, SampleLoader
 from lamella.train.distil import DistilLoss
@@ -31,8 +30,6 @@ from lamella.train.lora import add_lora
 from lamella.train.metrics import LamellaMetrics
 from lamella.train.optimizer import Schedules, optimizer_config
 from lamella.train.overlay import overlay
-from lamella.train.parallel import parallelize
-from lamella.train.state_dict import LamellaStateDictAdapter
 from lamella.train.trainer import LamellaTrainer, TokenisedAlready
 from lamella.train.weights import model_dtype
 

@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -31,11 +28,11 @@ from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from lamella.checkpoint_store import CheckpointStore
 from lamella.errors import UserError
-from lamella.run_dir import RunDir
+from lamella.run.failure import Fault
+from lamella.run.folder import RunDir
+from lamella.run.store import CheckpointStore
 from lamella.train import fault_hook
-from lamella.train.failure import Fault
 
 
 class HashingStream:

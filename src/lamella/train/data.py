@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  before torchtitan
-
-# isort: split
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
@@ -32,7 +29,7 @@ from lamella.data.sources import Split, open_source
 from lamella.data.streaming import StreamedSamples
 from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import UserError
-from lamella.recipe_sections import Portion
+from lamella.recipe.sections import Portion
 
 # One damaged shard is skipped; a folder that has gone is an error whatever the policy.
 MAX_BAD_IN_A_ROW = 16

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -21,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.tools.utils import device_type
 
+from lamella.architecture import names
 from lamella.data.packing import IGNORE_INDEX
-from lamella.models import names
-from lamella.models.titan import LamellaDecoder
-from lamella.recipe_sections import Distil
-from lamella.train.parallel import parallelize
+from lamella.recipe.sections import Distil
+from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.parallelise import parallelize
 
 TOKENS_PER_CHUNK = 1024
 

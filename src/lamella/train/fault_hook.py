@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamella.checkpoint_store import CheckpointStore
-from lamella.train.failure import attempt_number
+from lamella.run.failure import attempt_number
+from lamella.run.store import CheckpointStore
 
 VARIABLE = "LAMELLA_FAULT"
 

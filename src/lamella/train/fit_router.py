@@ -17,19 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 from torch import Tensor
 from torchtitan.tools.utils import device_type
 
 from lamella.data.packing import Sample
-from lamella.models.titan import LamellaDecoder
-from lamella.recipe_sections import RouterFit
+from lamella.recipe.sections import RouterFit
+from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.pipeline import through_stages
 from lamella.train.balance import fill
 from lamella.train.data import MixedSamples, collate
-from lamella.train.pipeline import through_stages
 
 
 class Moments:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 from torchtitan.distributed.utils import dist_sum
 from torchtitan.tools.utils import device_type
 
 from lamella.data.packing import IGNORE_INDEX, Sample
-from lamella.models.titan import LamellaDecoder
+from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.pipeline import through_stages
 from lamella.train.data import blank, collate
-from lamella.train.pipeline import through_stages
 
 
 class HeldOut:

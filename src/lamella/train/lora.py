@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lamella.models.titan_device  # noqa: F401  before torchtitan
-
-# isort: split
 import torch
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from lamella.models.titan import LamellaDecoder
-from lamella.models.titan_config import read_hf_config
 from lamella.moe.slicing import noise_generator
-from lamella.recipe import Recipe
+from lamella.recipe.training import Recipe
+from lamella.titan.config import read_hf_config
+from lamella.titan.decoder import LamellaDecoder
 from lamella.train.balance import fill
 
 

@@ -8,19 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed.utils import dist_max, dist_sum
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, get_peak_flops
 
-from lamella.run_dir import RunDir
+from lamella.run.folder import RunDir
+from lamella.run.progress import Progress
 from lamella.train.balance import RoutingReport
 from lamella.train.optimizer import group_name
-from lamella.train.progress import Progress
 from lamella.train.skip import SkipNonFinite
 from lamella.train.watch import Watch
 

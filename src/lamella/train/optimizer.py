@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
-from lamella.models.titan_config import read_hf_config
-from lamella.recipe import Recipe
+from lamella.recipe.training import Recipe
+from lamella.titan.config import read_hf_config
 
 ROUTER = r"\.router\."
 LORA = r"\.experts\.lora_"

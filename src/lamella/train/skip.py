@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lamella.train.failure import Fault
+from lamella.run.failure import Fault
 
 
 class SkipNonFinite:

@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -20,21 +17,21 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from lamella.models.titan import LamellaDecoder
-from lamella.recipe import Recipe, harmless_changes
-from lamella.recipe_sections import RouterFit
-from lamella.run_dir import RunDir, State
+from lamella.recipe.sections import RouterFit
+from lamella.recipe.training import Recipe, harmless_changes
+from lamella.run.folder import RunDir, State
+from lamella.run.processes import StopRequest
+from lamella.run.progress import Progress
+from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.flops import forward_flops_per_token
 from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
 from lamella.train.data import MixedSamples, spread
 from lamella.train.distil import DistilLoss, load_teacher
 from lamella.train.fit_router import fit_router
-from lamella.train.flops import forward_flops_per_token
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import LamellaMetrics
-from lamella.train.processes import StopRequest
-from lamella.train.progress import Progress
 from lamella.train.skip import SkipNonFinite
 from lamella.train.watch import Watch
 

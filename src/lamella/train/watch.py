@@ -14,18 +14,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import lamella.models.titan_device  # noqa: F401  first
-
-# isort: split
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchtitan.tools.logging import logger
 
-from lamella.config import MoEConfig
-from lamella.models.titan import Block, LamellaDecoder
-from lamella.recipe import Recipe, TwinShare
-from lamella.run_dir import RunDir
+from lamella.architecture.moe import MoEConfig
+from lamella.recipe.training import Recipe, TwinShare
+from lamella.run.folder import RunDir
+from lamella.titan.decoder import Block, LamellaDecoder
 from lamella.train import fault_hook
 from lamella.train.balance import RoutingReport
 

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lamella.checkpoint_store import CheckpointStore, is_remote
+from lamella.architecture.names import hf_name
 from lamella.errors import UserError
-from lamella.models.names import hf_name
-from lamella.recipe_sections import LoRA
-from lamella.run_dir import RunDir
+from lamella.recipe.sections import LoRA
+from lamella.run.folder import RunDir
+from lamella.run.store import CheckpointStore, is_remote
 
 MAX_SHARD_BYTES = 5_000_000_000
 # What torchtitan saves beside the model, by the prefix of its names.

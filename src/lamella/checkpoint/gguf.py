@@ -1,0 +1,164 @@
+"""Dense models in GGUF files: dequantised to float32 a few rows at a time.
+
+Config and tokenizer go through transformers. Weights are renamed here, and llama's query and key rows put back in
+order: GGUF holds each head's rows interleaved (i, i + d/2 -> 2i, 2i + 1) for llama.cpp's kind of rope.
+
+Memory: the weights cost a few MiB, the `gguf` reader's index of a large vocabulary a few hundred.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamella.architecture.families import family_of
+from lamella.architecture.two_matrix import PREFIXES
+from lamella.checkpoint.source import Checkpoint, check_dense, read_config
+from lamella.checkpoint.tensors import SourceTensor, read_bytes
+from lamella.errors import UserError
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor(SourceTensor):
+    """A quantised tensor; rows are dequantised as they are read."""
+
+    kind: Any = None
+    """gguf.GGMLQuantizationType"""
+    heads: int = 0
+    """Not 0: rows of this many heads are interleaved."""
+
+    def read(self, start: int, count: int) -> Tensor:
+        """As SourceTensor.read, float32. Quantised blocks lie within a row, so whole rows are read."""
+        unit = self.numel // self.heads if self.heads else self.width
+        first, last = start // unit, -(-(start + count) // unit)
+        values = self._dequantised(first * unit // self.width, last * unit // self.width)
+        if self.heads:
+            head_dim, width = unit // self.width, self.width
+            values = values.reshape(last - first, head_dim // 2, 2, width).swapaxes(1, 2)
+        flat = np.ascontiguousarray(values).reshape(-1)
+        return torch.from_numpy(flat[start - first * unit :][:count])
+
+    def _dequantised(self, first_row: int, last_row: int) -> np.ndarray:
+        from gguf import GGML_QUANT_SIZES, dequantize
+
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        row_bytes = self.width // block * block_bytes
+        raw = read_bytes(self.path, self.begin + first_row * row_bytes, (last_row - first_row) * row_bytes)
+        return dequantize(raw.reshape(last_row - first_row, row_bytes), self.kind)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """A .gguf file as a dense checkpoint of float32 tensors; UserError if it cannot be sliced."""
+    if not path.is_file():
+        raise UserError(f"no such model: {path} does not exist")
+    reader = _reader(path)
+    architecture = _text(reader, "general.architecture")
+    if architecture in PREFIXES:
+        raise UserError(f"{path.name} is {architecture}, which is not read from GGUF; convert the model's safetensors")
+    _refuse_rope_scaling(reader, path, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        _save_config(path, Path(folder), reader, architecture)
+        config = read_config(Path(folder))
+    family = family_of(config)
+    heads = (config["num_attention_heads"], config["num_key_value_heads"]) if architecture == "llama" else (0, 0)
+    tensors: dict[str, SourceTensor] = {
+        tensor.name: tensor for entry in reader.tensors if (tensor := _tensor(entry, path, heads))
+    }
+    check_dense(tensors, config, family, path.name)
+    _check_kinds(tensors, path)
+    return Checkpoint(
+        path.name, family, config, tensors, _text(reader, "general.license"), lambda out: _save_sidecars(path, out)
+    )
+
+
+def _reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:  # what it raises on truncated or foreign files
+        raise UserError(f"{path} is truncated or not a GGUF file ({error}); download it again") from None
+
+
+def _check_kinds(tensors: dict[str, SourceTensor], path: Path) -> None:
+    """Dequantise a row of each kind of quantisation."""
+    for kind, tensor in {tensor.kind: tensor for tensor in tensors.values() if isinstance(tensor, GgufTensor)}.items():
+        try:
+            tensor.read(0, 1)
+        except NotImplementedError:
+            raise UserError(
+                f"{path.name} holds {kind.name} weights, which the gguf package cannot dequantise"
+            ) from None
+
+
+def _text(reader: Any, key: str) -> str | None:
+    field = reader.get_field(key)
+    return None if field is None else str(field.contents())
+
+
+def _refuse_rope_scaling(reader: Any, path: Path, architecture: str | None) -> None:
+    """transformers reads no rope scaling from a GGUF file; the model would be another one beyond short texts."""
+    scaling = _text(reader, f"{architecture}.rope.scaling.type")
+    if scaling not in (None, "none") or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise UserError(
+            f"{path.name} scales its rope, which is not read from GGUF; convert the model's safetensors instead"
+        )
+
+
+def _tensor(entry: Any, path: Path, heads: tuple[int, int]) -> GgufTensor:
+    stem, _, suffix = entry.name.rpartition(".")
+    name, interleaved = f"{_TOP.get(stem, stem)}.{suffix}", 0
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
+        name = f"model.layers.{match[1]}.{_IN_LAYER.get(match[2], match[2])}.{suffix}"
+        interleaved = {"attn_q": heads[0], "attn_k": heads[1]}.get(match[2], 0)
+    shape = tuple(int(n) for n in reversed(entry.shape))
+    begin = int(entry.data_offset)
+    if begin + int(entry.n_bytes) > path.stat().st_size:
+        raise UserError(f"{path} is truncated within {entry.name}; download it again")
+    return GgufTensor(name, "F32", shape, path, begin, entry.tensor_type, interleaved)
+
+
+def _save_config(path: Path, folder: Path, reader: Any, architecture: str | None) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{path.name} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # dequantised here
+    config.architectures, config.dtype = None, "float32"
+    # Not read by transformers for every family, which then takes the family's default.
+    if head_dim := _text(reader, f"{architecture}.attention.key_length"):
+        config.head_dim = int(head_dim)
+    config.save_pretrained(folder)
+
+
+def _save_sidecars(path: Path, out: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    reader = _reader(path)
+    if reader.get_field("tokenizer.ggml.model") is not None:
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(out)
+    ids = {f"{kind}_token_id": reader.get_field(f"tokenizer.ggml.{name}_token_id") for kind, name in _SPECIAL.items()}
+    GenerationConfig(**{key: int(field.contents()) for key, field in ids.items() if field is not None}).save_pretrained(
+        out
+    )
+
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}

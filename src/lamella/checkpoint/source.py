@@ -1,0 +1,192 @@
+"""A checkpoint as a plan sees it: config, the tensors' headers, the files beside them. No weight is read here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamella.architecture.families import Family, Shapes, dense_tensors, family_of, may_be_stored
+from lamella.architecture.two_matrix import full_names
+from lamella.checkpoint.embedded import embedded_model
+from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_header
+from lamella.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Copied byte for byte from the source folder: tokenizer, chat template, generation defaults, licence.
+SIDECARS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense model that can be sliced: everything is checked, nothing is read."""
+
+    name: str
+    """As a person would call it: NAME@COMMIT of the hub, the path that was given, or the embedded model's name."""
+    family: Family
+    config: dict[str, Any]
+    tensors: dict[str, SourceTensor]
+    licence: str | None
+    copy_sidecars: Callable[[Path], None]
+    """Writes tokenizer, generation config and the like into a folder."""
+
+    @classmethod
+    def open(cls, model: str | Path | None = None) -> Checkpoint:
+        """Find and check a model.
+
+        Args:
+            model: a folder with config.json and safetensors, a .gguf file, a hub name, or None for the embedded model.
+
+        Raises:
+            UserError: no such model, an architecture that cannot be sliced, or tensors that do not match the config.
+        """
+        if model is None:
+            return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
+        path = Path(model).expanduser()
+        if path.suffix == ".gguf":
+            from lamella.checkpoint.gguf import open_gguf
+
+            return open_gguf(path)
+        if path.is_file():
+            raise UserError(
+                f"{model} is a file; give the folder that holds config.json and the safetensors, or a .gguf file"
+            )
+        if path.is_dir():
+            return cls._from_folder(path, str(model))
+        folder = download(str(model))
+        return cls._from_folder(folder, f"{model}@{folder.name}")
+
+    @classmethod
+    def _from_folder(cls, folder: Path, name: str, licence: str | None = None) -> Checkpoint:
+        config = read_config(folder)
+        family = family_of(config)
+        found = full_names(read_folder(folder), dense_tensors(config, family), family.name)
+        tensors = {name: dataclasses.replace(tensor, name=name) for name, tensor in found.items()}
+        check_dense(tensors, config, family, name)
+        return cls(
+            name, family, config, tensors, licence or card_licence(folder), lambda out: copy_sidecars(folder, out)
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path, f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+
+
+def read_json(path: Path, if_missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(if_missing)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+def read_folder(folder: Path) -> dict[str, SourceTensor]:
+    """All tensors of a folder's safetensors, from the headers alone; an index and its files must agree."""
+    if (folder / INDEX_FILE).is_file():
+        return _read_sharded(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return read_header(folder / SINGLE_FILE)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise UserError(f"{folder} holds pickled weights, which can run code; save the model as safetensors first")
+    raise UserError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
+    weight_map = read_json(folder / INDEX_FILE, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
+    files = sorted({str(file) for file in weight_map.values()})
+    if outside := [file for file in files if Path(file).name != file]:
+        raise UserError(f"{INDEX_FILE} names {outside[0]}, which is not a file beside it")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(f"{INDEX_FILE} names {', '.join(missing)}, not in {folder}; download what is missing")
+    headers = {file: read_header(folder / file) for file in files}
+    if lost := [name for name, file in weight_map.items() if name not in headers[file]]:
+        raise UserError(f"{INDEX_FILE} says that {weight_map[lost[0]]} holds {listed(lost)}, but it does not")
+    if stray := [name for file in files for name in headers[file] if weight_map.get(name) != file]:
+        raise UserError(f"the files beside {INDEX_FILE} hold {listed(stray)}, which it does not name there")
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+
+
+def check_dense(tensors: dict[str, SourceTensor], config: dict[str, Any], family: Family, where: str) -> None:
+    """UserError unless the tensors are exactly those of the config, all in one line."""
+    check_tensors(tensors, dense_tensors(config, family), where, lambda name: may_be_stored(name, config))
+
+
+def check_tensors(
+    tensors: dict[str, SourceTensor], expected: Shapes, where: str, allowed: Callable[[str], bool]
+) -> None:
+    """UserError unless names, shapes and dtypes are as expected; `allowed` names may be there as well."""
+    problems = []
+    if missing := [name for name in expected if name not in tensors]:
+        problems.append(f"missing: {listed(missing)}")
+    if extra := [name for name in tensors if name not in expected and not allowed(name)]:
+        problems.append(f"not of this architecture: {listed(extra)}")
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
+    if odd := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
+        problems.append(f"dtype {', '.join(odd)}, only {', '.join(DTYPES)} can be sliced")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise UserError(f"the tensors of {where} do not match its config.json: {'; '.join(problems[:5])}{more}")
+
+
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def copy_sidecars(folder: Path, out: Path) -> None:
+    """Tokenizer, generation config, chat template and licence files, byte for byte."""
+    for name in SIDECARS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def card_licence(folder: Path) -> str | None:
+    """The `license:` of a model card's front matter, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*([\w.\-]+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def download(name: str) -> Path:
+    """A hub model's config, safetensors and tokenizer, in the hub's own cache; UserError if there are none.
+
+    The folder's name is the commit.
+    """
+    if not re.fullmatch(r"[\w\-.]+(/[\w\-.]+)?", name) or name.startswith("."):
+        raise UserError(f"no such model: {name} is no folder here, and cannot be a hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.safetensors", INDEX_FILE, "README.md", *SIDECARS]
+    # Some repositories hold the weights a second time, in another format, in a subfolder or as "consolidated".
+    unwanted = ["*/*", "consolidated*"]
+    try:
+        family_of(read_config(Path(snapshot_download(name, allow_patterns=["config.json"]))))  # before the large files
+        return Path(snapshot_download(name, allow_patterns=["config.json", *wanted], ignore_patterns=unwanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no such model: {name} is no folder here, and the hub did not give it ({reason})") from None

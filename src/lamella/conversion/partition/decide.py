@@ -1,0 +1,268 @@
+"""All choices about one layer, made from its sample: parts, router, gate, balance, and what is added to the output.
+
+Symbols as in `lamella.calibrate.sample`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lamella.architecture.moe import Activation, MoEConfig
+from lamella.calibrate.sample import FFN, LayerSample, Partition, Parts, RouterInit, check_parts, router_logits
+from lamella.conversion.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
+from lamella.conversion.partition.align import alignment, residual_bias
+from lamella.conversion.partition.reconstruct import dense_output, masked_hidden
+from lamella.conversion.partition.refit import refit_down
+from lamella.conversion.partition.search import search_shared
+from lamella.errors import UserError, check_choice
+from lamella.moe.balancing import balanced_bias, check_balance
+from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn
+from lamella.moe.routing import gate_scores
+from lamella.moe.slicing import Experts
+from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
+
+GateName = Literal["unit", "normalised", "softmax"]
+OutputName = Literal["refit", "bias", "align", "plain"]
+# Normalised gates are 1 at the start only as far as the scores are equal: within 0.005 nats of unit gates up to a
+# standard deviation of the logits of 0.5.
+LOGIT_STD = {"unit": 1.0, "normalised": 0.1, "softmax": 0.1}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How to make experts out of a layer's neurons; every axis is independent of the others."""
+
+    neurons: str = "coadapted"
+    """Partition of the neurons; see lamella.conversion.partition.PARTITIONS."""
+    parts: int = 16
+    """G: parts of equal width that the FFN is cut into."""
+    active: int = 8
+    """A: parts that each token passes, shared ones included."""
+    shared: int | Literal["search"] | None = None
+    """s: parts that every token passes; None: half of the active ones. "search" takes, layer by layer, the count that
+    reconstructs best, and is that many times slower."""
+    router: str = "ridge"
+    """Router rows at the start; see lamella.conversion.partition.ROUTERS."""
+    gate: GateName = "unit"
+    """unit: 1 + u sigmoid(logit) with u = 0 at the start. normalised: sigmoid scores over their sum. softmax: over all
+    experts, then over their sum."""
+    scale_factor: float | None = None
+    """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
+    balance: float | None = 0.01
+    """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
+    output: OutputName = "refit"
+    """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
+    missing (lamella.conversion.partition.refit), and a bias. bias: its mean alone. align: each channel's mean and
+    variance are brought to the dense layer's. plain: nothing. With all parts active nothing is missing."""
+
+    def __post_init__(self) -> None:
+        check_choice("neurons", self.neurons, PARTITIONS)
+        check_choice("router", self.router, ROUTERS)
+        check_choice("gate", self.gate, get_args(GateName))
+        check_choice("output", self.output, get_args(OutputName))
+        if self.gate == "unit" and self.scale_factor is not None:
+            raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
+        check_balance(self.balance)
+
+    @property
+    def all_active(self) -> bool:
+        """Every expert computes every token: with gate "unit" the dense FFN, whatever the router says."""
+        return self.active == self.parts
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.neurons in NEEDS_GRADIENT
+
+    @property
+    def needs_sample(self) -> bool:
+        searched = self.shared == "search" and not self.all_active
+        moved = not self.all_active and (self.output != "plain" or self.balance is not None)
+        return searched or moved or self.neurons in NEEDS_SAMPLE or self.router in ROUTERS_NEED_SAMPLE
+
+    def check(self, ffn_width: int) -> None:
+        """UserError where the counts do not fit each other or the FFN."""
+        check_parts(ffn_width, Parts(self.parts, self.fixed_shared or 0, self.active))
+
+    @property
+    def fixed_shared(self) -> int | None:
+        """s where it is known before the weights are seen."""
+        if self.shared == "search":
+            return 0 if self.all_active else None
+        return self.active // 2 if self.shared is None else self.shared
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Decision(NamedTuple):
+    """What a layer becomes; small tensors, float32 and int64."""
+
+    shared_n: Tensor
+    experts_Ef: Tensor
+    router_ED: Tensor
+    selection_bias_E: Tensor
+    router_up_ED: Tensor | None = None
+    output_bias_D: Tensor | None = None
+    row_scale_D: Tensor | None = None
+    """Factor on the rows of the down projections."""
+    down_DF: Tensor | None = None
+    """Takes the dense down projection's place."""
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+
+def decide(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Decision:
+    """UserError if the sample lacks what the axes need."""
+    return finish(sample, axes, *split(sample, axes, generator))
+
+
+def split(sample: LayerSample, axes: Axes, generator: torch.Generator) -> tuple[Partition, RouterInit]:
+    """The slow half of `decide`: which neurons make an expert, and who chooses it."""
+    parts = _parts(sample, axes, generator)
+    partition = PARTITIONS[axes.neurons](sample, parts, generator)
+    return partition, ROUTERS[axes.router](sample, partition, parts.num_chosen, generator)
+
+
+def finish(sample: LayerSample, axes: Axes, partition: Partition, router: RouterInit) -> Decision:
+    """Gate, balance and output, for a split that the axes' own names need not have made."""
+    decision = _routed(sample, partition, router, axes)
+    if axes.all_active or axes.output == "plain":
+        return decision
+    return _corrected(sample, decision, axes)
+
+
+def layer_fields(decision: Decision, axes: Axes) -> dict[str, Any]:
+    """The fields of MoEConfig that may differ from layer to layer."""
+    E, f = decision.experts_Ef.shape
+    chosen = axes.active - len(decision.shared_n) // f
+    return {
+        "num_trainable_experts": E,
+        "num_experts_per_tok": chosen,
+        "shared_intermediate_size": len(decision.shared_n),
+        "route_scale": float(chosen) if axes.scale_factor is None else axes.scale_factor,
+    }
+
+
+def layer_config(
+    decision: Decision, axes: Axes, gated: bool = True, activation: Activation = "silu", layer: int = 0
+) -> MoEConfig:
+    """The config of this layer alone; `gated` and `activation` are the dense FFN's."""
+    return MoEConfig(
+        num_frozen_experts=0,
+        moe_intermediate_size=decision.experts_Ef.shape[1],
+        moe_layers=(layer,),
+        routing="flat",
+        gate={"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate],  # type: ignore[arg-type]
+        router="linear" if decision.router_up_ED is None else "analytic",
+        output_bias=decision.output_bias_D is not None,
+        gated=gated,
+        activation=activation,
+        **layer_fields(decision, axes),
+    )
+
+
+def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
+    """The converted layer's tensors, gathered from the dense ones."""
+    ids_Ef, shared_n = decision.experts_Ef, decision.shared_n
+    down_DF = ffn.down_DF if decision.down_DF is None else decision.down_DF
+    if decision.row_scale_D is not None:
+        down_DF = down_DF * decision.row_scale_D[:, None]
+    experts: AnyExperts
+    shared: SharedExpert | TwoMatrixShared
+    down_EDf, down_Dn = down_DF[:, ids_Ef].transpose(0, 1).contiguous(), down_DF[:, shared_n].contiguous()
+    if ffn.gate_FD is not None:
+        experts = Experts(torch.cat([ffn.gate_FD[ids_Ef], ffn.up_FD[ids_Ef]], dim=1), down_EDf)
+        shared = SharedExpert(torch.cat([ffn.gate_FD[shared_n], ffn.up_FD[shared_n]]), down_Dn)
+    else:
+        assert ffn.up_bias_F is not None
+        experts = TwoMatrixExperts(ffn.up_FD[ids_Ef], ffn.up_bias_F[ids_Ef], down_EDf)
+        shared = TwoMatrixShared(ffn.up_FD[shared_n], ffn.up_bias_F[shared_n], down_Dn)
+    none: Any = type(experts)(*(tensor[:0] for tensor in experts))
+    return MoEWeights(
+        decision.router_ED, decision.selection_bias_E, none, experts, decision.router_up_ED,
+        torch.zeros(len(ids_Ef)), shared if len(shared_n) else None, decision.output_bias_D,
+    )  # fmt: skip
+
+
+def converted_layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], Tensor]:
+    """x [t, D] -> y [t, D] of the layer with its experts."""
+    run = _layer(ffn, decision, axes)
+    return lambda x_TD: run(x_TD)[0]
+
+
+def routed_output(sample: LayerSample, decision: Decision, axes: Axes) -> tuple[Tensor, Tensor]:
+    """(y [T, D], the experts [T, K] that the sample's tokens choose)"""
+    return _layer(sample.ffn, decision, axes)(sample.x_TD)
+
+
+def _layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    config = layer_config(decision, axes, ffn.gate_FD is not None, ffn.activation)  # type: ignore[arg-type]
+    weights = layer_weights(ffn, decision)
+
+    def run(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        y_TD, routing, _ = moe_ffn(x_TD, weights, config)
+        return y_TD, routing.expert_ids_TK
+
+    return run
+
+
+def _parts(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Parts:
+    axes.check(sample.ffn.up_FD.shape[0])
+    if axes.fixed_shared is not None:
+        return Parts(axes.parts, axes.fixed_shared, axes.active)
+    candidates = {round(i * (axes.active - 1) / 4) for i in range(5)}
+    found, _ = search_shared(
+        sample, axes.parts, axes.active, PARTITIONS[axes.neurons], ROUTERS[axes.router], generator, sorted(candidates)
+    )
+    return Parts(axes.parts, found, axes.active)
+
+
+def _routed(sample: LayerSample, partition: Partition, router: RouterInit, axes: Axes) -> Decision:
+    """The router scaled to the gate's spread of logits, its intercept moved into the selection bias."""
+    scale = _logit_scale(sample, router, axes)
+    weight_ED, up_ED = router.weight_ED, router.up_ED
+    if up_ED is None:
+        weight_ED = weight_ED * scale
+    else:
+        up_ED = up_ED * scale
+    scaled = RouterInit(weight_ED, torch.zeros_like(router.bias_E), up_ED)
+    # Near 0 a sigmoid rises by 1/4 of its logit, a softmax over E by 1/E.
+    slope = {"unit": 1.0, "normalised": 0.25, "softmax": 1 / len(partition.experts_Ef)}[axes.gate]
+    bias_E = router.bias_E * scale * slope
+    if axes.balance is not None and not axes.all_active:
+        gate = {"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate]
+        scores_TE = gate_scores(router_logits(scaled, sample.x_TD), gate)  # type: ignore[arg-type]
+        chosen = axes.active - len(partition.shared_n) // partition.experts_Ef.shape[1]
+        bias_E = balanced_bias(scores_TE, bias_E, chosen, axes.balance)
+    return Decision(
+        partition.shared_n, partition.experts_Ef, weight_ED, bias_E, up_ED, output_bias_D=sample.ffn.down_bias_D
+    )
+
+
+def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
+    if len(sample.x_TD) < 2:
+        return 1.0
+    std = router_logits(router, sample.x_TD).std().item()
+    return LOGIT_STD[axes.gate] / std if std > 0 else 1.0
+
+
+def _corrected(sample: LayerSample, decision: Decision, axes: Axes) -> Decision:
+    """With what makes up for the experts that were not chosen."""
+    y_TD, ids_TK = routed_output(sample, decision, axes)
+    bias_D = torch.zeros(y_TD.shape[1]) if decision.output_bias_D is None else decision.output_bias_D
+    if axes.output == "refit":
+        partition = Partition(decision.shared_n, decision.experts_Ef)
+        down_DF, shift_D = refit_down(sample, masked_hidden(sample, partition, ids_TK))
+        return decision._replace(output_bias_D=bias_D + shift_D, down_DF=down_DF)
+    reference_TD = dense_output(sample)
+    if axes.output == "bias":
+        return decision._replace(output_bias_D=bias_D + residual_bias(reference_TD, y_TD))
+    scale_D, shift_D = alignment(reference_TD, y_TD)
+    return decision._replace(output_bias_D=scale_D * bias_D + shift_D, row_scale_D=scale_D)

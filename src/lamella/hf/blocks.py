@@ -1,0 +1,118 @@
+"""The modules of an MoE layer in the transformers home, and where they stand in a decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.architecture.moe import DENSE_BIAS, ExpertPath, Mode, MoEConfig
+from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
+from lamella.moe.routing import Routing
+from lamella.moe.two_matrix import TwoMatrixShared, expert_shapes
+
+
+class PackedExperts(nn.Module):
+    """Parameters only: frozen and trainable experts, apart, so that an optimizer never sees the frozen ones."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        shapes = expert_shapes(hidden_size, config.moe_intermediate_size, config.gated)
+        for kind, E in (("frozen", config.num_frozen_experts), ("trainable", config.num_trainable_experts)):
+            trains = kind == "trainable"
+            for name, shape in shapes.items() if E else ():
+                self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(E, *shape), requires_grad=trains))
+        for name, lora_shape in config.lora_shapes(hidden_size).items():
+            self.register_parameter(f"lora_{name}", nn.Parameter(torch.zeros(lora_shape)))
+
+    @property
+    def frozen(self) -> AnyExperts:
+        return packed(self, "frozen")
+
+    @property
+    def trainable(self) -> AnyExperts:
+        return packed(self, "trainable")
+
+    def frozen_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for name, parameter in self.named_parameters() if name.startswith("frozen_"))
+
+
+class Shared(nn.Module):
+    """Parameters only: the expert that is always on."""
+
+    def __init__(self, hidden_size: int, width: int, gated: bool = True):
+        super().__init__()
+        for name, shape in expert_shapes(hidden_size, width, gated).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @property
+    def weights(self) -> SharedExpert | TwoMatrixShared:
+        cls: Any = SharedExpert if hasattr(self, "gate_up_proj") else TwoMatrixShared
+        return cls(*(getattr(self, name) for name in cls._fields))
+
+
+class Router(nn.Module):
+    """Router rows [R, D] and the float32 selection bias [R]; with the gate "sigmoid", zero rows weigh every chosen
+    expert exactly 1, with the gate "unit" a zero `gate_scale` does."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        R = config.num_router_rows
+        self.weight = nn.Parameter(torch.zeros(R, hidden_size))
+        self.up_weight = nn.Parameter(torch.zeros(R, hidden_size)) if config.router == "analytic" else None
+        self.gate_scale = nn.Parameter(torch.zeros(R)) if config.gate == "unit" else None
+        self.selection_bias: Tensor
+        self.register_buffer("selection_bias", torch.full((R,), DENSE_BIAS, dtype=torch.float32))
+
+
+class SlicedMoE(nn.Module):
+    """Takes the place of a decoder layer's FFN: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.experts = PackedExperts(hidden_size, config)
+        self.router = Router(hidden_size, config)
+        width = config.shared_intermediate_size
+        self.shared = Shared(hidden_size, width, config.gated) if width else None
+        self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if config.output_bias else None
+        self.mode: Mode = "routed"
+        self.path: ExpertPath = "auto"
+        self.last_routing: Routing | None = None
+        """The routing of the latest forward, for reports."""
+
+    @property
+    def weights(self) -> MoEWeights:
+        router, experts = self.router, self.experts
+        shared = None if self.shared is None else self.shared.weights
+        return MoEWeights(
+            router.weight, router.selection_bias, experts.frozen, experts.trainable, router.up_weight,
+            router.gate_scale, shared, self.output_bias, packed_lora(experts),
+        )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y_TD, self.last_routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
+        return y_TD.view_as(hidden_states)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of a causal model of any family that can be sliced."""
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
+def ffn_modules(layer: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, that are the layer's FFN. OPT's layer calls its three itself."""
+    names = ("fc1", "activation_fn", "fc2") if hasattr(layer, "fc1") else ("mlp",)
+    return {name: getattr(layer, name) for name in names}
+
+
+def replace_ffn(layer: nn.Module, block: nn.Module) -> None:
+    """Let `block`, [..., D] -> [..., D], stand where the FFN is called first; what was called after it does nothing."""
+    first, *rest = ffn_modules(layer)
+    setattr(layer, first, block)
+    for name in rest:
+        setattr(layer, name, nn.Identity())

@@ -1,0 +1,129 @@
+"""Why a rank failed: classes of failures, and the one among many ranks' reports that is the cause. Imports no torch.
+
+Each failing rank writes log/failure-rank-R.json. A rank that lost a peer or waited too long for one looks round for
+the others' reports: whoever is silent hangs, or is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+from lamella.data.shards import BadData
+from lamella.errors import UserError
+from lamella.run.folder import RunDir, write_atomic
+
+FailureClass = Literal["user_config", "data", "oom", "numerics", "infra", "preempted", "timeout", "storage"]
+RETRYABLE = frozenset({"infra", "preempted", "timeout", "storage"})
+STORAGE_ERRNO = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
+)
+# The same input fails in the same way again: mistakes in settings or in code.
+DETERMINISTIC = (ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError, ImportError)
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+PEER_LOST = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote (process|peer)", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+ATTEMPT = "LAMELLA_ATTEMPT"
+# How long a rank waits for the others' words: timeouts begin when each rank enters the collective, a lost connection
+# shows everywhere at once.
+ROLL_CALL_S = {"timeout": 5.0, "infra": 2.0}
+
+
+class Fault(RuntimeError):
+    """A failure whose class is known where it is found."""
+
+    def __init__(self, kind: FailureClass, message: str, retryable: bool | None = None):
+        super().__init__(message)
+        self.kind: FailureClass = kind
+        self.retryable = kind in RETRYABLE if retryable is None else retryable
+
+
+def classify(error: BaseException) -> FailureClass:
+    """By type where types tell, else by what is said. Errors of torch are known by name."""
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, Fault):
+        return error.kind
+    if name == "CheckpointException":  # torch's, of a save or load; BaseException by rank
+        return classify(next(iter(error.failures.values()))[0])  # type: ignore[attr-defined]
+    if isinstance(error, BadData):
+        return "data"
+    if isinstance(error, UserError):
+        return "user_config"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or OUT_OF_MEMORY.search(text):
+        return "oom"
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNO:
+        return "storage"
+    if isinstance(error, DETERMINISTIC):
+        return "user_config"
+    if "is not finite" in text:  # torchtitan's own check of the loss
+        return "numerics"
+    return "timeout" if TIMED_OUT.search(text) else "infra"
+
+
+def is_retryable(error: BaseException) -> bool:
+    return error.retryable if isinstance(error, Fault) else classify(error) in RETRYABLE
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the inner error of a failed save, not torch's traceback of all ranks."""
+    if type(error).__name__ == "CheckpointException":
+        rank, (inner, _) = next(iter(error.failures.items()))  # type: ignore[attr-defined]
+        return f"saving or loading failed on rank {rank}: {reason_of(inner)}"
+    said = "".join(traceback.format_exception_only(error)).strip()
+    return str(error) if isinstance(error, Fault | UserError) else said
+
+
+def failure_file(run: RunDir, rank: int) -> Path:
+    return run.log / f"failure-rank-{rank}.json"
+
+
+def forget(run: RunDir, rank: int | None = None) -> None:
+    """Remove the reports (or one) of an earlier attempt."""
+    for file in run.log.glob("failure-rank-*.json") if rank is None else [failure_file(run, rank)]:
+        file.unlink(missing_ok=True)
+
+
+def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: int) -> dict[str, Any]:
+    """Write this rank's report; returns the cause as it can be known here."""
+    kind = classify(error)
+    follows = kind == "timeout" or bool(PEER_LOST.search(str(error)))
+    values: dict[str, Any] = {
+        "time": time.time(), "rank": rank, "step": step, "failure": kind, "retryable": is_retryable(error),
+        "reason": reason_of(error), "follows": follows,
+    }  # fmt: skip
+    write_atomic(failure_file(run, rank), json.dumps(values) + "\n")
+    if follows and (silent := _roll_call(run, world_size, ROLL_CALL_S.get(kind, 0.0))):
+        who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+        what = "did not arrive in time" if kind == "timeout" else "died without a word (killed, or the machine is lost)"
+        values |= {"reason": f"{who} {what}; here: {values['reason'].splitlines()[0]}", "silent": silent}
+        write_atomic(failure_file(run, rank), json.dumps(values) + "\n")
+    return cause(run) or values
+
+
+def _roll_call(run: RunDir, world_size: int, seconds: float) -> list[int]:
+    """Ranks that have written no report within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        silent = [rank for rank in range(world_size) if not failure_file(run, rank).is_file()]
+        if not silent or time.monotonic() > deadline:
+            return silent
+        time.sleep(0.2)
+
+
+def cause(run: RunDir) -> dict[str, Any] | None:
+    """The report that explains the others: the first that follows from no other, else the best informed one."""
+    reports = []
+    for file in run.log.glob("failure-rank-*.json"):
+        reports.append(json.loads(file.read_text()))
+    return min(reports, key=lambda r: (r["follows"], "silent" not in r, r["time"]), default=None)
+
+
+def attempt_number() -> int:
+    """Of this start within the run directory; the supervisor counts."""
+    return int(os.environ.get(ATTEMPT, "0"))

@@ -1,0 +1,215 @@
+"""The folder of a training run: the truth about it, read by everything that shows or continues it. Imports no torch.
+
+config.yaml         the resolved recipe
+model/              config.json and tokenizer of the model, and fingerprint.json
+status.json         state, step, and of a failure its reason, class and whether it is worth a retry; replaced whole
+metrics.jsonl       one line per logged step
+events.jsonl        one line per start, restart, save, fault, ...
+tensorboard/  log/  torchtitan's log, one file per rank
+checkpoints/step-N/ see `lamella.run.store`
+hf/step-N/          a checkpoint as a transformers folder, made on demand
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from lamella.data.tokenizer import template_fingerprint
+from lamella.errors import UserError
+from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe, parse_yaml
+from lamella.run.store import CheckpointStore, absolute
+
+State = Literal["starting", "running", "stopped", "preempted", "finished", "failed"]
+# Made before config.yaml: a folder with nothing else in it is a run that did not start.
+OWN_NAMES = frozenset({"log", "checkpoints", "tensorboard", "model"})
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace the file whole: a reader sees the old text or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names and small files of a run directory."""
+
+    path: Path
+
+    config = property(lambda self: self.path / "config.yaml")
+    status_file = property(lambda self: self.path / "status.json")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    events_file = property(lambda self: self.path / "events.jsonl")
+    model = property(lambda self: self.path / "model")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+    log = property(lambda self: self.path / "log")
+
+    def log_file(self, rank: int) -> Path:
+        return self.log / f"rank-{rank}.log"
+
+    def hf(self, step: int) -> Path:
+        return self.path / "hf" / f"step-{step}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def exists(self) -> bool:
+        return self.config.is_file()
+
+    def recipe(self) -> Recipe:
+        if not self.exists():
+            raise UserError(f"{self.path} is no run directory: it holds no config.yaml")
+        return make_recipe(parse_yaml(self.config.read_text(), str(self.config)))
+
+    def store(self) -> CheckpointStore:
+        """Where this run's checkpoints are."""
+        elsewhere = self.recipe().checkpoint_folder if self.exists() else None
+        return CheckpointStore(absolute(elsewhere or str(self.checkpoints)))
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        return self.store().steps()
+
+    def status(self) -> dict[str, Any]:
+        """{"state", "step", "steps", "reason", "failure", "retryable", "time"}; state "none" before the first.
+
+        failure: None, or the class of it, see `lamella.run.failure`.
+        """
+        if not self.status_file.is_file():
+            return {"state": "none", "step": 0}
+        return json.loads(self.status_file.read_text())
+
+    def write_status(
+        self,
+        state: State,
+        step: int,
+        steps: int,
+        reason: str = "",
+        failure: str | None = None,
+        retryable: bool = False,
+    ) -> None:
+        values = {"state": state, "step": step, "steps": steps, "reason": reason, "failure": failure}
+        write_atomic(self.status_file, json.dumps(values | {"retryable": retryable, "time": time.time()}) + "\n")
+
+    def event(self, event: str, **values: Any) -> None:
+        """Append a line; a short line is written in one piece, so several processes may."""
+        line = json.dumps({"time": time.time(), "event": event} | values) + "\n"
+        with self.events_file.open("a") as file:
+            file.write(line)
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """All events, or those of some kinds."""
+        return [line for line in _json_lines(self.events_file) if not kinds or line["event"] in kinds]
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The logged lines; where a resumed run logged a step again, only the later line."""
+        lines = {line["step"]: line for line in self.all_metrics()}
+        yield from (lines[step] for step in sorted(lines))
+
+    def all_metrics(self) -> list[dict[str, Any]]:
+        """The logged lines as they were written, of steps that were computed twice both."""
+        return list(_json_lines(self.metrics_file))
+
+    def fingerprint(self) -> str:
+        return json.loads((self.model / "fingerprint.json").read_text())["fingerprint"]
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must share with a run to continue it, as hashes: recipe, model, tokenizer."""
+        values = self.recipe().model_dump(exclude_defaults=True)  # a key that a later version adds changes nothing
+        recipe = json.dumps({key: values[key] for key in sorted(values.keys() - HARMLESS - {"model"})}, sort_keys=True)
+        digest = xxhash.xxh3_128_hexdigest(recipe.encode())
+        return {"recipe": digest, "model": self.fingerprint(), "tokenizer": tokenizer_hash(self.model)}
+
+    def create(self, recipe: Recipe, model: Path) -> None:
+        """Make the folder of a fresh run; config.yaml, which marks it as one, comes last."""
+        for folder in (self.log, self.checkpoints, self.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.model, ignore_errors=True)
+        self.model.mkdir()
+        for pattern in MODEL_FILES:
+            for source in model.glob(pattern):
+                if not source.name.endswith(WEIGHT_FILES) and source.name != "lamella.json":
+                    shutil.copyfile(source, self.model / source.name)
+        write_atomic(self.model / "fingerprint.json", json.dumps({"fingerprint": model_fingerprint(model)}))
+        write_atomic(self.config, recipe.to_yaml())
+
+    def check_same_run(self, recipe: Recipe, model: Path) -> None:
+        """UserError that lists the differences, where this folder holds another run than the recipe's."""
+        other = differences(self.recipe(), recipe) + model_differences(self.model, model)
+        if not other and self.fingerprint() != model_fingerprint(model):
+            other = [f"the weights of {model}"]
+        if other:
+            raise UserError(
+                f"{self.path} holds another run; set out= to another folder, or undo:\n"
+                + "\n".join(f"  {d}" for d in other)
+            )
+
+
+def run_of_result(folder: Path) -> tuple[RunDir, int] | None:
+    """(run, step) where the folder is named as the result of a run, `run/hf/step-N`; it need not exist yet."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return (RunDir(folder.parents[1]), int(match.group(1))) if match and folder.parent.name == "hf" else None
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that may not exist; a full disk can leave half of one."""
+    for text in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            yield json.loads(text)
+        except ValueError:
+            continue
+
+
+def tokenizer_hash(model: Path) -> str:
+    """Of the tokenizer's files in a model's folder."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(model.glob("tokenizer*")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def model_differences(old: Path, new: Path) -> list[str]:
+    """'key: old -> new' for each entry of two models' config.json, and a word on tokenizer and chat template."""
+    a, b = (flatten(json.loads((folder / "config.json").read_text())) for folder in (old, new))
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    other = [f"the model's {key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
+    if tokenizer_hash(old) != tokenizer_hash(new):
+        other.append("the model's tokenizer")
+    if template_fingerprint(old) != template_fingerprint(new):
+        other.append("the model's chat template")
+    return other
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as 'moe.num_experts_per_tok'."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def model_fingerprint(model: Path) -> str:
+    """Changes with the model's config and weights: its manifest's hashes, or names, sizes, times of the files."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    manifest = model / "lamella.json"
+    if manifest.is_file():
+        digest.update(json.dumps(json.loads(manifest.read_text())["tensors"], sort_keys=True).encode())
+    else:
+        for file in sorted(model.glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,157 @@
+"""The way to a training run that needs no torch: arguments, recipe, and the call of torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from lamella.data.sources import open_source
+from lamella.errors import UserError
+from lamella.recipe.stages import make_stages
+from lamella.recipe.training import Recipe, parse_yaml, read_recipe_text
+from lamella.run.failure import attempt_number
+from lamella.run.folder import OWN_NAMES, RunDir, run_of_result
+from lamella.run.store import CheckpointStore, absolute
+from lamella.run.supervise import Supervisor
+
+# A save takes longer than the 30 s that torchrun gives its ranks; hung ranks are the supervisor's business.
+SHUTDOWN_TIMEOUT_S = 600
+PROBE = ".lamella-"
+
+
+def arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """[RECIPE.yaml] [key=value ...] -> (the recipe's path or None, the settings)."""
+    recipes = [w for w in words if "=" not in w]
+    if len(recipes) > 1:
+        raise UserError(f"give one recipe, not {', '.join(recipes)}; settings are written key=value")
+    return (recipes[0] if recipes else None), [w for w in words if "=" in w]
+
+
+def prepare_stages(path: str | None, settings: Sequence[str]) -> list[Recipe]:
+    """The stages (mostly one) of a recipe file with the settings laid over it; without a file, of the demo recipe."""
+    if path is not None:
+        return make_stages(parse_yaml(read_recipe_text(Path(path)), path), settings)
+    return make_stages(yaml.safe_load(files("lamella.recipe").joinpath("demo.yaml").read_text()), settings)
+
+
+def prepare_recipe(path: str | None, settings: Sequence[str]) -> Recipe:
+    """The recipe of one run; UserError where there are several stages and none is selected."""
+    stages = prepare_stages(path, settings)
+    if len(stages) > 1:
+        names = ", ".join(Path(stage.out).name for stage in stages)
+        raise UserError(f"the recipe has the stages {names}: select one with stage=NAME")
+    return stages[0]
+
+
+def default_threads() -> int:
+    """This machine's cores, shared among its ranks."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def torchrun_command(nproc: int, words: Sequence[str]) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    torchrun += ["--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    torchrun += [f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}"]
+    return [*torchrun, "-m", "lamella.worker", *words]
+
+
+def check(words: Sequence[str], nproc: int) -> Recipe:
+    """All that can be checked without torch; UserError before anything is started."""
+    recipe = prepare_recipe(*arguments(words))
+    if nproc < 1:
+        raise UserError(f"nproc is {nproc}; it must be at least 1")
+    recipe.check_world_size(nproc)
+    for portion in [*recipe.data, *(recipe.heldout_data or [])]:
+        open_source(portion.source)
+    teacher = recipe.distil.teacher if recipe.objective == "distil" else None
+    if teacher is not None and not (Path(teacher) / "config.json").is_file():
+        raise UserError(f"there is no teacher {teacher}; give the folder of a dense model")
+    model = Path(recipe.model)
+    if (model / "config.json").is_file():
+        check_run_dir(recipe, model)
+    elif recipe.model != Recipe.model_fields["model"].default and run_of_result(model) is None:
+        raise UserError(f"there is no model {model}; make it with `uv run convert_by_slicing.py --out {model}`")
+    return recipe
+
+
+def check_stages(words: Sequence[str], nproc: int) -> list[Recipe]:
+    """Each stage, checked; UserError before anything is started."""
+    stages = prepare_stages(*arguments(words))
+    return [check(words if len(stages) == 1 else _words_of(stage, words), nproc) for stage in stages]
+
+
+def _words_of(stage: Recipe, words: Sequence[str]) -> list[str]:
+    """The words that select this one of several stages."""
+    return [*words, f"stage={Path(stage.out).name}"]
+
+
+def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
+    """The recipe's run directory, new or holding the same run; else UserError."""
+    run = RunDir(Path(recipe.out))
+    if run.exists():
+        # A later attempt continues what the first one made, and other ranks may come when rank 0 has made it.
+        if recipe.resume == "never" and attempt_number() == 0 and os.environ.get("RANK", "0") == "0":
+            raise UserError(
+                f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
+            )
+        run.check_same_run(recipe, model)
+    elif run.path.is_file() or (run.path.is_dir() and any(is_foreign(p.name) for p in run.path.iterdir())):
+        raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
+    check_writable(run.path)
+    if recipe.checkpoint_folder is not None:
+        CheckpointStore(absolute(recipe.checkpoint_folder)).check_reachable()
+    return run
+
+
+def is_foreign(name: str) -> bool:
+    """Whether it is none of the names that another rank's start may have put there already."""
+    return name not in OWN_NAMES and not name.startswith((PROBE, ".config.yaml."))
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where the folder, or the nearest one above it that exists, cannot be written to."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    try:
+        tempfile.TemporaryDirectory(dir=place, prefix=PROBE).cleanup()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; set out= to another folder") from None
+
+
+def default_nproc(words: Sequence[str]) -> int:
+    """A rank per GPU; on CPU 3 for the embedded recipe, which is made for them, and 1 for others."""
+    num_gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
+    return num_gpus or (1 if arguments(words)[0] else 3)
+
+
+def launch(words: Sequence[str], nproc: int, quiet: bool = False) -> int:
+    """Check the recipe, then train with `nproc` ranks on this machine, in as many attempts as it takes; the exit code.
+
+    Raises:
+        UserError: bad input, whether found here or by the ranks.
+    """
+    stages = prepare_stages(*arguments(words))
+    if len(stages) > 1:
+        return _launch_each(stages, words, nproc, quiet)
+    recipe = check(words, nproc)
+    threads = recipe.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // nproc)
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads)}
+    return Supervisor(recipe, torchrun_command(nproc, words), environment, quiet).supervise()
+
+
+def _launch_each(stages: list[Recipe], words: Sequence[str], nproc: int, quiet: bool) -> int:
+    """One stage after the other, until one is not finished; those that are finished say so themselves."""
+    check_stages(words, nproc)
+    for stage in stages:
+        code = launch(_words_of(stage, words), nproc, quiet)
+        if code or RunDir(Path(stage.out)).status()["state"] != "finished":
+            return code
+    return 0

@@ -1,0 +1,53 @@
+"""Let torchtitan run where there is no accelerator. The package `lamella.titan` calls `install` when it is imported.
+
+`torchtitan.tools.utils` asks torch once, when imported, which accelerator there is, and takes "cuda" for none. Here it
+is answered "cpu" during that import and given `torch.cpu` with the few calls it lacks. Private names of torch are
+involved; tests/titan/test_titan_device.py covers them.
+"""
+
+from __future__ import annotations
+
+import resource
+import types
+from typing import Any
+
+import psutil
+import torch
+import torch._utils
+
+
+def _cpu_memory_stats(device: Any = None) -> dict[str, int]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+
+def cpu_device_module() -> types.ModuleType:
+    """`torch.cpu` plus what torchtitan calls on a device module. Memory is the process's resident set, in bytes."""
+    module = types.ModuleType("lamella_cpu_device")
+    vars(module).update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
+    properties = types.SimpleNamespace(name="CPU", total_memory=psutil.virtual_memory().total)
+    calls: dict[str, Any] = {
+        "current_device": lambda: 0,  # torch.cpu answers "cpu"; torchtitan wants an index
+        "get_device_name": lambda device=None: properties.name,
+        "get_device_properties": lambda device=None: properties,
+        "memory_stats": _cpu_memory_stats,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
+    }
+    vars(module).update(calls)
+    return module
+
+
+def install() -> None:
+    """Import `torchtitan.tools.utils` with the answer "cpu", unless there is an accelerator."""
+    if torch.accelerator.is_available():
+        return
+    asked: Any = torch._utils
+    ask_type, ask_module = asked._get_available_device_type, asked._get_device_module
+    cpu = cpu_device_module()
+    asked._get_available_device_type = lambda: "cpu"
+    asked._get_device_module = lambda device_type: cpu if device_type == "cpu" else ask_module(device_type)
+    try:
+        import torchtitan.tools.utils  # noqa: F401
+    finally:
+        asked._get_available_device_type, asked._get_device_module = ask_type, ask_module

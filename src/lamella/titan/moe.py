@@ -1,0 +1,145 @@
+"""The MoE layer in torchtitan: modules that hold its weights, and what training adds to its forward pass.
+
+The maths of the experts is in `lamella.moe.experts.moe_ffn`. Parameters start as NaN: all come from a checkpoint.
+
+Shapes: B batch, L sequence, T = B*L tokens, D model width, S slices, E experts, R router rows, f neurons per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+from torchtitan.protocols.module import Module
+
+from lamella.architecture.moe import ExpertPath, MoEConfig
+from lamella.moe.balancing import add_gradient_of, pair_choice_loss
+from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora, router_scores
+from lamella.moe.lora import Lora
+from lamella.moe.slicing import Experts
+from lamella.titan.routed import Routed, Router, unset
+
+EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")
+LORA_NAMES = tuple(f"lora_{name}" for name in Lora._fields)
+OTHER_NAMES = ("weight", "bias", "up_weight", "gate_scale", "gate_up_proj", "down_proj", "output_bias")
+UNSET = dict.fromkeys((*EXPERT_NAMES, *LORA_NAMES, *OTHER_NAMES), unset)
+
+
+class PackedExperts(Module):
+    """Parameters only: frozen and trainable experts apart, so that an optimizer never sees the frozen ones."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        moe: MoEConfig
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, f = config.dim, config.moe.moe_intermediate_size
+        counts = {"frozen": config.moe.num_frozen_experts, "trainable": config.moe.num_trainable_experts}
+        for kind, E in counts.items():
+            if E:
+                self.register_parameter(f"{kind}_gate_up_proj", nn.Parameter(torch.empty(E, 2 * f, D)))
+                self.register_parameter(f"{kind}_down_proj", nn.Parameter(torch.empty(E, D, f)))
+        for name, shape in config.moe.lora_shapes(D).items():
+            self.register_parameter(f"lora_{name}", nn.Parameter(torch.empty(shape)))
+        # torchtitan's FSDP shards another dimension over more ranks than this
+        self.num_experts = min(E for E in counts.values() if E)
+
+    @property
+    def frozen(self) -> Experts:
+        return _here(packed(self, "frozen"))
+
+    @property
+    def trainable(self) -> Experts:
+        return _here(packed(self, "trainable"))
+
+
+def _here(experts: Experts) -> Experts:
+    """This rank's experts, where expert parallelism shares them out."""
+    return Experts(*(t.to_local() if isinstance(t, DTensor) else t for t in experts))
+
+
+def _plain(tensor: Any) -> Any:
+    """A weight that ranks of tensor parallelism hold whole, each for tokens of its own: gradients add up."""
+    return tensor.to_local(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+
+
+class Shared(Module):
+    """Parameters only: the expert that is always on, of `width` neurons."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        width: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * config.width, config.dim))
+        self.down_proj = nn.Parameter(torch.empty(config.dim, config.width))
+
+
+class SlicedMoE(Routed):
+    """[B, L, D] -> [B, L, D]"""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        moe: MoEConfig
+        expert_path: ExpertPath = "auto"
+
+    def __init__(self, config: Config):
+        super().__init__(config.moe)
+        self.path: ExpertPath = config.expert_path
+        self.expert_group: torch.distributed.ProcessGroup | None = None
+        """The ranks that share out the experts; None: this one holds all."""
+        dim, moe, width = config.dim, config.moe, config.moe.shared_intermediate_size
+        self.experts = PackedExperts.Config(dim=dim, moe=moe, param_init=UNSET).build()
+        self.router = Router.Config(dim=dim, moe=moe, param_init=UNSET).build()
+        self.shared = Shared.Config(dim=dim, width=width, param_init=UNSET).build() if width else None
+        self.output_bias = nn.Parameter(torch.empty(dim)) if moe.output_bias else None
+        self.choice_targets_B: Tensor | None = None
+        """What each sample's tokens should choose in every pair; see `pair_choice_loss`."""
+        self.choice_factor = 0.0
+        """On that loss of one token."""
+        self.observer: Callable[[Tensor], None] | None = None
+        """Is shown what the layer gets, [T, D]."""
+
+    @property
+    def routed_experts(self) -> Any:
+        """Where torchtitan's FSDP looks for packed expert parameters."""
+        return SimpleNamespace(inner_experts=self.experts)
+
+    @property
+    def weights(self) -> MoEWeights:
+        router, experts, shared = self.router, self.experts, self.shared
+        return MoEWeights(
+            _plain(router.weight), router.selection_bias, experts.frozen, experts.trainable, _plain(router.up_weight),
+            _plain(router.gate_scale),
+            None if shared is None else SharedExpert(_plain(shared.gate_up_proj), _plain(shared.down_proj)),
+            _plain(self.output_bias), packed_lora(experts),
+        )  # fmt: skip
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_TD, weights = x_BLD.flatten(0, 1), self.weights
+        if self.observer is not None:
+            self.observer(x_TD)
+        y_TD, self.last_routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
+        if self.training and scores_TE is not None:
+            self.gather(self.last_routing, scores_TE)
+            y_TD = self.add_auxiliary_loss(y_TD, self.last_routing, scores_TE)
+            y_TD = self._add_choice_loss(y_TD, x_TD, weights)
+        return y_TD.view_as(x_BLD)
+
+    def _add_choice_loss(self, y_TD: Tensor, x_TD: Tensor, weights: MoEWeights) -> Tensor:
+        """Its gradient ends at the router: the layers below are not to learn how to be told apart."""
+        if self.choice_targets_B is None:
+            return y_TD
+        targets_T = self.choice_targets_B.repeat_interleave(len(y_TD) // len(self.choice_targets_B))
+        scores_TE = router_scores(x_TD.detach(), weights, self.moe)
+        return add_gradient_of(y_TD, self.choice_factor * pair_choice_loss(scores_TE, targets_T))

@@ -1,0 +1,41 @@
+"""Evaluation through the stages of a pipeline, one batch at a time; training has torchtitan's schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lamella.titan.decoder import LamellaDecoder
+
+
+def through_stages(model: LamellaDecoder, inputs: dict[str, Tensor], stages: Any = None) -> Tensor | None:
+    """The logits; None on every stage but the last.
+
+    Args:
+        model: the whole, or this rank's stage.
+        inputs: "input" [B, L] and "positions" [B, L].
+        stages: device mesh of a pipeline, or None.
+    """
+    tokens, positions = inputs["input"], inputs["positions"]
+    if stages is None:
+        return model(tokens, positions)
+    rank, group = stages.get_local_rank(), stages.get_group()
+    x = tokens
+    if rank > 0:
+        B, L = tokens.shape if model.context is None else model.context.part(tokens).shape
+        x = torch.empty(B, L, model.config.dim, dtype=_computed_dtype(model), device=tokens.device)
+        dist.recv(x, group=group, group_src=rank - 1)
+    y = model(x, positions)
+    if rank == stages.size() - 1:
+        return y
+    dist.send(y.contiguous(), group=group, group_dst=rank + 1)
+    return None
+
+
+def _computed_dtype(model: LamellaDecoder) -> torch.dtype:
+    """Of the activations between blocks."""
+    policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
+    return policy.param_dtype or torch.float32

@@ -1,0 +1,62 @@
+"""Tensor parallelism: ranks share out attention heads, dense FFN neurons and vocabulary; between them, the tokens.
+
+torchtitan's own sharding of a decoder, with sequence parallelism: norms and the MoE see each rank's part of the
+sequence. So the MoE needs no cut through its experts: expert parallelism shares them out over the same ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import spmd_types as spmd
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torchtitan.models.common.decoder_sharding import (
+    dense_activation_placement,
+    dense_param_placement,
+    dense_sequence_parallel_placement,
+    norm_config,
+    set_decoder_sharding_config,
+    set_dense_ffn_sharding,
+    set_gqa_attention_sharding,
+    set_gqa_inner_attention_local_map,
+)
+from torchtitan.protocols.sharding import ShardingConfig
+
+
+def set_sharding(config: Any) -> None:
+    """Say in a `LamellaDecoder.Config` how `Module.parallelize` shares out all but the MoE layers."""
+    set_decoder_sharding_config(config, enable_sp=True)
+    for layer in config.layers:
+        layer.attention_norm.sharding_config = layer.ffn_norm.sharding_config = norm_config(enable_sp=True)
+        set_gqa_attention_sharding(layer.attention, enable_sp=True)
+        set_gqa_inner_attention_local_map(layer.attention.inner_attention)
+        if layer.attention.qk_norm is not None:
+            layer.attention.qk_norm.sharding_config = _head_norm()
+        if layer.feed_forward is not None:
+            tokens = dense_sequence_parallel_placement()
+            set_dense_ffn_sharding(layer.feed_forward, attn_x_layout=tokens, enable_sp=True)
+
+
+def _head_norm() -> ShardingConfig:
+    """Each rank normalises its own heads."""
+    heads = dense_activation_placement(tp=spmd.S(2))
+    weight = {"weight": dense_param_placement(tp=spmd.R)}
+    return ShardingConfig(state_shardings=weight, in_src_shardings={"input": heads}, out_src_shardings=heads)
+
+
+def replicate(module: nn.Module, mesh: Any) -> None:
+    """A module's own parameters, whole on every rank of the mesh; their gradients are summed over it."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        whole = distribute_tensor(parameter.data, mesh, [Replicate()])
+        module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+
+def on_own_tokens(forward: Callable[[Tensor], Tensor], mesh: Any) -> Callable[[DTensor], DTensor]:
+    """Of a module on plain tensors, one on activations that are cut along the sequence."""
+
+    def on_parts(x_BLD: DTensor) -> DTensor:
+        return DTensor.from_local(forward(x_BLD.to_local()), mesh, [Shard(1)], run_check=False)
+
+    return on_parts

@@ -1,0 +1,33 @@
+"""Run under torchrun: several training runs in one process group, because starting one costs 15 s.
+
+The argument is a JSON file: [["out=a", "steps=3", ...], ...], each as after `train.py`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lamella.run.folder import RunDir
+from lamella.run.launch import arguments, prepare_recipe
+from lamella.train.stage import prepare, redirected_output, train_run
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        recipe = prepare_recipe(*arguments(words))
+        recipe.check_world_size(int(os.environ["WORLD_SIZE"]))
+        config = prepare(recipe, rank)
+        assert config is not None
+        with redirected_output(RunDir(Path(recipe.out)).log_file(rank)) as terminal:
+            config.stream = terminal
+            train_run(config, recipe, rank, terminal)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
