@@ -31,17 +31,6 @@ def test_readme_has_two_set_up_commands_one_main_job_and_one_for_the_tests() -> 
     assert COMMANDS[:4] == [*SET_UP, "uv run lamella demo", TESTS]
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH")
-def test_requirements_lock_agrees_with_the_project() -> None:
-    """Without addresses: names, versions and hashes alone."""
-    export = ["uv", "export", "--quiet", "--format", "requirements.txt", "--no-emit-project", "--all-groups"]
-    done = subprocess.run([*export, "--no-annotate", "--no-header"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    committed = (ROOT / "requirements.lock").read_text()
-    assert done.stdout == committed
-    assert "://" not in committed
-
-
 def words_of(command: str, folder: Path) -> list[str]:
     """The command as the test runs it: with this interpreter's environment, on a tiny model in place of the 8B one."""
     command = command.replace("path/to/Llama-3.1-8B", str(folder / "dense"))
