@@ -31,13 +31,13 @@ from measure import earlier_rows, figure, positive, provenance, work_folder, wri
 from lamella.checkpoint.embedded import embedded_model
 from lamella.conversion import convert
 from lamella.evaluate.perplexity import perplexity, text_samples
+from lamella.export.trained import materialise
 from lamella.hf.models import load
 from lamella.recipe.conversion import make_conversion
 from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
 from lamella.run.processes import StopRequest
 from lamella.train.stage import train_stage
-from lamella.train.weights import materialise
 from lamella.worker import alone_without_torchrun
 
 RESULTS = Path(__file__).parent / "results"

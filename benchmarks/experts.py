@@ -23,7 +23,7 @@ from measure import interleaved_seconds, median_spread, peak_bytes, positive, pr
 
 from lamella.architecture.moe import MoEConfig
 from lamella.moe.experts import PATHS, MoEWeights, moe_ffn
-from lamella.moe.slicing import Experts
+from lamella.moe.packed import Experts
 
 # name -> (tokens T, model width D, dense FFN width F)
 SHAPES = {"tiny": (512, 256, 1024), "1k": (2048, 1024, 4096), "2k": (1024, 2048, 8192), "8b": (1024, 4096, 14336)}

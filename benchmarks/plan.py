@@ -111,8 +111,9 @@ def reset_high_water_mark() -> None:
 
 def rank(words: list[str]) -> None:
     """Under torchrun: train as `lamella train` does, and write what this rank's memory came to."""
+    from lamella.recipe.files import arguments
+    from lamella.recipe.stages import prepare_recipe
     from lamella.run.folder import RunDir
-    from lamella.run.launch import arguments, prepare_recipe
     from lamella.train.stage import prepare, redirected_output, return_freed_memory, train_run
     from lamella.train.trainer import LamellaTrainer
 

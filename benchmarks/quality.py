@@ -28,7 +28,7 @@ from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
 from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
 from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.source import Checkpoint
-from lamella.conversion.partition.decide import Axes, Decision, finish, routed_output, split
+from lamella.conversion.partition.decide import Decision, finish, routed_output, split
 from lamella.conversion.partition.oracle import largest
 from lamella.conversion.partition.reconstruct import reconstruct
 from lamella.conversion.partition.refit import refit_down
@@ -36,6 +36,7 @@ from lamella.conversion.partition.static import Kept, flap, kept_output, static
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
+from lamella.recipe.methods.partition import Axes
 
 PARTS = 16
 OURS = "coadapted"

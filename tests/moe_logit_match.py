@@ -17,11 +17,11 @@ from tiny import save_llama
 from lamella.checkpoint.embedded import embedded_model
 from lamella.cli import run_command, verify
 from lamella.conversion import SliceOptions, convert
-from lamella.conversion.upcycle import UpcycleOptions
 from lamella.errors import UserError
 from lamella.evaluate.logit_match import Check, logit_match
 from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
+from lamella.recipe.methods.upcycle import UpcycleOptions
 
 TINY_TOKENS = {"float32": 512, "bfloat16": 512}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,10 +164,33 @@ def train(
     ] = None,
 ) -> None:
     """Train a converted model: check the recipe, then start torchrun."""
+    from lamella.data.sources import open_source
     from lamella.run.launch import default_nproc, launch
 
-    if code := launch(words or [], default_nproc(words or []) if nproc is None else nproc):
+    ranks = default_nproc(words or []) if nproc is None else nproc
+    if code := launch(words or [], ranks, check_source=open_source):
         raise typer.Exit(code)
+
+
+@app.command(hidden=True, context_settings={"ignore_unknown_options": True})
+def slurm(
+    when: Annotated[str, typer.Argument(help="before or after an attempt.")],
+    number: Annotated[int, typer.Argument(help="Ranks of the job, or the exit code of srun.")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [key=value ...]")] = None,
+) -> None:
+    """What launch/slurm/train.sbatch asks on the batch host: check the recipe, and whether to queue the job again."""
+    from lamella.data.sources import open_source
+    from lamella.run.slurm import after, before
+
+    if when == "before":
+        before(words or [], number, open_source)
+        return
+    try:
+        code = after(words or [], number, os.environ["SLURM_JOB_ID"])
+    except OSError as error:  # uncounted attempts would have no end
+        print(f"error: the attempt cannot be recorded: {error}", file=sys.stderr)
+        code = 1
+    raise typer.Exit(code)
 
 
 data_app = typer.Typer(help="Training data.", no_args_is_help=True)

@@ -191,7 +191,7 @@ def _launch(demo: Demo, out: Path) -> None:
 def frozen_unchanged(demo: Demo) -> bool:
     """Whether every frozen tensor of the trained model has the hash that the conversion's manifest gives it."""
     from lamella.checkpoint.source import read_folder
-    from lamella.train.weights import materialise
+    from lamella.export.trained import materialise
 
     manifest = json.loads((demo.moe / "lamella.json").read_text())["tensors"]
     trained = {name: tensor for name, tensor in read_folder(materialise(demo.run)).items() if ".frozen_" in name}
@@ -215,7 +215,7 @@ def resume(demo: Demo) -> None:
 
 def export(demo: Demo) -> None:
     from lamella.export import export
-    from lamella.train.weights import materialise
+    from lamella.export.trained import materialise
 
     with demo.stage("export: stock GLM4-MoE, reloaded in plain transformers"):
         result = export(materialise(demo.run), "glm4-moe", demo.exported)

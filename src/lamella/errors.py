@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Bad input. The message says what is wrong and what to do about it."""
 
 
+class BadData(UserError):
+    """Data that are not what was written: the message names file and offset."""
+
+
 def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
     """UserError that lists the choices, unless `value` is one of them; None among them: it may be left out."""
     choices = list(choices)

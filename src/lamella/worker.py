@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from lamella.errors import UserError
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_stages
 from lamella.run.folder import write_atomic
-from lamella.run.launch import arguments, prepare_stages
 from lamella.run.processes import StopRequest, die_with_parent
 from lamella.run.supervise import REFUSAL_FILE
 

@@ -127,7 +127,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_is_its_gguf(tmp_path: Path) -> None:
-    from lamella.checkpoint.embedded import embedded_gguf
+    from lamella.architecture.embedded import embedded_gguf
 
     from_gguf, folder = Checkpoint.open(embedded_gguf()), Checkpoint.open(None)
     assert from_gguf.tensors.keys() == folder.tensors.keys()

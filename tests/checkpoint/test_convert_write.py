@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from oracles import slice_down
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lamella.checkpoint import blocks
 from lamella.checkpoint.blocks import BLOCK_BYTES, BUFFER_BYTES, BlockFile, Stream
-from lamella.checkpoint.pieces import Noise, Piece, Run, Runs, SplitColumns
+from lamella.checkpoint.pieces import Piece, Run, Runs, SplitColumns
 from lamella.checkpoint.plan import OutputTensor, Plan
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, read_header
 from lamella.checkpoint.write import MAX_STREAMS, write_tensors
-from lamella.moe.slicing import add_noise, matrix_std, slice_down
+from lamella.conversion.noise import Noise
+from lamella.moe.noise import add_noise, matrix_std
 
 # Within a block, across one, exactly blocks, and over several buffers; none of the starts is that of a block.
 LENGTHS = (1, 40, BLOCK_BYTES - 140, BLOCK_BYTES + 1, 3 * BLOCK_BYTES, BUFFER_BYTES, 2 * BUFFER_BYTES + 12345)

@@ -18,7 +18,7 @@ from lamella.conversion import SliceOptions, convert, plan_conversion
 from lamella.errors import UserError
 from lamella.export import export
 from lamella.hf.models import load
-from lamella.moe.slicing import gaussian_noise
+from lamella.moe.noise import gaussian_noise
 from lamella.recipe.methods.slice import parse_layers
 
 # Logits of the tiny models reach about 4. Slicing only reorders sums of at most 48 terms per FFN in each of 3 layers:
@@ -204,7 +204,9 @@ def test_zero_noise_makes_equal_copies(tmp_path: Path) -> None:
 
 def noise_of(folder: Path, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What was added to gate, up [F, D] and down [D, F] of a layer."""
-    from lamella.moe.slicing import Experts, unslice_ffn
+    from oracles import unslice_ffn
+
+    from lamella.moe.packed import Experts
 
     moe, prefix = read_all(folder), f"model.layers.{layer}.mlp.experts."
     frozen, copies = (

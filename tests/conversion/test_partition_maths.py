@@ -9,7 +9,8 @@ import torch
 from partition_samples import D, F, T, generator, sample_of
 from transformers.activations import ACT2FN
 
-from lamella.calibrate.sample import ACTIVATIONS, Partition, Parts, expert_norms, expert_outputs, hidden, output
+from lamella.architecture.sizes import Parts
+from lamella.calibrate.sample import ACTIVATIONS, Partition, expert_norms, expert_outputs, hidden, output
 from lamella.conversion.partition import PARTITIONS, ROUTERS
 from lamella.conversion.partition.align import alignment, residual_bias
 from lamella.conversion.partition.assign import balanced_assign

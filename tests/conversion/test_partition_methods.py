@@ -6,13 +6,18 @@ import pytest
 import torch
 from partition_samples import D, F, T, generator, sample_of
 
-from lamella.calibrate.sample import Parts, choose, expert_norms, router_logits, rows, weights_only
-from lamella.conversion.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
+from lamella.architecture.sizes import Parts
+from lamella.calibrate.sample import choose, expert_norms, router_logits, rows, weights_only
+from lamella.conversion.partition import PARTITIONS, ROUTERS
 from lamella.conversion.partition.reconstruct import dense_output, reconstruct, relative_error
 from lamella.errors import UserError
+from lamella.recipe.methods import partition as axes
 
 SPLITS = [Parts(8, 0, 3), Parts(8, 2, 4), Parts(4, 1, 2), Parts(48, 5, 10)]
 OVERLAPPING = {"gradient-sharing"}
+NEEDS_SAMPLE = {name for name, choice in axes.PARTITIONS.items() if choice.needs_sample}
+NEEDS_GRADIENT = {name for name, choice in axes.PARTITIONS.items() if choice.needs_gradient}
+ROUTERS_NEED_SAMPLE = {name for name, choice in axes.ROUTERS.items() if choice.needs_sample}
 
 
 @pytest.mark.parametrize("parts", SPLITS, ids=str)

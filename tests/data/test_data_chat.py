@@ -8,11 +8,12 @@ import torch
 from tiny import EOS, save_tokenizer
 from transformers import AutoTokenizer
 
+from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.chat import ChatRenderer
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, samples_of, token_file, whole_documents
 from lamella.data.prepare import prepare
 from lamella.data.sources import documents
-from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens, template_fingerprint
+from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens
 from lamella.errors import UserError
 from lamella.recipe.sections import Portion
 from lamella.train.data import MixedSamples, open_samples

@@ -11,9 +11,9 @@ from tiny import EOS, VOCAB
 
 from lamella.data.packing import IGNORE_INDEX, PackedSamples
 from lamella.data.prepared import MAX_OPEN_SHARDS, TokenFolder, open_prepared, read_manifest
-from lamella.data.shards import BLOCK_TOKENS, BadData, Shard, ShardWriter
+from lamella.data.shards import BLOCK_TOKENS, Shard, ShardWriter
 from lamella.data.tokenizer import Tokens
-from lamella.errors import UserError
+from lamella.errors import BadData, UserError
 from lamella.train.data import MAX_BAD_IN_A_ROW, MixedSamples
 
 pytestmark = pytest.mark.faults

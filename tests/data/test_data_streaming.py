@@ -17,10 +17,9 @@ from lamella.data import streaming
 from lamella.data.packing import PackedSamples, Sample, token_file
 from lamella.data.prepare import prepare
 from lamella.data.readers import BadRecords, Place
-from lamella.data.shards import BadData
 from lamella.data.sources import open_source, records
 from lamella.data.streaming import StreamedSamples
-from lamella.errors import UserError
+from lamella.errors import BadData, UserError
 from lamella.recipe.sections import Portion
 from lamella.recipe.training import make_recipe
 from lamella.train.data import MixedSamples, SampleLoader, open_samples

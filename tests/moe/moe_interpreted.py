@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 FP32, BF16 = experts.TOLERANCE

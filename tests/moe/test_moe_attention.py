@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.moe import AttentionMoEConfig
+from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError
 from lamella.moe.attention.heads import (
     AttentionWeights,
@@ -20,7 +21,6 @@ from lamella.moe.attention.heads import (
     Projection,
     attend_masked,
     attention_scores,
-    check_experts,
     expert_norms,
     expert_weights,
     fixed_attention_routing,

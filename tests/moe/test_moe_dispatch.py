@@ -15,12 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lamella.errors import UserError
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts, auto_path
 from lamella.moe.paths.dispatch import dispatch, pair_range, to_rows
 from lamella.moe.paths.grouped import split_halves
 from lamella.moe.paths.row_ops import HAS_TRITON
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 S, T, D, f = experts.S, experts.T, experts.D, experts.f
 

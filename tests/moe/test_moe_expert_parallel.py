@@ -7,9 +7,9 @@ import torch
 
 from lamella.architecture.moe import MoEConfig
 from lamella.moe.expert_parallel import _own_rows, local_ids
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 def flat_config(num_frozen: int, num_trainable: int, top_k: int) -> MoEConfig:

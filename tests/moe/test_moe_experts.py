@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from oracles import slice_ffn
 
 from lamella.architecture.moe import MoEConfig
 from lamella.moe.experts import PATHS, MoEWeights, SharedExpert, apply_experts, gated_ffn, moe_ffn
+from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route, router_logits
-from lamella.moe.slicing import Experts, slice_ffn
 
 S, T, D, f = 4, 37, 16, 24
 RUNNABLE = [path for path in PATHS if path != "fused"]  # Triton's interpreter runs it in test_moe_fused.py

@@ -7,9 +7,9 @@ import pytest
 import test_moe_experts as experts
 import torch
 
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 S = 8

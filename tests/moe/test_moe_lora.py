@@ -15,9 +15,9 @@ from lamella.errors import UserError
 from lamella.export import export
 from lamella.hf.models import load
 from lamella.moe.lora import Lora, lora_experts, merged
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 S, T, D, F, R = 4, 33, 32, 16, 8
 CONFIG = MoEConfig(S, S, F, S, (0,), lora_rank=R, lora_alpha=4.0)

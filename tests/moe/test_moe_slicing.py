@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import slice_ffn, unslice_ffn
 
+from lamella.architecture.sizes import check_slices
 from lamella.errors import UserError
 from lamella.moe.experts import gated_ffn
-from lamella.moe.slicing import check_slices, noise_generator, slice_ffn, unslice_ffn
+from lamella.moe.noise import noise_generator
 
 D, WIDTH = 12, 48
 

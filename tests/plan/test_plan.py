@@ -22,9 +22,9 @@ from lamella.plan.memory import Memory
 from lamella.plan.model import make_model, read_model
 from lamella.plan.report import plan_text, plan_values
 from lamella.plan.start import starting_model
+from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
-from lamella.run.launch import prepare_recipe, prepare_stages
 from lamella.titan import attention as titan_attention
 from lamella.titan.flops import training_flops_per_token
 from lamella.train import distil

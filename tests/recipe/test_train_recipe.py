@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from lamella.errors import UserError
-from lamella.recipe.stages import make_stages
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import make_stages, prepare_recipe, prepare_stages
 from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
 from lamella.run.folder import RunDir, model_fingerprint
-from lamella.run.launch import arguments, check, check_run_dir, prepare_recipe, prepare_stages
+from lamella.run.launch import check, check_run_dir
 
 RECIPES = sorted(Path(__file__).parents[2].glob("launch/recipes/*.yaml"))
 

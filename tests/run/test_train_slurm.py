@@ -12,8 +12,9 @@ from pydoc_data import topics
 import pytest
 from titan_models import trainable_moe
 
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_stages
 from lamella.run.folder import RunDir
-from lamella.run.launch import arguments, prepare_stages
 from lamella.run.slurm import REQUEUE, after, before
 
 ROOT = Path(__file__).parents[2]

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from titan_models import tiny_moe, trainable_moe
 
 from lamella.errors import UserError
+from lamella.export.trained import materialise
 from lamella.recipe.training import Recipe
 from lamella.run.folder import RunDir
 from lamella.titan.config import read_hf_config
 from lamella.train.data import open_samples
-from lamella.train.weights import materialise
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 STEPS = 10

@@ -13,8 +13,8 @@ from tiny import save_llama
 from titan_models import HEADS, PARTITIONED, trainable_moe
 
 from lamella.conversion import convert
+from lamella.export.trained import materialise
 from lamella.recipe.methods.attention import AttentionOptions
-from lamella.train.weights import materialise
 
 pytestmark = pytest.mark.slow
 STEPS = 6

@@ -11,14 +11,13 @@ from titan_models import load_titan, tiny_moe, trainable_moe
 
 from lamella.architecture.names import is_trained
 from lamella.conversion import convert
-from lamella.data.shards import BadData
-from lamella.errors import UserError
+from lamella.display import Progress, duration
+from lamella.errors import BadData, UserError
 from lamella.plan.command import make_layout
 from lamella.plan.model import read_model
 from lamella.recipe.methods.attention import AttentionOptions
 from lamella.recipe.training import Recipe, TwinShare, make_recipe
 from lamella.run.folder import RunDir
-from lamella.run.progress import Progress, duration
 from lamella.titan.flops import training_flops_per_token
 from lamella.train.assemble import model_config, trainer_config
 from lamella.train.balance import Balance, start_routing

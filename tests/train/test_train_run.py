@@ -18,12 +18,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from lamella.data.packing import IGNORE_INDEX
 from lamella.data.prepare import prepare
 from lamella.export import export
+from lamella.export.trained import materialise
 from lamella.hf.models import load
 from lamella.recipe.sections import Portion
 from lamella.run.folder import RunDir
 from lamella.titan.decoder import document_mask
 from lamella.train.data import open_samples, spread
-from lamella.train.weights import materialise
 
 pytestmark = pytest.mark.slow
 STEPS = 12

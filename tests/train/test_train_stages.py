@@ -18,11 +18,12 @@ from titan_models import trainable_moe
 from transformers import AutoTokenizer
 
 from lamella.errors import UserError
-from lamella.recipe.stages import make_stages
+from lamella.export.trained import materialise
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import make_stages, prepare_recipe, prepare_stages
 from lamella.run.folder import RunDir
-from lamella.run.launch import arguments, check, prepare_recipe, prepare_stages
+from lamella.run.launch import check
 from lamella.train.data import MixedSamples, check_objective
-from lamella.train.weights import materialise
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "demo-stages.yaml"

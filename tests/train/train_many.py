@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_recipe
 from lamella.run.folder import RunDir
-from lamella.run.launch import arguments, prepare_recipe
 from lamella.train.stage import prepare, redirected_output, train_run
 
 

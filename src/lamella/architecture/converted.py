@@ -7,8 +7,8 @@ from typing import Any
 from lamella.architecture.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
+from lamella.architecture.sizes import expert_shapes
 from lamella.errors import UserError
-from lamella.moe.two_matrix import expert_shapes
 
 REMOTE_CODE = "modeling_lamella"
 FLOAT32 = ("router.selection_bias",)  # whatever the dtype of the weights

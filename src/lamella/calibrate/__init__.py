@@ -17,9 +17,10 @@ from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
 from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
-from lamella.calibrate.text import CalibrationOptions, CalibrationTokens, calibration_tokens
+from lamella.calibrate.text import CalibrationTokens, calibration_tokens
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
+from lamella.recipe.calibration import CalibrationOptions
 
 __all__ = ["CalibrationOptions", "CalibrationTokens", "Progress", "calibrate", "calibration_tokens"]
 

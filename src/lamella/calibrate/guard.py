@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -29,33 +28,10 @@ from lamella.calibrate.passes import (
 from lamella.calibrate.sample import FFN
 from lamella.calibrate.text import CalibrationTokens
 from lamella.data.packing import IGNORE_INDEX
-from lamella.errors import UserError, check_choice
+from lamella.recipe.calibration import Guard
 
-Metric = Literal["perplexity", "kl"]
 _HEAD_ELEMENTS = 1 << 23
 """Logits at a time."""
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Budgets. `perplexity`: a ratio to the dense model's. `kl`: nats per token, KL(dense || converted)."""
-
-    metric: Metric = "perplexity"
-    per_layer: float = 1.05
-    """The metric after a layer over the one before it, or for kl the difference."""
-    total: float = 1.5
-    """The metric after a layer."""
-    tokens: int = 2048
-    """Calibration tokens that every test scores."""
-
-    def __post_init__(self) -> None:
-        check_choice("the guard's metric", self.metric, get_args(Metric))
-        least = 1.0 if self.metric == "perplexity" else 0.0
-        for name in ("per_layer", "total"):
-            if not getattr(self, name) >= least:
-                raise UserError(
-                    f"the guard's {name} is {getattr(self, name)}; for {self.metric} it is at least {least}"
-                )
 
 
 class Verdict(NamedTuple):

@@ -41,25 +41,6 @@ class LayerSample(NamedTuple):
     """Gradient of the summed next-token loss with respect to h; None if nobody asked for it."""
 
 
-class Parts(NamedTuple):
-    num_parts: int
-    """G"""
-    num_shared: int
-    """s"""
-    num_active: int
-    """A, shared parts included"""
-
-    @property
-    def num_routed(self) -> int:
-        """E"""
-        return self.num_parts - self.num_shared
-
-    @property
-    def num_chosen(self) -> int:
-        """K"""
-        return self.num_active - self.num_shared
-
-
 class Partition(NamedTuple):
     shared_n: Tensor
     """int64 [s*f] neuron ids, ascending."""
@@ -76,19 +57,6 @@ class RouterInit(NamedTuple):
     """For the selection alone, never for a gate's weight."""
     up_ED: Tensor | None = None
     """With it (CMoE's analytic router) logits = |silu(x @ weight.T) * (x @ up.T)| + bias."""
-
-
-def check_parts(ffn_width: int, parts: Parts) -> int:
-    """Neurons per part, f; UserError unless G divides F and 0 <= s < A <= G."""
-    G, s, A = parts
-    if G < 2 or ffn_width % G:
-        choices = [g for g in range(2, 129) if ffn_width % g == 0]
-        raise UserError(f"the FFN width {ffn_width} is not divisible into {G} parts; choose one of {choices}")
-    if not 0 < A <= G:
-        raise UserError(f"{A} of {G} parts cannot be active; choose 1 to {G}")
-    if not 0 <= s < A:
-        raise UserError(f"{s} shared parts leave no routed one of {A} active parts; choose 0 to {A - 1}")
-    return ffn_width // G
 
 
 def need_gradient(sample: LayerSample, method: str) -> Tensor:

@@ -25,39 +25,13 @@ from lamella.data.packing import PackedSamples, token_file
 from lamella.data.prepared import TokenFolder
 from lamella.data.sources import Split, open_source
 from lamella.errors import UserError
+from lamella.recipe.calibration import CalibrationOptions
 
 # Of a large source so many times the tokens needed are tokenised, and the windows drawn from them.
 DRAW_FROM = 64
 # Evaluation scores the other side, "heldout".
 SPLIT: Split = "train"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Which text the layers are shown."""
-
-    data: str = "python-docs"
-    """A source as in `lamella.data.sources`."""
-    num_tokens: int = 16384
-    """Rounded down to whole windows."""
-    sequence_length: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"the calibration's seed is {self.seed}; it must be 0 or a positive number")
-        if self.sequence_length < 2:
-            raise UserError(f"the calibration windows have {self.sequence_length} tokens; they need at least 2")
-        if self.num_tokens < self.sequence_length:
-            raise UserError(
-                f"{self.num_tokens} calibration tokens do not fill a window of {self.sequence_length}; "
-                "raise the tokens or shorten the window"
-            )
-
-    @property
-    def num_windows(self) -> int:
-        return self.num_tokens // self.sequence_length
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: D model width, F dense FFN width, S slices, f = F/S, r rows of a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +15,22 @@ from torch import Tensor
 
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError
-from lamella.moe.slicing import NOISE_BLOCK, add_noise, matrix_std
+
+ChangeBlock = Callable[[Tensor, int, torch.dtype], Tensor]
+"""(elements, the place of the first one in the flattened tensor, dtype) -> the changed elements in that dtype."""
 
 
-@dataclass(frozen=True)
-class Noise:
-    scale: float
-    """In units of the matrix's standard deviation."""
-    seed: int
+class Change(Protocol):
+    """What is done to a tensor's elements on their way, such as adding noise."""
+
+    @property
+    def unit(self) -> int:
+        """Elements that are changed together: cutting within a unit costs all of it."""
+        ...
+
+    def prepare(self, source: SourceTensor) -> ChangeBlock | None:
+        """The change of this tensor's elements; None where it changes nothing."""
+        ...
 
 
 class Sink(Protocol):
@@ -54,7 +63,7 @@ class Runs:
     """Runs laid end to end. A tensor that is copied is one run; packed gate and up rows are two per slice."""
 
     runs: tuple[Run, ...]
-    noise: Noise | None = None
+    change: Change | None = None
 
     @classmethod
     def copy(cls, source: SourceTensor) -> Runs:
@@ -62,10 +71,10 @@ class Runs:
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
         sources = {run.source.name: run.source for run in self.runs}
-        std = {name: noise_std(source, self.noise) for name, source in sources.items()}
+        changes = {name: _prepared(source, self.change) for name, source in sources.items()}
         for run in self.runs:
             for start, count in spans(run.start, run.count, CHUNK_ELEMENTS):
-                sink.append(_elements(run.source, start, count, dtype, std[run.source.name], self.noise))
+                sink.append(_elements(run.source, start, count, dtype, changes[run.source.name]))
 
 
 @dataclass(frozen=True)
@@ -74,13 +83,13 @@ class SplitColumns:
 
     source: SourceTensor
     slices: int
-    noise: Noise | None = None
+    change: Change | None = None
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
         D, F = self.source.shape
-        f, std = F // self.slices, noise_std(self.source, self.noise)
-        for row, rows in spans(0, D, _rows_per_chunk(F)):
-            block_rF = _elements(self.source, row * F, rows * F, dtype, std, self.noise).view(rows, F)
+        f, change = F // self.slices, _prepared(self.source, self.change)
+        for row, rows in spans(0, D, _rows_per_chunk(F, self.change)):
+            block_rF = _elements(self.source, row * F, rows * F, dtype, change).view(rows, F)
             for i, part_rf in enumerate(block_rF.split(f, dim=1)):
                 sink.place((i * D + row) * f, part_rf)
 
@@ -112,27 +121,20 @@ class Values:
                 sink.append(torch.full((count,), value, dtype=dtype))
 
 
-def _rows_per_chunk(width: int) -> int:
-    """As many rows as a chunk holds; whole blocks of noise where possible, since part of one costs all of it."""
-    rows, unit = max(1, CHUNK_ELEMENTS // width), NOISE_BLOCK // math.gcd(width, NOISE_BLOCK)
+def _rows_per_chunk(width: int, change: Change | None) -> int:
+    """As many rows as a chunk holds; whole units of the change where possible."""
+    rows = max(1, CHUNK_ELEMENTS // width)
+    unit = 1 if change is None else change.unit // math.gcd(width, change.unit)
     return rows - rows % unit if rows >= unit else rows
 
 
-def noise_std(source: SourceTensor, noise: Noise | None) -> float:
-    """Standard deviation of the noise to add, in the weights' own units; 0 without noise."""
-    if noise is None or noise.scale == 0:
-        return 0.0
-    std = matrix_std(source.read(start, count) for start, count in source.chunks())
-    if not math.isfinite(std):
-        raise UserError(f"{source.name} holds NaN or infinite values; the checkpoint is damaged")
-    return noise.scale * std
+def _prepared(source: SourceTensor, change: Change | None) -> ChangeBlock | None:
+    return None if change is None else change.prepare(source)
 
 
-def _elements(
-    source: SourceTensor, start: int, count: int, dtype: torch.dtype, std: float, noise: Noise | None
-) -> Tensor:
+def _elements(source: SourceTensor, start: int, count: int, dtype: torch.dtype, change: ChangeBlock | None) -> Tensor:
     data = source.read(start, count)
-    cast = data.to(dtype) if noise is None or not std else _noisy(data, source.name, start, dtype, std, noise)
+    cast = data.to(dtype) if change is None else change(data, start, dtype)
     return checked(cast, data, source.name) if cast is not data else cast
 
 
@@ -143,13 +145,3 @@ def checked(cast: Tensor, data: Tensor, name: str) -> Tensor:
             raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         raise UserError(f"{name} holds values beyond float16's range; use dtype bfloat16 or float32")
     return cast
-
-
-def _noisy(data: Tensor, name: str, start: int, dtype: torch.dtype, std: float, noise: Noise) -> Tensor:
-    """`data`, the elements from `start` on, plus noise, by blocks of the noise: they stay in a core's own cache."""
-    noisy = torch.empty(data.numel(), dtype=dtype)
-    for block in range(start // NOISE_BLOCK, -(-(start + data.numel()) // NOISE_BLOCK)):
-        begin, end = max(start, block * NOISE_BLOCK), min(start + data.numel(), (block + 1) * NOISE_BLOCK)
-        part = slice(begin - start, end - start)
-        noisy[part] = add_noise(data[part].float(), name, noise.seed, std, begin)
-    return noisy

@@ -11,13 +11,14 @@ from typing import Any
 from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
 from lamella.architecture.families import ffn_layout
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
-from lamella.checkpoint.pieces import Noise, Piece, Run, Runs, SplitColumns, Values
+from lamella.architecture.sizes import check_slices
+from lamella.checkpoint.pieces import Piece, Run, Runs, SplitColumns, Values
 from lamella.checkpoint.plan import OutputTensor, Plan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
+from lamella.conversion.noise import Noise
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.errors import UserError
-from lamella.moe.slicing import check_slices
 from lamella.recipe.methods.slice import SliceOptions, parse_layers
 
 

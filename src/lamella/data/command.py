@@ -81,7 +81,7 @@ class PrepareProgress:
 
     def text(self, done: Done) -> str:
         """'shard 3  48,200,000 tokens  412,000 tokens/s  ETA 3:05'"""
-        from lamella.run.progress import duration
+        from lamella.display import duration
 
         seconds = time.monotonic() - self.started
         parts = [f"shard {done.unit}", f"{done.num_tokens:,} tokens"]

@@ -21,14 +21,15 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lamella.checkpoint.embedded import cache_dir
+from lamella.architecture.embedded import cache_dir
+from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.prepare import Done, finish, make_batches, make_manifest, tokenised, write_units
 from lamella.data.prepare import renderer as text_renderer
 from lamella.data.prepared import TokenFolder, open_prepared
 from lamella.data.readers import BadRecords, Policy
 from lamella.data.shards import Window
 from lamella.data.sources import MANIFEST, Source, Split, check_split, fingerprint, open_source, records, split_of
-from lamella.data.tokenizer import DocumentTokenizer, template_fingerprint
+from lamella.data.tokenizer import DocumentTokenizer
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
 

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.chat import ChatRenderer
 from lamella.data.prepared import Manifest, ShardEntry, TokenFolder, open_prepared, read_manifest
 from lamella.data.readers import BadRecords, Policy, Record
 from lamella.data.shards import ShardWriter
 from lamella.data.sources import MANIFEST, Source, fingerprint, is_prepared, open_source, records, split_of
-from lamella.data.tokenizer import DocumentTokenizer, Encoder, Text, Tokens, template_fingerprint
+from lamella.data.tokenizer import DocumentTokenizer, Encoder, Text, Tokens
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lamella.data.shards import BadData, Shard, Window
+from lamella.architecture.tokenizer_files import template_fingerprint
+from lamella.data.shards import Shard, Window
 from lamella.data.sources import MANIFEST, Split
-from lamella.data.tokenizer import fingerprint, template_fingerprint
-from lamella.errors import UserError
+from lamella.data.tokenizer import fingerprint
+from lamella.errors import BadData, UserError
 
 VERSION = 1
 MAX_OPEN_SHARDS = 64

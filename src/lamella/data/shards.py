@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 
 from lamella.data.tokenizer import Tokens
-from lamella.errors import UserError
+from lamella.errors import BadData
 
 MAGIC = b"LAMELLA\0"
 VERSION = 1
@@ -37,10 +37,6 @@ BLOCK_TOKENS = 32768
 _HEADER = struct.Struct("<8sIIQQQII32s")
 _HEADER_BYTES = 128
 _FLUSH_TOKENS = 16 * BLOCK_TOKENS
-
-
-class BadData(UserError):
-    """Data that are not what was written: the message names file and offset."""
 
 
 class Window(NamedTuple):

@@ -16,11 +16,10 @@ import xxhash
 
 from lamella.data.packing import Sample, make_sample
 from lamella.data.readers import BadRecords, Place, Policy, Record
-from lamella.data.shards import BadData
 from lamella.data.sources import Source, Split, load_stream, open_source, records, records_of, split_of, text_of
 from lamella.data.tokenizer import DocumentTokenizer, Text, check_vocabulary
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
-from lamella.errors import UserError
+from lamella.errors import BadData, UserError
 
 BATCH_CHARS = 1 << 18
 

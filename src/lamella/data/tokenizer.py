@@ -4,7 +4,7 @@ the workers of `lamella data prepare` are started with an `Encoder` alone."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from lamella.architecture.tokenizer_files import tokenizer_settings
 from lamella.errors import UserError
 
 # What of tokenizer_config.json changes the ids; the rest differs between versions of transformers.
@@ -143,31 +144,9 @@ def fingerprint(tokenizer: str | Path) -> str:
     names = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else _vocabulary_files(folder)
     for name in names:
         digest.update((folder / name).read_bytes())
-    values = _settings(folder)
+    values = tokenizer_settings(folder)
     digest.update(json.dumps([_content(values.get(key)) for key in _SETTINGS]).encode())
     return digest.hexdigest()
-
-
-def template_fingerprint(tokenizer: str | Path) -> str:
-    """As `fingerprint`, of what renders conversations: the chat template, which may be a file or an entry."""
-    folder = Path(tokenizer)
-    if not folder.is_dir():
-        return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
-    file = folder / "chat_template.jinja"
-    template = _parsed(file, str) if file.is_file() else _settings(folder).get("chat_template")
-    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    settings = folder / "tokenizer_config.json"
-    return _parsed(settings, json.loads) if settings.is_file() else {}
-
-
-def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); restore the tokenizer's files") from None
 
 
 def _vocabulary_files(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ def model_path(name: str | Path) -> str:
         return str(embedded_model())
     path = Path(name).expanduser()
     if RunDir(path).exists():
-        from lamella.train.weights import materialise
+        from lamella.export.trained import materialise
 
         return str(materialise(path))
     if path.is_dir() and not (path / "config.json").exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lamella.export import TARGETS, export
-from lamella.train.weights import materialise
+from lamella.export.trained import materialise
 
 
 def run(source: Path, to: str, out: Path, *, step: int | None, check: bool, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lamella.architecture.moe import AttentionMoEConfig, Mode
+from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError
 from lamella.hf.cache import ragged_layer
 from lamella.moe.attention.heads import (
@@ -23,7 +24,6 @@ from lamella.moe.attention.heads import (
     Projection,
     attend_masked,
     attention_scores,
-    check_experts,
     fixed_attention_routing,
     route_attention,
 )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lamella.architecture.moe import DENSE_BIAS, ExpertPath, Mode, MoEConfig
+from lamella.architecture.sizes import expert_shapes
 from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
 from lamella.moe.routing import Routing
-from lamella.moe.two_matrix import TwoMatrixShared, expert_shapes
+from lamella.moe.two_matrix import TwoMatrixShared
 
 
 class PackedExperts(nn.Module):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.moe import DENSE_BIAS
-from lamella.errors import UserError
 
 
 def expert_counts(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -68,12 +67,6 @@ def pair_choice_loss(scores_TE: Tensor, targets_T: Tensor) -> Tensor:
     log_TS = torch.lerp(frozen_TS.log(), trainable_TS.log(), target_T1.expand_as(frozen_TS))
     log_sum_TS = (frozen_TS + trainable_TS).log()  # 0 but for the gate softmax
     return ((log_sum_TS - log_TS) * wanted_T1).mean(dim=-1).sum()
-
-
-def check_balance(target: float | None) -> None:
-    """UserError for what no MaxVio can be; None is no target."""
-    if target is not None and not target > 0:
-        raise UserError(f"balance is {target}; it must be a MaxVio above 0")
 
 
 @torch.no_grad()

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lamella.architecture.moe import ExpertPath, MoEConfig
 from lamella.moe.collectives import gather_rows, sum_scatter_rows
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
 from lamella.moe.paths.dispatch import pair_range
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 def parallel_experts(

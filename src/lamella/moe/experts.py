@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
 from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
+from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts, gated_ffn
 from lamella.moe.routing import Routing, analytic_logits, expert_scores, fixed_routing, route, router_logits
-from lamella.moe.slicing import Experts
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared, two_matrix_ffn, two_matrix_path
 
 __all__ = [

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lamella.architecture.moe import LORA_PATHS, ExpertPath
 from lamella.errors import UserError
+from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import dispatch, to_rows
 from lamella.moe.paths.grouped import Half, grouped_fits, split_halves
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 class Lora(NamedTuple):

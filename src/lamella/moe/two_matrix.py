@@ -23,14 +23,6 @@ from lamella.architecture.moe import Activation
 from lamella.moe.routing import Routing
 
 
-def expert_shapes(hidden_size: int, width: int, gated: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of one expert of `width` neurons, gated or of two matrices."""
-    D, f = hidden_size, width
-    if gated:
-        return {"gate_up_proj": (2 * f, D), "down_proj": (D, f)}
-    return {"up_proj": (f, D), "up_bias": (f,), "down_proj": (D, f)}
-
-
 class TwoMatrixExperts(NamedTuple):
     """Packed experts: E of them."""
 

@@ -14,9 +14,9 @@ from lamella.plan.layout import Layout
 from lamella.plan.model import Model, read_model
 from lamella.plan.report import plan_text, plan_values
 from lamella.plan.start import starting_model, with_deltas
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_stages
 from lamella.recipe.training import Recipe
-from lamella.run.folder import write_atomic
-from lamella.run.launch import arguments, prepare_stages
 
 DEFAULT_RANKS = 8
 
@@ -64,7 +64,7 @@ def _give(plans: dict[str, dict[str, Any]], texts: dict[str, str], json_path: Pa
         text = "\n\n".join(f"stage             {stage}\n{text}" for stage, text in texts.items())
     print(text)
     if json_path is not None:
-        write_atomic(json_path, json.dumps(values, indent=1) + "\n")
+        json_path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def most_ranks(recipes: Sequence[Recipe], limit: int = DEFAULT_RANKS) -> int:

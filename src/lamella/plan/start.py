@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lamella.checkpoint.embedded import embedded_config
+from lamella.architecture.embedded import embedded_config
 from lamella.plan.model import Model, make_model, read_model
-from lamella.recipe.training import Recipe
-from lamella.run.folder import run_of_result
+from lamella.recipe.files import parse_yaml
+from lamella.recipe.result import CONFIG, MODEL, result_of
+from lamella.recipe.training import Recipe, make_recipe
 
 EMBEDDED_SLICES = 8
 """Of the conversion that training makes by itself."""
@@ -48,10 +49,10 @@ def starting_model(
 
 def _not_made_yet(name: str) -> Start:
     """What training would make first."""
-    result = run_of_result(Path(name))
-    if result is not None and result[0].exists():
-        run = result[0]
-        return Start(with_deltas(read_model(run.model), run.recipe()), name)
+    result = result_of(Path(name))
+    if result is not None and (config := result.out / CONFIG).is_file():
+        recipe = make_recipe(parse_yaml(config.read_text(), str(config)))
+        return Start(with_deltas(read_model(result.out / MODEL), recipe), name)
     if name == Recipe.model_fields["model"].default:
         model = make_model(embedded_config(), "the embedded model", EMBEDDED_SLICES)
         return Start(

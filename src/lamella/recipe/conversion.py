@@ -17,14 +17,14 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from lamella.errors import UserError, did_you_mean
+from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
 from lamella.recipe.methods.slice import Options
-from lamella.recipe.training import parse_yaml, read_recipe_text, set_by_word
 
 # method -> module and class of its options; the modules are imported when they are asked for
 OPTIONS = {
     "slice": ("lamella.recipe.methods.slice", "SliceOptions"),
     "partition": ("lamella.recipe.methods.partition", "PartitionOptions"),
-    "upcycle": ("lamella.conversion.upcycle", "UpcycleOptions"),
+    "upcycle": ("lamella.recipe.methods.upcycle", "UpcycleOptions"),
     "attention": ("lamella.recipe.methods.attention", "AttentionOptions"),
 }
 _OWN_KEYS = ("model", "out", "method")

@@ -15,12 +15,16 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lamella.errors import UserError, did_you_mean
-from lamella.recipe.training import Recipe, make_recipe, set_by_word
-from lamella.run.folder import RunDir
+from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
+from lamella.recipe.result import result_folder
+from lamella.recipe.training import Recipe, make_recipe
 
 # One value for the whole recipe: a stage has its place and its model from the order of the stages.
 WHOLE = ("model", "out")
@@ -58,7 +62,7 @@ def make_stages(values: dict[str, Any], words: Sequence[str] = ()) -> list[Recip
             recipes[name] = make_recipe(common | own | places)
             if recipes[name].on_exhausted == "stop" and name != list(named)[-1]:
                 problems.append(f"stage {name!r}: on_exhausted: stop is for the last stage; a next one needs all steps")
-            model = str(RunDir(base / name).hf(recipes[name].steps))
+            model = str(result_folder(base / name, recipes[name].steps))
         except UserError as error:
             problems.append(str(error).replace("the recipe has errors", f"stage {name!r} has errors", 1))
     if problems:
@@ -125,3 +129,19 @@ def _lay_over(named: dict[str, dict[str, Any]], word: str) -> None:
     if setting.partition("=")[0].split(".")[0] in (*WHOLE, "name", "stages"):
         raise UserError(f"{word!r}: {', '.join(WHOLE)} and the stages' names are set for the whole recipe only")
     set_by_word(named[name], setting)
+
+
+def prepare_stages(path: str | None, settings: Sequence[str]) -> list[Recipe]:
+    """The stages (mostly one) of a recipe file with the settings laid over it; without a file, of the demo recipe."""
+    if path is not None:
+        return make_stages(parse_yaml(read_recipe_text(Path(path)), path), settings)
+    return make_stages(yaml.safe_load(files("lamella.recipe").joinpath("demo.yaml").read_text()), settings)
+
+
+def prepare_recipe(path: str | None, settings: Sequence[str]) -> Recipe:
+    """The recipe of one run; UserError where there are several stages and none is selected."""
+    stages = prepare_stages(path, settings)
+    if len(stages) > 1:
+        names = ", ".join(Path(stage.out).name for stage in stages)
+        raise UserError(f"the recipe has the stages {names}: select one with stage=NAME")
+    return stages[0]

@@ -5,7 +5,6 @@ Units are in the names: a step is an optimizer step, a sample is `seq_len` token
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -24,8 +23,6 @@ from lamella.recipe.sections import (
     TopKSchedule,
     TwinShare,
 )
-
-MAX_RECIPE_BYTES = 1_000_000
 
 
 class Recipe(Strict):
@@ -282,47 +279,3 @@ def _lines(error: ValidationError) -> list[str]:
         else:
             lines.append(f"  {key}: {problem['msg'].removeprefix('Value error, ')}, not {problem['input']!r}")
     return lines
-
-
-def read_recipe_text(path: Path) -> str:
-    """The file's text; UserError where there is none, or too much, or no UTF-8."""
-    if not path.is_file():
-        raise UserError(f"there is no recipe {path}")
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UserError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes; is it a recipe?")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """A YAML mapping without aliases (small files of them grow without bound) and without Python objects."""
-    try:
-        has_alias = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        values = None if has_alias else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
-        raise UserError(f"{name} is not valid YAML: {error}") from None
-    if has_alias:
-        raise UserError(f"{name} uses YAML aliases (*name); write the value out")
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{name} must be a mapping of keys to values")
-    return values
-
-
-def set_by_word(values: dict[str, Any], word: str) -> None:
-    """Lay 'a.b=value' over nested values; the value is read as YAML."""
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise UserError(f"{word!r} is no setting; write key=value, or give one recipe file")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(values.get(parent), dict):
-            values[parent] = {}
-        values = values[parent]
-    try:
-        values[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
-        raise UserError(f"the value of {key} is not valid YAML: {error}") from None

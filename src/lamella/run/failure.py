@@ -15,8 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
-from lamella.data.shards import BadData
-from lamella.errors import UserError
+from lamella.errors import BadData, UserError
 from lamella.run.folder import RunDir, write_atomic
 
 FailureClass = Literal["user_config", "data", "oom", "numerics", "infra", "preempted", "timeout", "storage"]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,9 +24,11 @@ from typing import Any, Literal
 
 import xxhash
 
-from lamella.data.tokenizer import template_fingerprint
+from lamella.architecture.tokenizer_files import template_fingerprint, tokenizer_hash
 from lamella.errors import UserError
-from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe, parse_yaml
+from lamella.recipe.files import parse_yaml
+from lamella.recipe.result import CONFIG, MODEL, result_folder, result_of
+from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
 from lamella.run.store import CheckpointStore, absolute
 
 State = Literal["starting", "running", "stopped", "preempted", "finished", "failed"]
@@ -50,11 +51,11 @@ class RunDir:
 
     path: Path
 
-    config = property(lambda self: self.path / "config.yaml")
+    config = property(lambda self: self.path / CONFIG)
     status_file = property(lambda self: self.path / "status.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     events_file = property(lambda self: self.path / "events.jsonl")
-    model = property(lambda self: self.path / "model")
+    model = property(lambda self: self.path / MODEL)
     checkpoints = property(lambda self: self.path / "checkpoints")
     tensorboard = property(lambda self: self.path / "tensorboard")
     log = property(lambda self: self.path / "log")
@@ -63,7 +64,7 @@ class RunDir:
         return self.log / f"rank-{rank}.log"
 
     def hf(self, step: int) -> Path:
-        return self.path / "hf" / f"step-{step}"
+        return result_folder(self.path, step)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -162,8 +163,8 @@ class RunDir:
 
 def run_of_result(folder: Path) -> tuple[RunDir, int] | None:
     """(run, step) where the folder is named as the result of a run, `run/hf/step-N`; it need not exist yet."""
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    return (RunDir(folder.parents[1]), int(match.group(1))) if match and folder.parent.name == "hf" else None
+    result = result_of(folder)
+    return None if result is None else (RunDir(result.out), result.step)
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -173,14 +174,6 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
         except ValueError:
             continue
-
-
-def tokenizer_hash(model: Path) -> str:
-    """Of the tokenizer's files in a model's folder."""
-    digest = xxhash.xxh3_128()
-    for file in sorted(model.glob("tokenizer*")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def model_differences(old: Path, new: Path) -> list[str]:

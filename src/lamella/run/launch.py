@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
-from lamella.data.sources import open_source
 from lamella.errors import UserError
-from lamella.recipe.stages import make_stages
-from lamella.recipe.training import Recipe, parse_yaml, read_recipe_text
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_recipe, prepare_stages
+from lamella.recipe.training import Recipe
 from lamella.run.failure import attempt_number
 from lamella.run.folder import OWN_NAMES, RunDir, run_of_result
 from lamella.run.store import CheckpointStore, absolute
@@ -23,30 +20,7 @@ from lamella.run.supervise import Supervisor
 # A save takes longer than the 30 s that torchrun gives its ranks; hung ranks are the supervisor's business.
 SHUTDOWN_TIMEOUT_S = 600
 PROBE = ".lamella-"
-
-
-def arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """[RECIPE.yaml] [key=value ...] -> (the recipe's path or None, the settings)."""
-    recipes = [w for w in words if "=" not in w]
-    if len(recipes) > 1:
-        raise UserError(f"give one recipe, not {', '.join(recipes)}; settings are written key=value")
-    return (recipes[0] if recipes else None), [w for w in words if "=" in w]
-
-
-def prepare_stages(path: str | None, settings: Sequence[str]) -> list[Recipe]:
-    """The stages (mostly one) of a recipe file with the settings laid over it; without a file, of the demo recipe."""
-    if path is not None:
-        return make_stages(parse_yaml(read_recipe_text(Path(path)), path), settings)
-    return make_stages(yaml.safe_load(files("lamella.recipe").joinpath("demo.yaml").read_text()), settings)
-
-
-def prepare_recipe(path: str | None, settings: Sequence[str]) -> Recipe:
-    """The recipe of one run; UserError where there are several stages and none is selected."""
-    stages = prepare_stages(path, settings)
-    if len(stages) > 1:
-        names = ", ".join(Path(stage.out).name for stage in stages)
-        raise UserError(f"the recipe has the stages {names}: select one with stage=NAME")
-    return stages[0]
+CheckSource = Callable[[str], object]
 
 
 def default_threads() -> int:
@@ -62,14 +36,19 @@ def torchrun_command(nproc: int, words: Sequence[str]) -> list[str]:
     return [*torchrun, "-m", "lamella.worker", *words]
 
 
-def check(words: Sequence[str], nproc: int) -> Recipe:
-    """All that can be checked without torch; UserError before anything is started."""
+def check(words: Sequence[str], nproc: int, check_source: CheckSource | None = None) -> Recipe:
+    """All that can be checked without torch; UserError before anything is started.
+
+    Args:
+        check_source: raises UserError for a source of data that is not there; None leaves that to the ranks.
+    """
     recipe = prepare_recipe(*arguments(words))
     if nproc < 1:
         raise UserError(f"nproc is {nproc}; it must be at least 1")
     recipe.check_world_size(nproc)
-    for portion in [*recipe.data, *(recipe.heldout_data or [])]:
-        open_source(portion.source)
+    if check_source is not None:
+        for portion in [*recipe.data, *(recipe.heldout_data or [])]:
+            check_source(portion.source)
     teacher = recipe.distil.teacher if recipe.objective == "distil" else None
     if teacher is not None and not (Path(teacher) / "config.json").is_file():
         raise UserError(f"there is no teacher {teacher}; give the folder of a dense model")
@@ -81,10 +60,10 @@ def check(words: Sequence[str], nproc: int) -> Recipe:
     return recipe
 
 
-def check_stages(words: Sequence[str], nproc: int) -> list[Recipe]:
+def check_stages(words: Sequence[str], nproc: int, check_source: CheckSource | None = None) -> list[Recipe]:
     """Each stage, checked; UserError before anything is started."""
     stages = prepare_stages(*arguments(words))
-    return [check(words if len(stages) == 1 else _words_of(stage, words), nproc) for stage in stages]
+    return [check(words if len(stages) == 1 else _words_of(stage, words), nproc, check_source) for stage in stages]
 
 
 def _words_of(stage: Recipe, words: Sequence[str]) -> list[str]:
@@ -132,26 +111,31 @@ def default_nproc(words: Sequence[str]) -> int:
     return num_gpus or (1 if arguments(words)[0] else 3)
 
 
-def launch(words: Sequence[str], nproc: int, quiet: bool = False) -> int:
+def launch(words: Sequence[str], nproc: int, quiet: bool = False, check_source: CheckSource | None = None) -> int:
     """Check the recipe, then train with `nproc` ranks on this machine, in as many attempts as it takes; the exit code.
+
+    Args:
+        check_source: see `check`.
 
     Raises:
         UserError: bad input, whether found here or by the ranks.
     """
     stages = prepare_stages(*arguments(words))
     if len(stages) > 1:
-        return _launch_each(stages, words, nproc, quiet)
-    recipe = check(words, nproc)
+        return _launch_each(stages, words, nproc, quiet, check_source)
+    recipe = check(words, nproc, check_source)
     threads = recipe.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // nproc)
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads)}
     return Supervisor(recipe, torchrun_command(nproc, words), environment, quiet).supervise()
 
 
-def _launch_each(stages: list[Recipe], words: Sequence[str], nproc: int, quiet: bool) -> int:
+def _launch_each(
+    stages: list[Recipe], words: Sequence[str], nproc: int, quiet: bool, check_source: CheckSource | None
+) -> int:
     """One stage after the other, until one is not finished; those that are finished say so themselves."""
-    check_stages(words, nproc)
+    check_stages(words, nproc, check_source)
     for stage in stages:
-        code = launch(_words_of(stage, words), nproc, quiet)
+        code = launch(_words_of(stage, words), nproc, quiet, check_source)
         if code or RunDir(Path(stage.out)).status()["state"] != "finished":
             return code
     return 0

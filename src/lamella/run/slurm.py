@@ -1,7 +1,7 @@
 """What launch/slurm/train.sbatch asks before and after its attempt, on the batch host. Imports no torch.
 
-Run: python -m lamella.run.slurm before NUM_RANKS [RECIPE.yaml] [key=value ...]
-     python -m lamella.run.slurm after EXIT_CODE [RECIPE.yaml] [key=value ...]
+Run: lamella slurm before NUM_RANKS [RECIPE.yaml] [key=value ...]
+     lamella slurm after EXIT_CODE [RECIPE.yaml] [key=value ...]
 
 A job is one attempt, and the queue starts the next one: by the rules of `lamella train`, except that a stop by a signal
 (the end of the job's time) is always worth another.
@@ -9,27 +9,27 @@ A job is one attempt, and the queue starts the next one: by the rules of `lamell
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamella.errors import UserError
+from lamella.recipe.files import arguments
+from lamella.recipe.stages import prepare_stages
 from lamella.run.failure import attempt_number
 from lamella.run.folder import RunDir
-from lamella.run.launch import arguments, check_stages, prepare_stages
+from lamella.run.launch import CheckSource, check_stages
 from lamella.run.supervise import failure_of, forget_the_last, is_worth_another, last_words, record
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def before(words: Sequence[str], num_ranks: int) -> None:
+def before(words: Sequence[str], num_ranks: int, check_source: CheckSource | None = None) -> None:
     """Check all stages, and forget what an earlier attempt said: this one may end before it can say anything.
 
     Raises:
         UserError: as of `lamella train`.
     """
-    for stage in check_stages(words, num_ranks):
+    for stage in check_stages(words, num_ranks, check_source):
         forget_the_last(RunDir(Path(stage.out)), stage)
 
 
@@ -68,22 +68,3 @@ def num_fruitless(run: RunDir, job: str) -> int:
         elif event.get("job") == job and event["failure"] != "preempted":
             count += 1
     return count
-
-
-def main() -> int:
-    when, number, *words = sys.argv[1:]
-    try:
-        if when == "before":
-            before(words, int(number))
-            return 0
-        return after(words, int(number), os.environ["SLURM_JOB_ID"])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # uncounted attempts would have no end
-        print(f"error: the attempt cannot be recorded: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamella.architecture.moe import AttentionMoEConfig, ExpertPath, MoEConfig
+from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError, did_you_mean
-from lamella.moe.attention.heads import check_experts
 from lamella.titan.attention import ExpertAttention, RoutedHeads
 from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE, inner_attention
 from lamella.titan.moe import UNSET, SlicedMoE

@@ -21,7 +21,7 @@ from lamella.architecture.moe import ExpertPath, MoEConfig
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
 from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora, router_scores
 from lamella.moe.lora import Lora
-from lamella.moe.slicing import Experts
+from lamella.moe.packed import Experts
 from lamella.titan.routed import Routed, Router, unset
 
 EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")

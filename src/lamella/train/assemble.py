@@ -14,6 +14,7 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 
 from lamella.errors import UserError
+from lamella.export.trained import model_dtype
 from lamella.plan.fit import check_fit
 from lamella.plan.model import read_model
 from lamella.recipe.training import Recipe
@@ -31,7 +32,6 @@ from lamella.train.metrics import LamellaMetrics
 from lamella.train.optimizer import Schedules, optimizer_config
 from lamella.train.overlay import overlay
 from lamella.train.trainer import LamellaTrainer, TokenisedAlready
-from lamella.train.weights import model_dtype
 
 
 def has_gpu() -> bool:

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, MoEConfig
 from lamella.moe.balancing import max_violation, routing_entropy, sign_update
+from lamella.moe.noise import noise_generator
 from lamella.moe.routing import with_top_k
-from lamella.moe.slicing import noise_generator
 from lamella.recipe.training import Recipe, TwinShare
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.routed import Routed

@@ -24,11 +24,10 @@ from torchtitan.components.dataloader import BaseDataLoader
 from lamella.data.order import Interleaving, Permutation
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, Sample, Samples, samples_of, token_file
 from lamella.data.readers import Policy
-from lamella.data.shards import BadData
 from lamella.data.sources import Split, open_source
 from lamella.data.streaming import StreamedSamples
 from lamella.data.tokenizer import check_vocabulary
-from lamella.errors import UserError
+from lamella.errors import BadData, UserError
 from lamella.recipe.sections import Portion
 
 # One damaged shard is skipped; a folder that has gone is an error whatever the policy.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from lamella.moe.slicing import noise_generator
+from lamella.moe.noise import noise_generator
 from lamella.recipe.training import Recipe
 from lamella.titan.config import read_hf_config
 from lamella.titan.decoder import LamellaDecoder

@@ -14,8 +14,8 @@ from torchtitan.distributed.utils import dist_max, dist_sum
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, get_peak_flops
 
+from lamella.display import Progress
 from lamella.run.folder import RunDir
-from lamella.run.progress import Progress
 from lamella.train.balance import RoutingReport
 from lamella.train.optimizer import group_name
 from lamella.train.skip import SkipNonFinite

@@ -95,7 +95,7 @@ def _model_folder(recipe: Recipe, rank: int) -> Path:
         return folder
     if result := run_of_result(folder):
         if rank == 0:
-            from lamella.train.weights import materialise
+            from lamella.export.trained import materialise
 
             materialise(result[0].path, result[1])
         return _wait_for_model(folder)

@@ -17,11 +17,11 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from lamella.display import Progress
 from lamella.recipe.sections import RouterFit
 from lamella.recipe.training import Recipe, harmless_changes
 from lamella.run.folder import RunDir, State
 from lamella.run.processes import StopRequest
-from lamella.run.progress import Progress
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.flops import forward_flops_per_token
 from lamella.train import fault_hook, lora

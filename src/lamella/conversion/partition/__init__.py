@@ -6,36 +6,19 @@ router = ROUTERS["ridge"](sample, partition, 5, generator)
 
 from __future__ import annotations
 
-from lamella.conversion.partition.coactivation import coactivation
-from lamella.conversion.partition.coadapted import coadapted
-from lamella.conversion.partition.contiguous import contiguous
-from lamella.conversion.partition.gradient import gradient_max, gradient_sharing
-from lamella.conversion.partition.router_analytic import analytic_router
-from lamella.conversion.partition.router_kmeans import kmeans_router
-from lamella.conversion.partition.router_ridge import ridge_router
-from lamella.conversion.partition.routers_plain import random_router, zero_router
-from lamella.conversion.partition.search import PartitionMethod, RouterMethod
-from lamella.conversion.partition.shuffled import shuffled
-from lamella.conversion.partition.weight_clusters import weight_clusters
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-PARTITIONS: dict[str, PartitionMethod] = {
-    "contiguous": contiguous,
-    "random": shuffled,
-    "kmeans": weight_clusters,
-    "coactivation": coactivation,
-    "gradient-max": gradient_max,
-    "gradient-sharing": gradient_sharing,
-    "coadapted": coadapted,
-}
-ROUTERS: dict[str, RouterMethod] = {
-    "zero": zero_router,
-    "random": random_router,
-    "kmeans": kmeans_router,
-    "analytic": analytic_router,
-    "ridge": ridge_router,
-}
-NEEDS_SAMPLE = frozenset({"coactivation", "gradient-max", "gradient-sharing", "coadapted"})
-"""Partitions that look at calibration tokens; the others take `weights_only(ffn)`."""
-NEEDS_GRADIENT = frozenset({"gradient-max", "gradient-sharing", "coadapted"})
-"""Partitions that need the sample's dh."""
-ROUTERS_NEED_SAMPLE = frozenset({"kmeans", "analytic", "ridge"})
+from lamella.recipe.methods import partition as axes
+
+if TYPE_CHECKING:
+    from lamella.conversion.partition.search import PartitionMethod, RouterMethod
+
+
+def _function(choice: axes.Choice) -> PartitionMethod | RouterMethod:
+    module, _, name = choice.function.partition(":")
+    return getattr(import_module(module), name)
+
+
+PARTITIONS: dict[str, PartitionMethod] = {name: _function(choice) for name, choice in axes.PARTITIONS.items()}  # type: ignore[misc]
+ROUTERS: dict[str, RouterMethod] = {name: _function(choice) for name, choice in axes.ROUTERS.items()}  # type: ignore[misc]

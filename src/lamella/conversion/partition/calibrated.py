@@ -17,11 +17,11 @@ from lamella.calibrate.sample import FFN, LayerSample, weights_only
 from lamella.checkpoint.plan import Plan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor, read_header
-from lamella.conversion.partition.decide import Axes, Decision, converted_layer, decide
+from lamella.conversion.partition.decide import Decision, converted_layer, decide
 from lamella.conversion.partition.plan import plan_partition
 from lamella.conversion.work import Work
 from lamella.errors import UserError
-from lamella.recipe.methods.partition import PartitionOptions
+from lamella.recipe.methods.partition import Axes, PartitionOptions
 
 
 def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -> Plan:

@@ -13,17 +13,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lamella.calibrate.sample import (
-    FFN,
-    LayerSample,
-    Partition,
-    Parts,
-    check_parts,
-    hidden,
-    partition_of,
-    routed_neurons,
-    top_neurons,
-)
+from lamella.architecture.sizes import Parts, check_parts
+from lamella.calibrate.sample import FFN, LayerSample, Partition, hidden, partition_of, routed_neurons, top_neurons
 from lamella.conversion.partition.clusters import balanced_lloyd
 
 MARKED_PER_TOKEN = 10

@@ -12,16 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamella.calibrate.sample import (
-    LayerSample,
-    Partition,
-    Parts,
-    check_parts,
-    choose,
-    partition_of,
-    routed_neurons,
-    top_neurons,
-)
+from lamella.architecture.sizes import Parts, check_parts
+from lamella.calibrate.sample import LayerSample, Partition, choose, partition_of, routed_neurons, top_neurons
 from lamella.conversion.partition.assign import balanced_assign
 from lamella.conversion.partition.clusters import token_clusters
 from lamella.conversion.partition.gradient import gradient_mass

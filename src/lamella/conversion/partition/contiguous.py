@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from lamella.calibrate.sample import LayerSample, Partition, Parts, check_parts
+from lamella.architecture.sizes import Parts, check_parts
+from lamella.calibrate.sample import LayerSample, Partition
 
 
 def contiguous(sample: LayerSample, parts: Parts, generator: torch.Generator) -> Partition:

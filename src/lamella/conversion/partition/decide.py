@@ -5,99 +5,30 @@ Symbols as in `lamella.calibrate.sample`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamella.architecture.moe import Activation, MoEConfig
-from lamella.calibrate.sample import FFN, LayerSample, Partition, Parts, RouterInit, check_parts, router_logits
-from lamella.conversion.partition import NEEDS_GRADIENT, NEEDS_SAMPLE, PARTITIONS, ROUTERS, ROUTERS_NEED_SAMPLE
+from lamella.architecture.sizes import Parts
+from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, router_logits
+from lamella.conversion.partition import PARTITIONS, ROUTERS
 from lamella.conversion.partition.align import alignment, residual_bias
 from lamella.conversion.partition.reconstruct import dense_output, masked_hidden
 from lamella.conversion.partition.refit import refit_down
 from lamella.conversion.partition.search import search_shared
-from lamella.errors import UserError, check_choice
-from lamella.moe.balancing import balanced_bias, check_balance
+from lamella.moe.balancing import balanced_bias
 from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn
+from lamella.moe.packed import Experts
 from lamella.moe.routing import gate_scores
-from lamella.moe.slicing import Experts
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
+from lamella.recipe.methods.partition import Axes
 
-GateName = Literal["unit", "normalised", "softmax"]
-OutputName = Literal["refit", "bias", "align", "plain"]
 # Normalised gates are 1 at the start only as far as the scores are equal: within 0.005 nats of unit gates up to a
 # standard deviation of the logits of 0.5.
 LOGIT_STD = {"unit": 1.0, "normalised": 0.1, "softmax": 0.1}
-
-
-@dataclass(frozen=True)
-class Axes:
-    """How to make experts out of a layer's neurons; every axis is independent of the others."""
-
-    neurons: str = "coadapted"
-    """Partition of the neurons; see lamella.conversion.partition.PARTITIONS."""
-    parts: int = 16
-    """G: parts of equal width that the FFN is cut into."""
-    active: int = 8
-    """A: parts that each token passes, shared ones included."""
-    shared: int | Literal["search"] | None = None
-    """s: parts that every token passes; None: half of the active ones. "search" takes, layer by layer, the count that
-    reconstructs best, and is that many times slower."""
-    router: str = "ridge"
-    """Router rows at the start; see lamella.conversion.partition.ROUTERS."""
-    gate: GateName = "unit"
-    """unit: 1 + u sigmoid(logit) with u = 0 at the start. normalised: sigmoid scores over their sum. softmax: over all
-    experts, then over their sum."""
-    scale_factor: float | None = None
-    """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
-    balance: float | None = 0.01
-    """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
-    output: OutputName = "refit"
-    """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
-    missing (lamella.conversion.partition.refit), and a bias. bias: its mean alone. align: each channel's mean and
-    variance are brought to the dense layer's. plain: nothing. With all parts active nothing is missing."""
-
-    def __post_init__(self) -> None:
-        check_choice("neurons", self.neurons, PARTITIONS)
-        check_choice("router", self.router, ROUTERS)
-        check_choice("gate", self.gate, get_args(GateName))
-        check_choice("output", self.output, get_args(OutputName))
-        if self.gate == "unit" and self.scale_factor is not None:
-            raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
-        check_balance(self.balance)
-
-    @property
-    def all_active(self) -> bool:
-        """Every expert computes every token: with gate "unit" the dense FFN, whatever the router says."""
-        return self.active == self.parts
-
-    @property
-    def needs_gradient(self) -> bool:
-        return self.neurons in NEEDS_GRADIENT
-
-    @property
-    def needs_sample(self) -> bool:
-        searched = self.shared == "search" and not self.all_active
-        moved = not self.all_active and (self.output != "plain" or self.balance is not None)
-        return searched or moved or self.neurons in NEEDS_SAMPLE or self.router in ROUTERS_NEED_SAMPLE
-
-    def check(self, ffn_width: int) -> None:
-        """UserError where the counts do not fit each other or the FFN."""
-        check_parts(ffn_width, Parts(self.parts, self.fixed_shared or 0, self.active))
-
-    @property
-    def fixed_shared(self) -> int | None:
-        """s where it is known before the weights are seen."""
-        if self.shared == "search":
-            return 0 if self.all_active else None
-        return self.active // 2 if self.shared is None else self.shared
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 class Decision(NamedTuple):

@@ -15,15 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamella.calibrate.sample import (
-    LayerSample,
-    Partition,
-    Parts,
-    check_parts,
-    need_gradient,
-    partition_of,
-    routed_neurons,
-)
+from lamella.architecture.sizes import Parts, check_parts
+from lamella.calibrate.sample import LayerSample, Partition, need_gradient, partition_of, routed_neurons
 from lamella.conversion.partition.clusters import group_means, token_clusters
 
 

@@ -21,9 +21,10 @@ from lamella.checkpoint.pieces import Piece
 from lamella.checkpoint.plan import OutputTensor, Plan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
-from lamella.conversion.partition.decide import Axes, Decision, layer_config, layer_fields
+from lamella.conversion.partition.decide import Decision, layer_config, layer_fields
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.errors import UserError
+from lamella.recipe.methods.partition import Axes
 
 
 def plan_partition(

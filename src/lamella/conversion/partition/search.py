@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lamella.calibrate.sample import LayerSample, Partition, Parts, RouterInit, choose, router_logits, rows
+from lamella.architecture.sizes import Parts
+from lamella.calibrate.sample import LayerSample, Partition, RouterInit, choose, router_logits, rows
 from lamella.conversion.partition.reconstruct import dense_output, reconstruct, relative_error
 from lamella.errors import UserError
 

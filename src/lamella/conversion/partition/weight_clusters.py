@@ -11,16 +11,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lamella.calibrate.sample import (
-    FFN,
-    LayerSample,
-    Partition,
-    Parts,
-    check_parts,
-    partition_of,
-    routed_neurons,
-    top_neurons,
-)
+from lamella.architecture.sizes import Parts, check_parts
+from lamella.calibrate.sample import FFN, LayerSample, Partition, partition_of, routed_neurons, top_neurons
 from lamella.conversion.partition.clusters import balanced_kmeans
 
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.architecture.moe import AttentionMoEConfig, Mode
-from lamella.errors import UserError
 from lamella.moe.routing import Routing, gate_scores, gate_weights, router_logits
 
 
@@ -72,16 +71,6 @@ class Context(NamedTuple):
             return torch.ones(self.cos_BLH.shape[:2], dtype=torch.bool, device=self.cos_BLH.device)
         L = self.cos_BLH.shape[1]
         return self.mask_BLS[..., -L:].diagonal(dim1=1, dim2=2)
-
-
-def check_experts(num_experts: int, heads: int, kv_heads: int) -> None:
-    """UserError unless every expert gets as many query heads, all of one key/value head."""
-    if num_experts % kv_heads or heads % num_experts:
-        fitting = [n for n in range(kv_heads, heads + 1, kv_heads) if heads % n == 0]
-        raise UserError(
-            f"{num_experts} attention experts do not fit {heads} query heads with {kv_heads} key/value heads; "
-            f"possible: {', '.join(map(str, fitting))}"
-        )
 
 
 def attention_scores(x_TD: Tensor, router_ED: Tensor, config: AttentionMoEConfig) -> Tensor:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.architecture.moe import ExpertPath
+from lamella.moe.packed import Experts
 from lamella.moe.paths.decode import decode_path
 from lamella.moe.paths.fused import fused_fits, fused_path
 from lamella.moe.paths.grouped import grouped_fits, grouped_path
 from lamella.moe.paths.tiled import tiled_path
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 def apply_experts(

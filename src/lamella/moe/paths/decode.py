@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 def decode_path(x_1D: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:

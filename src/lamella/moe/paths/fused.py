@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lamella.errors import UserError
+from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import Dispatch, dispatch, to_rows
 from lamella.moe.paths.row_ops import runs_triton
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import Dispatch, dispatch, to_rows
 from lamella.moe.paths.row_ops import row_ops
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 class Half(NamedTuple):

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
-from lamella.moe.slicing import Experts
 
 
 class Rows(NamedTuple):

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lamella.architecture.families import Family
 from lamella.architecture.moe import AttentionMoEConfig, GateKind
-from lamella.calibrate.text import CalibrationOptions
+from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError, check_choice
-from lamella.moe.attention.heads import check_experts
-from lamella.moe.balancing import check_balance
+from lamella.recipe.calibration import CalibrationOptions, check_balance
 from lamella.recipe.methods.slice import parse_layers
 
 # "zero": every expert ties, the first top-k of them are chosen. "random": rows of std RANDOM_STD. "ridge": regression

@@ -4,18 +4,119 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from lamella.calibrate.guard import Guard
-from lamella.calibrate.text import CalibrationOptions
-from lamella.conversion.partition.decide import Axes
+from lamella.architecture.sizes import Parts, check_parts
 from lamella.errors import UserError, check_choice
+from lamella.recipe.calibration import CalibrationOptions, Guard, check_balance
 from lamella.recipe.methods.slice import DTYPE_NAMES, parse_layers
+
+GateName = Literal["unit", "normalised", "softmax"]
+OutputName = Literal["refit", "bias", "align", "plain"]
+
+
+class Choice(NamedTuple):
+    """One value of an axis: the function behind it, and what of a layer it looks at."""
+
+    function: str
+    """MODULE:FUNCTION, imported when it is used."""
+    needs_sample: bool = False
+    """It looks at calibration tokens; others at the weights alone."""
+    needs_gradient: bool = False
+    """It needs the loss's gradient at the hidden activations, dh."""
+
+
+PARTITIONS = {
+    "contiguous": Choice("lamella.conversion.partition.contiguous:contiguous"),
+    "random": Choice("lamella.conversion.partition.shuffled:shuffled"),
+    "kmeans": Choice("lamella.conversion.partition.weight_clusters:weight_clusters"),
+    "coactivation": Choice("lamella.conversion.partition.coactivation:coactivation", needs_sample=True),
+    "gradient-max": Choice(
+        "lamella.conversion.partition.gradient:gradient_max", needs_sample=True, needs_gradient=True
+    ),
+    "gradient-sharing": Choice(
+        "lamella.conversion.partition.gradient:gradient_sharing", needs_sample=True, needs_gradient=True
+    ),
+    "coadapted": Choice("lamella.conversion.partition.coadapted:coadapted", needs_sample=True, needs_gradient=True),
+}
+ROUTERS = {
+    "zero": Choice("lamella.conversion.partition.routers_plain:zero_router"),
+    "random": Choice("lamella.conversion.partition.routers_plain:random_router"),
+    "kmeans": Choice("lamella.conversion.partition.router_kmeans:kmeans_router", needs_sample=True),
+    "analytic": Choice("lamella.conversion.partition.router_analytic:analytic_router", needs_sample=True),
+    "ridge": Choice("lamella.conversion.partition.router_ridge:ridge_router", needs_sample=True),
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How to make experts out of a layer's neurons; every axis is independent of the others."""
+
+    neurons: str = "coadapted"
+    """Partition of the neurons; see PARTITIONS."""
+    parts: int = 16
+    """G: parts of equal width that the FFN is cut into."""
+    active: int = 8
+    """A: parts that each token passes, shared ones included."""
+    shared: int | Literal["search"] | None = None
+    """s: parts that every token passes; None: half of the active ones. "search" takes, layer by layer, the count that
+    reconstructs best, and is that many times slower."""
+    router: str = "ridge"
+    """Router rows at the start; see ROUTERS."""
+    gate: GateName = "unit"
+    """unit: 1 + u sigmoid(logit) with u = 0 at the start. normalised: sigmoid scores over their sum. softmax: over all
+    experts, then over their sum."""
+    scale_factor: float | None = None
+    """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
+    balance: float | None = 0.01
+    """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
+    output: OutputName = "refit"
+    """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
+    missing (lamella.conversion.partition.refit), and a bias. bias: its mean alone. align: each channel's mean and
+    variance are brought to the dense layer's. plain: nothing. With all parts active nothing is missing."""
+
+    def __post_init__(self) -> None:
+        check_choice("neurons", self.neurons, PARTITIONS)
+        check_choice("router", self.router, ROUTERS)
+        check_choice("gate", self.gate, get_args(GateName))
+        check_choice("output", self.output, get_args(OutputName))
+        if self.gate == "unit" and self.scale_factor is not None:
+            raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
+        check_balance(self.balance)
+
+    @property
+    def all_active(self) -> bool:
+        """Every expert computes every token: with gate "unit" the dense FFN, whatever the router says."""
+        return self.active == self.parts
+
+    @property
+    def needs_gradient(self) -> bool:
+        return PARTITIONS[self.neurons].needs_gradient
+
+    @property
+    def needs_sample(self) -> bool:
+        searched = self.shared == "search" and not self.all_active
+        moved = not self.all_active and (self.output != "plain" or self.balance is not None)
+        return searched or moved or PARTITIONS[self.neurons].needs_sample or ROUTERS[self.router].needs_sample
+
+    def check(self, ffn_width: int) -> None:
+        """UserError where the counts do not fit each other or the FFN."""
+        check_parts(ffn_width, Parts(self.parts, self.fixed_shared or 0, self.active))
+
+    @property
+    def fixed_shared(self) -> int | None:
+        """s where it is known before the weights are seen."""
+        if self.shared == "search":
+            return 0 if self.all_active else None
+        return self.active // 2 if self.shared is None else self.shared
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class PartitionOptions(Axes):
-    """The axes of `lamella.conversion.partition.decide.Axes`, and on what and with what text."""
+    """The axes of `Axes`, and on what and with what text."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "partition"

