@@ -73,7 +73,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "unknown architecture 'lama'.*did you mean 'llama'.*qwen3",
     ),
     "no causal model": (change_config(architectures=["LlamaForSequenceClassification"]), "only LlamaForCausalLM"),
-    "already sliced": (change_config(model_type="lamella_llama"), "sliced already"),
+    "already sliced": (change_config(model_type="lamella_llama"), "converted already"),
     "quantised": (change_config(quantization_config={"quant_method": "awq"}), "quantised"),
     "mlp bias": (change_config(mlp_bias=True), "mlp_bias"),
     "activation": (change_config(hidden_act="gelu"), "hidden_act is 'gelu'"),

@@ -23,7 +23,7 @@ from lamella.errors import UserError
 from lamella.evaluate.logit_match import logit_match
 from lamella.evaluate.perplexity import evaluate
 from lamella.export import export
-from lamella.hf.models import SLICED_MODELS, load
+from lamella.hf.models import CONVERTED_MODELS, load
 
 FAMILIES = list(TWO_MATRIX)
 FP32_BOUND = 1e-5  # see test_convert
@@ -160,7 +160,7 @@ def test_generation_with_cache_is_the_dense_models(dense: Path, moe: Path, padde
 
 def test_saved_and_loaded_it_is_the_same_model(moe: Path, family: str, tmp_path: Path) -> None:
     model: Any = load(moe)
-    assert type(model) is SLICED_MODELS[family]
+    assert type(model) is CONVERTED_MODELS[family]
     trains = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert trains == {n for n, _ in model.named_parameters() if ".experts.frozen_" in n}
     assert len(trains) == 3 * 3  # up, its bias and down of three layers
@@ -259,7 +259,7 @@ def partitioned(family: str, folder: Path) -> Any:
         0, 5, 8, 2, (0, 2), "flat", "unit", router="analytic", shared_intermediate_size=8, output_bias=True,
         gated=False, activation="gelu", per_layer=layers,
     )  # fmt: skip
-    cls = SLICED_MODELS[family]
+    cls = CONVERTED_MODELS[family]
     values = {key: value for key, value in dense.config.to_dict().items() if key != "model_type"}
     torch.manual_seed(0)
     model: Any = cls(cls.config_class(**values | {"moe": moe.to_dict()}))

@@ -14,7 +14,7 @@ from lamella.architecture.moe import MoEConfig
 from lamella.errors import UserError
 from lamella.export import TARGETS, export
 from lamella.export.check import MAX_LOGIT_DIFFERENCE, check_reloaded
-from lamella.hf.models import SLICED_MODELS, load
+from lamella.hf.models import CONVERTED_MODELS, load
 
 S, D, F, LAYERS, VOCAB = 4, 32, 64, 3, 128
 LLAMA3_ROPE = {
@@ -37,7 +37,7 @@ def save_trained(folder: Path, family: str = "llama", dtype: torch.dtype = torch
         "hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "head_dim": 8,
         "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 256, "initializer_range": 0.2,
     } | changes  # fmt: skip
-    model_class = SLICED_MODELS[family]
+    model_class = CONVERTED_MODELS[family]
     model = model_class(model_class.config_class(**values, moe=MoEConfig(**moe).to_dict())).to(dtype)
     for layer in model.moe_layers:
         torch.nn.init.normal_(layer.router.weight, std=0.3)

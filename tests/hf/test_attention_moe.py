@@ -370,7 +370,7 @@ def test_wrong_sources_and_folders(llama: Path) -> None:
     with pytest.raises(UserError, match="pass --overwrite"):
         converted(llama)
     assert read_hf_config(folder).attention_moe == AttentionMoEConfig((0, 2), 2, 2)
-    with pytest.raises(UserError, match="sliced already"):
+    with pytest.raises(UserError, match="converted already"):
         Checkpoint.open(folder)
 
 

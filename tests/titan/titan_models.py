@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.names import from_hf
-from lamella.hf.models import SLICED_MODELS
+from lamella.hf.models import CONVERTED_MODELS
 from lamella.titan.config import decoder_config
 
 LLAMA3_ROPE = {
@@ -79,7 +79,7 @@ def tiny_moe(
         "route_scale": float(slices),
     }
     moe = MoEConfig(**(sliced | (moe_changes or {})))
-    model_class = SLICED_MODELS[family]
+    model_class = CONVERTED_MODELS[family]
     attention = None if heads is None else AttentionMoEConfig(**heads).to_dict()
     model = model_class(model_class.config_class(**values, moe=moe.to_dict(), attention_moe=attention))
     with torch.no_grad():

@@ -299,7 +299,7 @@ def test_dense_models_train_as_a_whole_only(tmp_path):
     with pytest.raises(UserError, match="dense model without experts"):
         model_config(make_recipe({"model": str(tmp_path), "seq_len": 16}))
     assert (
-        model_config(make_recipe({"model": str(tmp_path), "seq_len": 16, "trains": "all"})).layers[0].sliced_moe is None
+        model_config(make_recipe({"model": str(tmp_path), "seq_len": 16, "trains": "all"})).layers[0].moe_layer is None
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.architecture.families import FAMILIES, SLICED_PREFIX, Family, Shapes, dense_tensors, family_of
+from lamella.architecture.families import CONVERTED_PREFIX, FAMILIES, Family, Shapes, dense_tensors, family_of
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.sizes import expert_shapes
@@ -19,11 +19,11 @@ def converted_config(
 ) -> dict[str, Any]:
     """The dense config with its type changed and `entries` (moe, attention_moe) added; every other field stays."""
     config = dense | {
-        "architectures": [family.sliced_architecture],
-        "model_type": SLICED_PREFIX + family.name,
+        "architectures": [family.converted_architecture],
+        "model_type": CONVERTED_PREFIX + family.name,
         "auto_map": {
-            "AutoConfig": f"{REMOTE_CODE}.{family.sliced_config}",
-            "AutoModelForCausalLM": f"{REMOTE_CODE}.{family.sliced_architecture}",
+            "AutoConfig": f"{REMOTE_CODE}.{family.converted_config_class}",
+            "AutoModelForCausalLM": f"{REMOTE_CODE}.{family.converted_architecture}",
         },
         **entries,
     }
@@ -34,17 +34,17 @@ def converted_config(
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
     """The dense model's config from a converted one's."""
-    family = sliced_family(config)
+    family = converted_family(config)
     dense = {key: value for key, value in config.items() if key not in ("moe", "attention_moe", "auto_map")}
     return dense | {"architectures": [family.architecture], "model_type": family.name}
 
 
-def sliced_family(config: dict[str, Any]) -> Family:
+def converted_family(config: dict[str, Any]) -> Family:
     """The family of a converted checkpoint's config; UserError if it is another kind of model."""
-    name = str(config.get("model_type")).removeprefix(SLICED_PREFIX)
+    name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
     is_converted = any(isinstance(config.get(entry), dict) for entry in ("moe", "attention_moe"))
     if name not in FAMILIES or not is_converted or config["model_type"] == name:
-        kinds = ", ".join(SLICED_PREFIX + family for family in FAMILIES)
+        kinds = ", ".join(CONVERTED_PREFIX + family for family in FAMILIES)
         raise UserError(f"the model type {config.get('model_type')!r} is not converted; expected one of {kinds}")
     return FAMILIES[name]
 
@@ -54,7 +54,7 @@ def ffn_config(config: dict[str, Any]) -> MoEConfig | None:
     return None if config.get("moe") is None else MoEConfig.from_dict(config["moe"])
 
 
-def sliced_tensors(config: dict[str, Any]) -> Shapes:
+def converted_tensors(config: dict[str, Any]) -> Shapes:
     """Every tensor that a converted checkpoint with this config must hold, with its shape."""
     dense, moe = dense_config(config), ffn_config(config)
     shapes, layout = dense_tensors(dense, family_of(dense)), ffn_layout(dense)

@@ -1,17 +1,26 @@
-"""The dense architectures that can be sliced: which tensors a checkpoint of each must hold, and with which shapes."""
+"""The dense architectures that can be converted: which tensors a checkpoint of each holds, with which shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from lamella.architecture.layout import SLICED_PREFIX, FFNLayout, ffn_layout
+from lamella.architecture.layout import CONVERTED_PREFIX, FFNLayout, ffn_layout
 from lamella.architecture.two_matrix import Shapes, check_two_matrix, gpt2_tensors, opt_tensors
 from lamella.errors import UserError, did_you_mean
 
 __all__ = [
-    "FAMILIES", "SLICED_PREFIX", "FFNLayout", "Family", "Shapes", "dense_tensors", "family_of", "ffn_layout",
-    "ffn_tensors", "is_tied", "may_be_stored",
+    "CONVERTED_PREFIX",
+    "FAMILIES",
+    "FFNLayout",
+    "Family",
+    "Shapes",
+    "dense_tensors",
+    "family_of",
+    "ffn_layout",
+    "ffn_tensors",
+    "is_tied",
+    "may_be_stored",
 ]  # fmt: skip
 
 
@@ -45,12 +54,12 @@ class Family:
     """Sizes without which config.json says too little."""
 
     @property
-    def sliced_architecture(self) -> str:
+    def converted_architecture(self) -> str:
         return f"Lamella{self.architecture.replace('LMHeadModel', 'ForCausalLM')}"
 
     @property
-    def sliced_config(self) -> str:
-        return self.sliced_architecture.removesuffix("ForCausalLM") + "Config"
+    def converted_config_class(self) -> str:
+        return self.converted_architecture.removesuffix("ForCausalLM") + "Config"
 
 
 FAMILIES = {
@@ -77,13 +86,13 @@ def family_of(config: dict[str, Any]) -> Family:
     """The family of a dense config.json, after checking that nothing in it is unknown to the conversion.
 
     Raises:
-        UserError: unknown architecture, activation or rope; MLP biases; a quantised or already sliced model.
+        UserError: unknown architecture, activation or rope; MLP biases; a quantised or already converted model.
     """
     family = _known_family(config)
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise UserError(
-            f"the architecture is {architectures}; only {family.architecture} of {family.name} can be sliced"
+            f"the architecture is {architectures}; only {family.architecture} of {family.name} can be converted"
         )
     _check_sizes(config, family)
     if config.get("quantization_config"):
@@ -98,10 +107,10 @@ def family_of(config: dict[str, Any]) -> Family:
 def _check_llama(config: dict[str, Any]) -> None:
     if config.get("mlp_bias"):
         raise UserError(
-            "mlp_bias is true: a bias of the FFN cannot be cut into slices; only models without one can be sliced"
+            "mlp_bias is true: a bias of the FFN cannot be cut into slices; only models without one can be converted"
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act is {config['hidden_act']!r}; only 'silu' (a SwiGLU FFN) can be sliced")
+        raise UserError(f"hidden_act is {config['hidden_act']!r}; only 'silu' (a SwiGLU FFN) can be converted")
     _check_rope(config)
 
 
@@ -109,12 +118,12 @@ def _known_family(config: dict[str, Any]) -> Family:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type.startswith(SLICED_PREFIX):
+    if model_type.startswith(CONVERTED_PREFIX):
         raise UserError(
-            "the model is sliced already; give the dense model, or make it with `lamella export --to dense`"
+            "the model is converted already; give the dense model, or make it with `lamella export --to dense`"
         )
     hint = did_you_mean(model_type, FAMILIES)
-    raise UserError(f"unknown architecture {model_type!r}{hint}; those that can be sliced: {', '.join(FAMILIES)}")
+    raise UserError(f"unknown architecture {model_type!r}{hint}; those that can be converted: {', '.join(FAMILIES)}")
 
 
 def _check_sizes(config: dict[str, Any], family: Family) -> None:

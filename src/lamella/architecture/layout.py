@@ -8,7 +8,7 @@ from typing import Any
 from lamella.architecture.moe import Activation
 from lamella.architecture.two_matrix import activation_of, gpt2_ffn_width
 
-SLICED_PREFIX = "lamella_"
+CONVERTED_PREFIX = "lamella_"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FFNLayout:
 
 def ffn_layout(config: dict[str, Any]) -> FFNLayout:
     """The layout of a checkpoint with this config.json, dense or converted, whose family is known."""
-    family = config["model_type"].removeprefix(SLICED_PREFIX)
+    family = config["model_type"].removeprefix(CONVERTED_PREFIX)
     if family == "gpt2":
         mlp, D = "transformer.h.{}.mlp.", config["n_embd"]
         return FFNLayout(

@@ -1,4 +1,4 @@
-"""GPT-2 and OPT: which tensors their checkpoints hold, and which of their configs can be sliced.
+"""GPT-2 and OPT: which tensors their checkpoints hold, and which of their configs can be converted.
 
 Their FFN has two matrices and two biases: y = down act(up x + up_bias) + down_bias. GPT-2 stores every matrix [in, out]
 (transformers' Conv1D), OPT [out, in].
@@ -25,12 +25,12 @@ _OPT_OFFSET = 2  # its position table begins with rows that no token uses
 
 
 def check_two_matrix(config: dict[str, Any]) -> None:
-    """UserError for what neither slicing nor the sliced model knows of."""
+    """UserError for what neither conversion nor the converted model knows of."""
     if config.get("add_cross_attention"):
-        raise UserError("add_cross_attention is true; only decoders of their own can be sliced")
+        raise UserError("add_cross_attention is true; only decoders of their own can be converted")
     for key in ("enable_bias", "layer_norm_elementwise_affine"):
         if not config.get(key, True):
-            raise UserError(f"{key} is false (as in Galactica); only OPT models with biases can be sliced")
+            raise UserError(f"{key} is false (as in Galactica); only OPT models with biases can be converted")
     activation_of(config)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lamella.architecture.families import SLICED_PREFIX
+from lamella.architecture.families import CONVERTED_PREFIX
 from lamella.architecture.layout import ffn_layout
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.tensors import SourceTensor
@@ -44,7 +44,7 @@ ANATOMIES = {
 
 def anatomy_of(config: dict[str, Any]) -> Anatomy:
     """The family's anatomy, a converted model's too; UserError for an unknown one."""
-    family = str(config.get("model_type")).removeprefix(SLICED_PREFIX)
+    family = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
     if family not in ANATOMIES:
         raise UserError(f"{family!r} models cannot be calibrated; known families: {', '.join(ANATOMIES)}")
     anatomy = ANATOMIES[family]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lamella.architecture.families import SLICED_PREFIX
+from lamella.architecture.families import CONVERTED_PREFIX
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.source import Checkpoint
@@ -155,7 +155,7 @@ class LayerwiseModel:
 def config_of(source: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config as transformers reads it, with the names that all families share."""
     anatomy_of(source.config)  # a family that is known
-    if source.config["model_type"].startswith(SLICED_PREFIX):
+    if source.config["model_type"].startswith(CONVERTED_PREFIX):
         import lamella.hf.models  # noqa: F401  registers the converted models
     return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
 

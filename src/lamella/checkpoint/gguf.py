@@ -63,7 +63,7 @@ class GgufTensor(SourceTensor):
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """A .gguf file as a dense checkpoint of float32 tensors; UserError if it cannot be sliced."""
+    """A .gguf file as a dense checkpoint of float32 tensors; UserError if it cannot be converted."""
     if not path.is_file():
         raise UserError(f"no such model: {path} does not exist")
     reader = _reader(path)

@@ -29,7 +29,7 @@ SIDECARS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A dense model that can be sliced: everything is checked, nothing is read."""
+    """A dense model that can be converted: everything is checked, nothing is read."""
 
     name: str
     """As a person would call it: NAME@COMMIT of the hub, the path that was given, or the embedded model's name."""
@@ -48,7 +48,7 @@ class Checkpoint:
             model: a folder with config.json and safetensors, a .gguf file, a hub name, or None for the embedded model.
 
         Raises:
-            UserError: no such model, an architecture that cannot be sliced, or tensors that do not match the config.
+            UserError: no such model, an architecture that cannot be converted, or tensors that do not match the config.
         """
         if model is None:
             return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
@@ -141,7 +141,7 @@ def check_tensors(
         if name in tensors and tensors[name].shape != shape:
             problems.append(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
     if odd := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
-        problems.append(f"dtype {', '.join(odd)}, only {', '.join(DTYPES)} can be sliced")
+        problems.append(f"dtype {', '.join(odd)}, only {', '.join(DTYPES)} can be converted")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"the tensors of {where} do not match its config.json: {'; '.join(problems[:5])}{more}")

@@ -53,7 +53,7 @@ def write_sidecars(folder: Path, source: Checkpoint, plan: Plan, options: Option
 
 def write_remote_code(folder: Path, family: Family) -> None:
     """modeling_lamella.py"""
-    code = _REMOTE_CODE.format(config=family.sliced_config, model=family.sliced_architecture)
+    code = _REMOTE_CODE.format(config=family.converted_config_class, model=family.converted_architecture)
     (folder / f"{REMOTE_CODE}.py").write_text(code, encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from lamella.recipe.methods.slice import SliceOptions, parse_layers
 
 
 def plan_slices(source: Checkpoint, options: SliceOptions) -> Plan:
-    """All tensors and the config of the sliced model. UserError where options and model do not fit."""
+    """All tensors and the config of the converted model. UserError where options and model do not fit."""
     moe, layout = moe_config(source.config, options), ffn_layout(source.config)
 
     def experts(layer: int, parts: dict[str, SourceTensor]) -> list[OutputTensor]:

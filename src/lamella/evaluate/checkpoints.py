@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamella.architecture.families import FAMILIES, SLICED_PREFIX, ffn_layout
+from lamella.architecture.families import CONVERTED_PREFIX, FAMILIES, ffn_layout
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
@@ -83,14 +83,14 @@ def parse_device(device: str) -> str:
     return device
 
 
-def is_sliced(model: PreTrainedModel) -> bool:
+def has_moe_layers(model: PreTrainedModel) -> bool:
     """Whether the model has MoE layers of lamella."""
     return bool(getattr(model, "moe_layers", None))
 
 
 def is_converted(model: PreTrainedModel) -> bool:
     """Whether it has MoE layers of lamella, or attention experts."""
-    return is_sliced(model) or bool(getattr(model, "attention_experts", None))
+    return has_moe_layers(model) or bool(getattr(model, "attention_experts", None))
 
 
 def check_length(seq_len: int, *models: PreTrainedModel) -> None:
@@ -117,7 +117,7 @@ def check_same_text_interface(dense: PreTrainedModel, moe: PreTrainedModel) -> N
 def ffn_width(model: PreTrainedModel) -> int:
     """F of a dense model or of the one that a conversion was made of; UserError for another family."""
     config = model.config.to_dict()
-    if config["model_type"].removeprefix(SLICED_PREFIX) not in FAMILIES:
+    if config["model_type"].removeprefix(CONVERTED_PREFIX) not in FAMILIES:
         raise UserError(f"{config['model_type']!r} is no family that can be converted; those are {', '.join(FAMILIES)}")
     return ffn_layout(config).ffn_width
 

@@ -34,8 +34,8 @@ from lamella.evaluate.checkpoints import (
     check_length,
     check_same_text_interface,
     ffn_width,
+    has_moe_layers,
     is_converted,
-    is_sliced,
     model_path,
     open_checkpoint,
 )
@@ -203,7 +203,7 @@ def checked_modes(moe: Any) -> list[str]:
     once (twin). Without them "routed", where all experts are chosen with unit gates.
     """
     heads = all(_all_chosen(attention.config) for attention in moe.attention_experts)
-    if not is_sliced(moe) or not moe.moe_layers[0].config.num_frozen_experts:
+    if not has_moe_layers(moe) or not moe.moe_layers[0].config.num_frozen_experts:
         return ["routed"] if heads and all(_all_chosen(layer.config) for layer in moe.moe_layers) else []
     modes = ["dense"]
     if heads and not any(layer.router.weight.any() for layer in moe.moe_layers):
@@ -223,7 +223,7 @@ def _attention_terms(moe: Any, num_tokens: int) -> int:
 
 def _summed_in_parts(moe: Any, ffn_width: int) -> tuple[list[int], int]:
     """(layers, parts of each whose outputs are added); of attention alone the number of its experts."""
-    if not is_sliced(moe):
+    if not has_moe_layers(moe):
         config = moe.attention_experts[0].config
         return list(config.layers), config.num_experts
     config = moe.moe_layers[0].config

@@ -17,7 +17,7 @@ import torch
 from lamella.architecture.moe import Mode, RoutingKind
 from lamella.data.packing import PackedSamples
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import is_sliced
+from lamella.evaluate.checkpoints import has_moe_layers
 from lamella.evaluate.perplexity import perplexity
 
 
@@ -44,7 +44,7 @@ def routing_controls(
     Raises:
         UserError: a dense model, or one whose slices and copies do not pair up.
     """
-    if not is_sliced(model):
+    if not has_moe_layers(model):
         raise UserError("routing controls need a converted model; this one is dense")
     if dense_perplexity is None:
         with mode(model, "dense"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.architecture.converted import dense_config, sliced_family, sliced_tensors
+from lamella.architecture.converted import converted_family, converted_tensors, dense_config
 from lamella.architecture.families import may_be_stored
 from lamella.checkpoint.plan import Plan
 from lamella.checkpoint.source import check_tensors, copy_sidecars, read_config, read_folder
@@ -51,9 +51,11 @@ def export(
         raise UserError(f"unknown target {to!r}{did_you_mean(to, TARGETS)}; known: {', '.join(TARGETS)}")
     folder, out = Path(folder), Path(out)
     config = read_config(folder)
-    sliced_family(config)
+    converted_family(config)
     sources = read_folder(folder)
-    check_tensors(sources, sliced_tensors(config), str(folder), lambda name: may_be_stored(name, dense_config(config)))
+    check_tensors(
+        sources, converted_tensors(config), str(folder), lambda name: may_be_stored(name, dense_config(config))
+    )
     plan = TARGETS[to](config, sources)
     check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in sources.values()})
     on_plan(plan)

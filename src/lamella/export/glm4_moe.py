@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lamella.architecture.converted import attention_prefix, dense_config, ffn_prefix, sliced_family
+from lamella.architecture.converted import attention_prefix, converted_family, dense_config, ffn_prefix
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.checkpoint.pieces import Run, Runs, Sink, Values
 from lamella.checkpoint.plan import OutputTensor, Plan
@@ -157,7 +157,7 @@ def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
         "rope_parameters": rope | {"partial_rotary_factor": 1.0},
         "partial_rotary_factor": 1.0,
         "attention_bias": has_qkv_bias(config),
-        "use_qk_norm": sliced_family(config).qk_norm,
+        "use_qk_norm": converted_family(config).qk_norm,
         "tie_word_embeddings": False,
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
@@ -173,7 +173,7 @@ def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
 
 
 def has_qkv_bias(config: dict[str, Any]) -> bool:
-    family = sliced_family(config)
+    family = converted_family(config)
     return family.qkv_bias or (family.optional_bias and bool(config.get("attention_bias")))
 
 
@@ -195,7 +195,7 @@ def _check_attention(config: dict[str, Any], sources: dict[str, SourceTensor]) -
 def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
     if not moe.gated:
         raise UserError(
-            f"glm4-moe has gated experts, those of {sliced_family(config).name} have two matrices{_or_dense(moe)}"
+            f"glm4-moe has gated experts, those of {converted_family(config).name} have two matrices{_or_dense(moe)}"
         )
     problems = []
     if moe.gate != "sigmoid":
@@ -212,7 +212,7 @@ def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
         problems.append("its shared expert is a multiple of a routed one, this model's is not")
     if not moe.moe_layers or moe.moe_layers != tuple(range(moe.moe_layers[0], config["num_hidden_layers"])):
         problems.append("its dense layers can only come first, this model's moe_layers have gaps")
-    if has_qkv_bias(config) and not sliced_family(config).qkv_bias:
+    if has_qkv_bias(config) and not converted_family(config).qkv_bias:
         problems.append("it has no bias on the attention's output projection, this model has (attention_bias)")
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", 0):

@@ -68,7 +68,7 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.full((R,), DENSE_BIAS, dtype=torch.float32))
 
 
-class SlicedMoE(nn.Module):
+class MoELayer(nn.Module):
     """Takes the place of a decoder layer's FFN: [..., D] -> [..., D]."""
 
     def __init__(self, hidden_size: int, config: MoEConfig):
@@ -100,7 +100,7 @@ class SlicedMoE(nn.Module):
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The layers of a causal model of any family that can be sliced."""
+    """The layers of a causal model of any family that can be converted."""
     decoder = model.get_decoder()
     return decoder.h if hasattr(decoder, "h") else decoder.layers
 

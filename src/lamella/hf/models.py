@@ -1,4 +1,4 @@
-"""The transformers home: stock Llama-family models, GPT-2 and OPT whose FFNs are `SlicedMoE` layers.
+"""The transformers home: stock Llama-family models, GPT-2 and OPT whose FFNs are `MoELayer` layers.
 
 Norms, embeddings, rope and generation are transformers' own classes; only the FFN differs, and `layer.self_attn`
 where the config has an entry `attention_moe` (lamella.hf.attention), with or without experts in the FFNs.
@@ -39,10 +39,10 @@ from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath,
 from lamella.architecture.two_matrix import MASKS
 from lamella.errors import UserError, check_choice
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
-from lamella.hf.blocks import PackedExperts, Router, Shared, SlicedMoE, decoder_layers, replace_ffn
+from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn
 
 
-class _SlicedForCausalLM(PreTrainedModel):
+class _ConvertedForCausalLM(PreTrainedModel):
     """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by `config.moe` and `config.attention_moe`."""
 
     # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
@@ -56,7 +56,7 @@ class _SlicedForCausalLM(PreTrainedModel):
         if config.moe is not None:
             moe = MoEConfig.from_dict(config.moe)
             for index in moe.moe_layers:
-                block = SlicedMoE(config.hidden_size, moe.for_layer(index))
+                block = MoELayer(config.hidden_size, moe.for_layer(index))
                 replace_ffn(decoder_layers(self)[index], block.apply(self._init_weights))
         if attention is not None:
             install_attention_experts(self, AttentionMoEConfig.from_dict(attention))
@@ -82,14 +82,14 @@ class _SlicedForCausalLM(PreTrainedModel):
             for parameter in module.parameters():
                 parameter.zero_()
             module.selection_bias.fill_(DENSE_BIAS)
-        elif isinstance(module, SlicedMoE) and module.output_bias is not None:
+        elif isinstance(module, MoELayer) and module.output_bias is not None:
             module.output_bias.zero_()
         elif isinstance(module, AttentionRouter):
             module.zero()
 
     @property
-    def moe_layers(self) -> list[SlicedMoE]:
-        return [m for m in self.modules() if isinstance(m, SlicedMoE)]
+    def moe_layers(self) -> list[MoELayer]:
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     @property
     def attention_experts(self) -> list[AttentionExperts]:
@@ -149,32 +149,32 @@ class LamellaOPTConfig(OPTConfig):
     attention_moe: dict | None = None
 
 
-class LamellaLlamaForCausalLM(_SlicedForCausalLM, LlamaForCausalLM):
+class LamellaLlamaForCausalLM(_ConvertedForCausalLM, LlamaForCausalLM):
     config_class = LamellaLlamaConfig
 
 
-class LamellaMistralForCausalLM(_SlicedForCausalLM, MistralForCausalLM):
+class LamellaMistralForCausalLM(_ConvertedForCausalLM, MistralForCausalLM):
     config_class = LamellaMistralConfig
 
 
-class LamellaQwen2ForCausalLM(_SlicedForCausalLM, Qwen2ForCausalLM):
+class LamellaQwen2ForCausalLM(_ConvertedForCausalLM, Qwen2ForCausalLM):
     config_class = LamellaQwen2Config
 
 
-class LamellaQwen3ForCausalLM(_SlicedForCausalLM, Qwen3ForCausalLM):
+class LamellaQwen3ForCausalLM(_ConvertedForCausalLM, Qwen3ForCausalLM):
     config_class = LamellaQwen3Config
 
 
-class LamellaGPT2ForCausalLM(_SlicedForCausalLM, GPT2LMHeadModel):
+class LamellaGPT2ForCausalLM(_ConvertedForCausalLM, GPT2LMHeadModel):
     config_class = LamellaGPT2Config
 
 
-class LamellaOPTForCausalLM(_SlicedForCausalLM, OPTForCausalLM):
+class LamellaOPTForCausalLM(_ConvertedForCausalLM, OPTForCausalLM):
     config_class = LamellaOPTConfig
 
 
-# dense model_type -> the class of its sliced form
-SLICED_MODELS: dict[str, type[_SlicedForCausalLM]] = {
+# dense model_type -> the class of its converted form
+CONVERTED_MODELS: dict[str, type[_ConvertedForCausalLM]] = {
     "llama": LamellaLlamaForCausalLM,
     "mistral": LamellaMistralForCausalLM,
     "qwen2": LamellaQwen2ForCausalLM,
@@ -182,7 +182,7 @@ SLICED_MODELS: dict[str, type[_SlicedForCausalLM]] = {
     "gpt2": LamellaGPT2ForCausalLM,
     "opt": LamellaOPTForCausalLM,
 }
-for _model in SLICED_MODELS.values():
+for _model in CONVERTED_MODELS.values():
     assert _model.config_class is not None
     AutoConfig.register(_model.config_class.model_type, _model.config_class)
     AutoModelForCausalLM.register(_model.config_class, _model)

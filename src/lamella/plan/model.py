@@ -168,7 +168,7 @@ def make_model(values: dict[str, Any], name: str, slices: int | None = None) -> 
     if slices is not None:
         if moe is not None:
             raise UserError(f"{name} is a converted model already; leave --slices out")
-        moe = sliced(F, layers, slices)
+        moe = slices_of_every_layer(F, layers, slices)
     return Model(
         family=family,
         D=D,
@@ -194,7 +194,7 @@ def _needed(values: dict[str, Any], key: str, name: str) -> int:
     return values[key]
 
 
-def sliced(F: int, num_layers: int, slices: int) -> MoEConfig:
+def slices_of_every_layer(F: int, num_layers: int, slices: int) -> MoEConfig:
     """What `convert_by_slicing.py` makes of every layer by default."""
     if slices < 1 or F % slices:
         raise UserError(f"{slices} slices do not divide the FFN's {F} neurons; choose a divisor")

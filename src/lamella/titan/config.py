@@ -11,7 +11,7 @@ from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError, did_you_mean
 from lamella.titan.attention import ExpertAttention, RoutedHeads
 from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE, inner_attention
-from lamella.titan.moe import UNSET, SlicedMoE
+from lamella.titan.moe import UNSET, MoELayer
 
 # isort: split
 from torchtitan.models.common.attention import GQAttention, QKVLinear
@@ -105,7 +105,7 @@ def _block(
     D, F = hf.hidden_size, hf.intermediate_size
     config = Block.Config(attention=attention, attention_norm=_norm(D, hf), ffn_norm=_norm(D, hf))
     if moe is not None and index in moe.moe_layers:
-        config.sliced_moe = SlicedMoE.Config(dim=D, moe=moe.for_layer(index), expert_path=expert_path, param_init=UNSET)
+        config.moe_layer = MoELayer.Config(dim=D, moe=moe.for_layer(index), expert_path=expert_path, param_init=UNSET)
     else:
         bias = bool(getattr(hf, "mlp_bias", False))
         config.feed_forward = FeedForward.Config(w1=_linear(D, F, bias), w2=_linear(F, D, bias), w3=_linear(D, F, bias))

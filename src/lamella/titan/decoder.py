@@ -1,4 +1,4 @@
-"""The torchtitan home: a torchtitan Decoder whose FFNs are `SlicedMoE` layers.
+"""The torchtitan home: a torchtitan Decoder whose FFNs are `MoELayer` layers.
 
 Attention, norms, embeddings and rope are torchtitan's own; weights stay in the layout of transformers. The maths of the
 experts is in `lamella.moe.experts.moe_ffn`.
@@ -29,7 +29,7 @@ from torchtitan.protocols.module import Module
 
 from lamella.titan.attention import RoutedHeads
 from lamella.titan.context import ContextShare
-from lamella.titan.moe import SlicedMoE
+from lamella.titan.moe import MoELayer
 from lamella.titan.tensor import set_sharding
 
 
@@ -118,16 +118,16 @@ class Block(TransformerBlock):
     @dataclass(kw_only=True, slots=True)
     class Config(TransformerBlock.Config):
         # not `moe`, which torchtitan expects to be its own MoE
-        sliced_moe: SlicedMoE.Config | None = None
+        moe_layer: MoELayer.Config | None = None
 
     def __init__(self, config: Config):
         super().__init__()
         self.attention = config.attention.build()
         self.attention_norm = config.attention_norm.build()
         self.ffn_norm = config.ffn_norm.build()
-        self.moe_enabled = config.sliced_moe is not None  # torchtitan's FSDP reads it
-        if config.sliced_moe is not None:
-            self.moe = config.sliced_moe.build()
+        self.moe_enabled = config.moe_layer is not None  # torchtitan's FSDP reads it
+        if config.moe_layer is not None:
+            self.moe = config.moe_layer.build()
         else:
             assert config.feed_forward is not None
             self.feed_forward = config.feed_forward.build()
@@ -166,8 +166,8 @@ class LamellaDecoder(Decoder):
             self.register_state_dict_post_hook(_drop_tied_head)
 
     @property
-    def moe_layers(self) -> list[SlicedMoE]:
-        return [m for m in self.modules() if isinstance(m, SlicedMoE)]
+    def moe_layers(self) -> list[MoELayer]:
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     @property
     def routed_heads(self) -> list[RoutedHeads]:

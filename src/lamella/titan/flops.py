@@ -41,5 +41,5 @@ def _attention_products(config: LamellaDecoder.Config) -> int:
 def _active_part(name: str, config: LamellaDecoder.Config) -> float:
     if ".experts." not in name:
         return 1.0
-    moe = config.layers[int(name.split(".")[1])].sliced_moe.moe
+    moe = config.layers[int(name.split(".")[1])].moe_layer.moe
     return moe.num_experts_per_tok / moe.num_experts

@@ -84,7 +84,7 @@ class Shared(Module):
         self.down_proj = nn.Parameter(torch.empty(config.dim, config.width))
 
 
-class SlicedMoE(Routed):
+class MoELayer(Routed):
     """[B, L, D] -> [B, L, D]"""
 
     @dataclass(kw_only=True, slots=True)

@@ -161,7 +161,7 @@ def start_routing(model: LamellaDecoder, recipe: Recipe) -> bool:
     if any(bool(r.any()) for r in rows):
         return False
     # counted over the whole model, of which a stage of a pipeline has a part
-    with_experts = [str(i) for i, layer in enumerate(model.config.layers) if layer.sliced_moe is not None]
+    with_experts = [str(i) for i, layer in enumerate(model.config.layers) if layer.moe_layer is not None]
     numbers = [with_experts.index(name) for name in model.layers if name in with_experts]
     for index, layer, row in zip(numbers, model.moe_layers, rows, strict=True):
         drawn = torch.empty(row.shape).normal_(

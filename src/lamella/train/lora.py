@@ -17,8 +17,8 @@ from lamella.train.balance import fill
 def add_lora(recipe: Recipe, config: LamellaDecoder.Config) -> None:
     """Give the layers of the config the recipe's deltas; the two fit (`lamella.plan.fit`)."""
     for layer in config.layers:
-        if recipe.lora is not None and layer.sliced_moe is not None:
-            layer.sliced_moe.moe = layer.sliced_moe.moe.with_lora(recipe.lora.rank, recipe.lora.alpha)
+        if recipe.lora is not None and layer.moe_layer is not None:
+            layer.moe_layer.moe = layer.moe_layer.moe.with_lora(recipe.lora.rank, recipe.lora.alpha)
 
 
 def is_new(recipe: Recipe) -> bool:

@@ -107,7 +107,7 @@ class Watch:
         self.last_step: int | None = None
         self.known: set[str] = set()
         # of the whole model, as the reports are: a stage of a pipeline has a part of it
-        self.layers = [layer.sliced_moe.moe for layer in model.config.layers if layer.sliced_moe is not None]
+        self.layers = [layer.moe_layer.moe for layer in model.config.layers if layer.moe_layer is not None]
 
     def own_seconds(self) -> list[float]:
         """Each rank's since the last call."""

@@ -15,11 +15,11 @@ import torch
 from lamella.architecture.converted import (
     attention_prefix,
     converted_config,
+    converted_family,
+    converted_tensors,
     dense_config,
-    sliced_family,
-    sliced_tensors,
 )
-from lamella.architecture.families import SLICED_PREFIX, may_be_stored
+from lamella.architecture.families import CONVERTED_PREFIX, may_be_stored
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.checkpoint.gather import Given
 from lamella.checkpoint.pieces import Runs
@@ -44,14 +44,19 @@ def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
     if folder is None or not folder.is_dir():
         return Checkpoint.open(model)
     config = read_config(folder)
-    if not str(config.get("model_type")).startswith(SLICED_PREFIX):
+    if not str(config.get("model_type")).startswith(CONVERTED_PREFIX):
         return Checkpoint.open(model)
     if config.get("attention_moe") is not None:
         raise UserError(f"{model} has attention experts already; give the model that it was made of")
     tensors, dense = read_folder(folder), dense_config(config)
-    check_tensors(tensors, sliced_tensors(config), str(model), lambda name: may_be_stored(name, dense))
+    check_tensors(tensors, converted_tensors(config), str(model), lambda name: may_be_stored(name, dense))
     return Checkpoint(
-        str(model), sliced_family(config), config, tensors, card_licence(folder), lambda out: copy_sidecars(folder, out)
+        str(model),
+        converted_family(config),
+        config,
+        tensors,
+        card_licence(folder),
+        lambda out: copy_sidecars(folder, out),
     )
 
 
