@@ -162,7 +162,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from calibration import random_tokens
 from lamella.calibrate import calibrate
-from lamella.conversion import Checkpoint, peak_rss_mib
+from lamella.checkpoint.source import Checkpoint
+from lamella.conversion import peak_rss_mib
 
 tokens = random_tokens(16, 128)
 for name in {names!r}:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lamella.data.sources import open_source
 from lamella.errors import UserError
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import make_stages, prepare_recipe, prepare_stages
@@ -192,7 +193,7 @@ def bad_runs(tmp_path: Path) -> dict[str, list[str]]:
 def test_the_launcher_refuses_before_anything_starts(tmp_path):
     for message, words in bad_runs(tmp_path).items():
         with pytest.raises(UserError, match=message):
-            check([str(next(p for p in RECIPES if p.name == "demo.yaml")), *words], 3)
+            check([str(next(p for p in RECIPES if p.name == "demo.yaml")), *words], 3, open_source)
 
 
 def test_what_an_earlier_attempt_or_another_rank_left_is_no_obstacle(tmp_path, monkeypatch):

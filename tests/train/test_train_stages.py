@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from titan_models import trainable_moe
 from transformers import AutoTokenizer
 
+from lamella.data.sources import open_source
 from lamella.errors import UserError
 from lamella.export.trained import materialise
 from lamella.recipe.files import arguments
@@ -116,7 +117,7 @@ def test_one_run_needs_one_stage():
 def test_later_stages_are_checked_before_the_first_starts(tmp_path):
     words = [str(RECIPE), f"out={tmp_path}", "stages.read.data=[nowhere.txt]", "stages.read.routing_loss=null"]
     with pytest.raises(UserError, match=r"nowhere\.txt"):
-        check([*words, "stage=read"], 2)
+        check([*words, "stage=read"], 2, open_source)
     with pytest.raises(UserError, match="there is no teacher"):
         check([str(RECIPE), f"out={tmp_path}", "distil.teacher=nowhere", "stage=heal"], 2)
 
