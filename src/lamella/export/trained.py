@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lamella.architecture.names import hf_name
+from lamella.checkpoint.distributed import checkpoint_reader
 from lamella.errors import UserError
 from lamella.recipe.sections import LoRA
 from lamella.run.folder import RunDir
-from lamella.run.store import CheckpointStore, is_remote
+from lamella.run.store import CheckpointStore
 
 MAX_SHARD_BYTES = 5_000_000_000
 # What torchtitan saves beside the model, by the prefix of its names.
@@ -104,13 +103,9 @@ def _check_whole(store: CheckpointStore, step: int) -> None:
         raise UserError(f"{store.path(step)} is damaged: {problems[0]}; {advice}")
 
 
-def _reader(checkpoint: str) -> FileSystemReader:
-    return FsspecReader(checkpoint) if is_remote(checkpoint) else FileSystemReader(checkpoint)
-
-
 def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
     """Shards of at most 5 GB, one in memory at a time."""
-    entries = _reader(checkpoint).read_metadata().state_dict_metadata
+    entries = checkpoint_reader(checkpoint).read_metadata().state_dict_metadata
     model = {
         name: entry
         for name, entry in entries.items()
@@ -127,7 +122,7 @@ def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
         state = {name: torch.empty(model[name].size, dtype=model[name].properties.dtype) for name in shard}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=_reader(checkpoint), no_dist=True)
+            dcp.load(state, storage_reader=checkpoint_reader(checkpoint), no_dist=True)
         hf = {hf_name(name): _cast(name, tensor, dtype) for name, tensor in state.items()}
         save_file(hf, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(hf, file)

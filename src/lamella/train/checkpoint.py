@@ -24,10 +24,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from lamella.checkpoint.distributed import WeightsOnlyPlanner, checkpoint_reader
 from lamella.errors import UserError
 from lamella.run.failure import Fault
 from lamella.run.folder import RunDir
@@ -145,6 +147,14 @@ class CommittedCheckpoints(CheckpointManager):
         if enable_garbage_collection:
             GarbageCollection.collect("GC collection invoked by checkpointer.")
         return future
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """Load a checkpoint without running what its pickles say; weights of a model's folder as torchtitan does."""
+        if from_hf:
+            return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+        dcp.load(state_dict, storage_reader=checkpoint_reader(checkpoint_id), planner=WeightsOnlyPlanner())
+        if MODEL in self.states:
+            self.states[MODEL].load_state_dict(state_dict)
 
     def _about(self, step: int) -> dict[str, Any]:
         data = self.states["dataloader"].state_dict()
