@@ -14,6 +14,7 @@ from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.recipe.training import Recipe
 from lamella.run.failure import attempt_number
 from lamella.run.folder import OWN_NAMES, RunDir, run_of_result
+from lamella.run.gpus import visible_gpus
 from lamella.run.store import CheckpointStore, absolute
 from lamella.run.supervise import Supervisor
 
@@ -106,9 +107,8 @@ def check_writable(folder: Path) -> None:
 
 
 def default_nproc(words: Sequence[str]) -> int:
-    """A rank per GPU; on CPU 3 for the embedded recipe, which is made for them, and 1 for others."""
-    num_gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
-    return num_gpus or (1 if arguments(words)[0] else 3)
+    """A rank per GPU that may be used; on CPU 3 for the embedded recipe, which is made for them, and 1 for others."""
+    return visible_gpus() or (1 if arguments(words)[0] else 3)
 
 
 def launch(words: Sequence[str], nproc: int, quiet: bool = False, check_source: CheckSource | None = None) -> int:

@@ -20,6 +20,7 @@ from lamella.errors import UserError
 from lamella.recipe.training import Recipe, differences
 from lamella.run.failure import attempt_number, forget, report
 from lamella.run.folder import RunDir, State, run_of_result
+from lamella.run.gpus import check_seen
 from lamella.run.launch import check_run_dir, default_threads
 from lamella.run.processes import StopRequest
 from lamella.run.supervise import LAUNCHED_AT
@@ -123,6 +124,7 @@ def _wait_until(is_there: Callable[[], bool]) -> None:
 def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     import torch
 
+    check_seen(torch.cuda.device_count(), torch.__version__, torch.version.cuda)
     _check_gpus(torch.cuda.device_count())
     return_freed_memory()
     torch.set_num_threads(recipe.threads_per_rank or default_threads())
