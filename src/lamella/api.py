@@ -24,7 +24,7 @@ def convert(
         model: folder, .gguf file or hub name; None: the embedded SmolLM2-135M.
         out: folder to keep; None keeps none.
         overwrite: replace the checkpoint in `out`.
-        on_progress: told of each step of a calibration (`lamella.calibrate.Progress`).
+        on_progress: told of each step of a calibration (`lamella.calibrate.CalibrationStep`).
         recipe: the keys of a conversion recipe: `method` and the fields of its options
             (lamella.recipe.conversion.OPTIONS).
 

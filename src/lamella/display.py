@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-class Progress:
+class TrainingProgress:
     """Shows metric lines. `stream` is where people look, not the log; None shows nothing (ranks other than 0)."""
 
     def __init__(self, stream: TextIO | None, first_step: int, steps: int):

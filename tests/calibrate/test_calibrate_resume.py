@@ -14,7 +14,7 @@ from filelock import FileLock
 from tiny_models import tiny_checkpoint
 from torch import Tensor
 
-from lamella.calibrate import Progress, calibrate
+from lamella.calibrate import CalibrationStep, calibrate
 from lamella.calibrate.store import FINGERPRINT, LOCK, STREAMS, ResultFolder
 from lamella.calibrate.stream import StreamFolder
 from lamella.checkpoint.source import Checkpoint
@@ -51,8 +51,8 @@ def test_an_interrupted_calibration_goes_on(mode: str, stop_at: int, source: Che
     """Cut at each step in turn: in a pass, in the method, between a layer's result and its stream."""
     tokens, options = random_tokens(), MODES[mode] | {"method": {"name": "busiest"}}
     visits: Counter[int] = Counter()
-    needed: list[Progress] = []
-    steps: list[Progress] = []
+    needed: list[CalibrationStep] = []
+    steps: list[CalibrationStep] = []
     expected = calibrate(source, tokens, tmp_path / "whole", busiest, on_progress=needed.append, **options)
 
     def visit(layer: int, sample) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def test_an_interrupted_calibration_goes_on(mode: str, stop_at: int, source: Che
         visits[layer] += 1
         return result
 
-    def cut(step: Progress) -> None:
+    def cut(step: CalibrationStep) -> None:
         steps.append(step)
         if len(steps) == stop_at:
             raise PowerCut
@@ -113,7 +113,7 @@ def test_a_stored_result_is_not_computed_again(
 
 def test_a_finished_calibration_is_only_read(source: Checkpoint, tmp_path: Path) -> None:
     first = calibrate(source, random_tokens(), tmp_path / "out", busiest, method={})
-    steps: list[Progress] = []
+    steps: list[CalibrationStep] = []
     again = calibrate(source, random_tokens(), tmp_path / "out", busiest, method={}, on_progress=steps.append)
     assert same(again, first)
     assert not steps

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from lamella.checkpoint import blocks
 from lamella.checkpoint.blocks import BLOCK_BYTES, BUFFER_BYTES, BlockFile, Stream
-from lamella.checkpoint.pieces import Piece, Run, Runs, SplitColumns
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import Piece, SplitColumns, Stretch, Stretches
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, read_header
 from lamella.checkpoint.write import MAX_STREAMS, write_tensors
 from lamella.conversion.noise import Noise
@@ -62,7 +62,7 @@ def saved(folder: Path, rows: int, width: int) -> SourceTensor:
 def write(folder: Path, pieces: dict[str, tuple[Piece, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
     """The tensors as the safetensors library reads them back, after comparing the hashes of their bytes."""
     tensors = [OutputTensor(name, "BF16", shape, piece) for name, (piece, shape) in pieces.items()]
-    hashes = write_tensors(Plan(tensors, {}), folder)
+    hashes = write_tensors(WritePlan(tensors, {}), folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         made = {name: file.get_tensor(name) for name in pieces}
     for name, tensor in made.items():
@@ -81,8 +81,11 @@ def test_noise_is_the_same_however_it_is_cut(width: int, direct: bool, tmp_path:
     made = write(
         tmp_path,
         {
-            "odd": (Runs((Run(source, 0, 1),)), (1,)),  # so that no tensor starts at a block
-            "runs": (Runs((Run(source, 0, 12345), Run(source, 12345, count - 12345)), noise), (rows, width)),
+            "odd": (Stretches((Stretch(source, 0, 1),)), (1,)),  # so that no tensor starts at a block
+            "runs": (
+                Stretches((Stretch(source, 0, 12345), Stretch(source, 12345, count - 12345)), noise),
+                (rows, width),
+            ),
             "columns": (SplitColumns(source, 8, noise), (8, rows, width // 8)),
             "plain columns": (SplitColumns(source, 8), (8, rows, width // 8)),
         },

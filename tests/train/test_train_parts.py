@@ -11,7 +11,7 @@ from titan_models import load_titan, tiny_moe, trainable_moe
 
 from lamella.architecture.names import is_trained
 from lamella.conversion import convert
-from lamella.display import Progress, duration
+from lamella.display import TrainingProgress, duration
 from lamella.errors import BadData, UserError
 from lamella.plan.command import make_layout
 from lamella.plan.model import read_model
@@ -334,7 +334,7 @@ def test_scalars_are_what_tensorboard_takes():
 def test_progress_says_what_people_want_to_know(capsys):
     import sys
 
-    progress = Progress(sys.stdout, first_step=0, steps=10)
+    progress = TrainingProgress(sys.stdout, first_step=0, steps=10)
     progress.started -= 30
     progress.show({"step": 0, "heldout_loss": 3.25})
     progress.show({"step": 5, "heldout_loss": None, "loss": 2.5, "tokens_per_s": 1234.4, "twin_share": [0.5, 0.4]})
@@ -342,7 +342,7 @@ def test_progress_says_what_people_want_to_know(capsys):
     assert first == "step 0/10  held-out 3.250"
     assert second == "step 5/10  loss 2.500  held-out 3.250  1,234 tokens/s  twins 45%  ETA 0:30"
     assert (duration(59.6), duration(3725)) == ("1:00", "1:02:05")
-    Progress(None, 0, 1).show({"step": 1, "heldout_loss": None})
+    TrainingProgress(None, 0, 1).show({"step": 1, "heldout_loss": None})
 
 
 def test_weights_that_the_precision_would_round_are_not_replicated(tmp_path):

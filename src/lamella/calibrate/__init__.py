@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lamella.calibrate.layerwise import LayerwiseModel
-from lamella.calibrate.run import OnLayer, Progress, Replacement, Run
+from lamella.calibrate.order import Calibration, CalibrationStep, OnLayer, Replacement
 from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
 from lamella.calibrate.text import CalibrationTokens, calibration_tokens
@@ -22,7 +22,7 @@ from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 from lamella.recipe.calibration import CalibrationOptions
 
-__all__ = ["CalibrationOptions", "CalibrationTokens", "Progress", "calibrate", "calibration_tokens"]
+__all__ = ["CalibrationOptions", "CalibrationStep", "CalibrationTokens", "calibrate", "calibration_tokens"]
 
 
 def calibrate(
@@ -37,7 +37,7 @@ def calibrate(
     layers: Iterable[int] | None = None,
     overwrite: bool = False,
     result_bytes: int = 0,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[CalibrationStep], None] = lambda _: None,
 ) -> LayerResults:
     """Hand every layer's sample to `on_layer` and keep what it returns; resume where an earlier call was interrupted.
 
@@ -66,14 +66,14 @@ def calibrate(
     settings = {"gradients": gradients, "sequential": replacement is not None, "layers": list(chosen)}
     wanted, results = fingerprint(source, tokens, method | settings), ResultFolder(folder)
     stream = StreamFolder(folder / STREAMS, (*tokens.ids_NL.shape, model.width))
-    run = Run(model, tokens, stream, results, chosen, on_layer, gradients, replacement, on_progress)
+    calibration = Calibration(model, tokens, stream, results, chosen, on_layer, gradients, replacement, on_progress)
     results.check(wanted, overwrite)
     left = sum(not (results.is_of(wanted) and results.has(layer)) for layer in chosen)
-    stream.check_space(run.num_streams, result_bytes * left)
+    stream.check_space(calibration.num_streams, result_bytes * left)
     with _locked(folder):
         results.claim(wanted)
         if not all(results.has(layer) for layer in chosen):
-            run.all()
+            calibration.all()
         stream.remove()
     return LayerResults(results, chosen)
 

@@ -50,7 +50,7 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """Consecutive elements of a source tensor."""
 
     source: SourceTensor
@@ -59,22 +59,22 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Runs laid end to end. A tensor that is copied is one run; packed gate and up rows are two per slice."""
+class Stretches:
+    """Stretches laid end to end. A tensor that is copied is one; packed gate and up rows are two per slice."""
 
-    runs: tuple[Run, ...]
+    stretches: tuple[Stretch, ...]
     change: Change | None = None
 
     @classmethod
-    def copy(cls, source: SourceTensor) -> Runs:
-        return cls((Run(source, 0, source.numel),))
+    def copy(cls, source: SourceTensor) -> Stretches:
+        return cls((Stretch(source, 0, source.numel),))
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
-        sources = {run.source.name: run.source for run in self.runs}
+        sources = {part.source.name: part.source for part in self.stretches}
         changes = {name: _prepared(source, self.change) for name, source in sources.items()}
-        for run in self.runs:
-            for start, count in spans(run.start, run.count, CHUNK_ELEMENTS):
-                sink.append(_elements(run.source, start, count, dtype, changes[run.source.name]))
+        for part in self.stretches:
+            for start, count in spans(part.start, part.count, CHUNK_ELEMENTS):
+                sink.append(_elements(part.source, start, count, dtype, changes[part.source.name]))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """Everything that will be in the output folder, tensors first."""
 
     tensors: list[OutputTensor]

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from lamella.checkpoint.blocks import BlockFile, Stream
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import DTYPES, encode_header
 from lamella.errors import UserError
 
@@ -76,7 +76,7 @@ def _bytes_of(data: Tensor) -> memoryview:
     return data.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def write_tensors(plan: Plan, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+def write_tensors(plan: WritePlan, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, str]:
     """Write the plan's safetensors files, and their index if there are several, into an existing folder.
 
     Returns:
@@ -142,7 +142,7 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_index(plan: Plan, folder: Path) -> None:
+def _write_index(plan: WritePlan, folder: Path) -> None:
     shards = plan.shards()
     if len(shards) > 1:
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}

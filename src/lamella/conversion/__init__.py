@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import appearing_folder, check_output, write_tensors
 from lamella.conversion.sidecars import write_sidecars
@@ -21,7 +21,7 @@ from lamella.recipe.methods.slice import Options, SliceOptions
 DEFAULT_OUT = Path("artifacts/moe")
 
 
-def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
+def _plan_partition(source: Checkpoint, options: Any, work: Work) -> WritePlan:
     from lamella.conversion.partition.calibrated import (
         plan_calibrated,  # imports transformers, which slicing does without
     )
@@ -29,7 +29,7 @@ def _plan_partition(source: Checkpoint, options: Any, work: Work) -> Plan:
     return plan_calibrated(source, options, work)
 
 
-def _plan_attention(source: Checkpoint, options: Any, work: Work) -> Plan:
+def _plan_attention(source: Checkpoint, options: Any, work: Work) -> WritePlan:
     from lamella.conversion.attention.plan import plan_attention
 
     return plan_attention(source, options, work)
@@ -42,7 +42,7 @@ def _open_for_attention(model: str | Path | None) -> Checkpoint:
 
 
 class Method(NamedTuple):
-    plan: Callable[[Checkpoint, Any, Work], Plan]
+    plan: Callable[[Checkpoint, Any, Work], WritePlan]
     open: Callable[[str | Path | None], Checkpoint] = Checkpoint.open
 
 
@@ -70,7 +70,7 @@ class ConversionReport:
 
 def plan_conversion(
     model: str | Path | None = None, options: Options | None = None, work: Work | None = None
-) -> tuple[Checkpoint, Plan]:
+) -> tuple[Checkpoint, WritePlan]:
     """Open a dense model (see `Checkpoint.open`) and plan its conversion; without `work` it reads headers only."""
     options = options or SliceOptions()
     method = METHODS[options.method]
@@ -84,7 +84,7 @@ def convert(
     options: Options | None = None,
     *,
     overwrite: bool = False,
-    on_plan: Callable[[Plan], None] = lambda _: None,
+    on_plan: Callable[[WritePlan], None] = lambda _: None,
     on_bytes: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[Any], None] = lambda _: None,
     on_verdict: Callable[[Any], None] = lambda _: None,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from lamella.architecture.converted import converted_layers
 from lamella.architecture.layout import ffn_layout
-from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import check_output
 from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
@@ -88,7 +88,7 @@ class Display:
         self._phases: dict[str, TaskID] = {}
         self._line_due = time.monotonic() + SECONDS_PER_LINE
 
-    def on_plan(self, plan: Plan) -> None:
+    def on_plan(self, plan: WritePlan) -> None:
         self._progress.update(self._bytes, total=plan.total_bytes, visible=True)
 
     def on_bytes(self, count: int) -> None:
@@ -96,7 +96,7 @@ class Display:
         self._progress.update(self._bytes, advance=count, speed=f"{speed / 1e9:.2f} GB/s")
 
     def on_progress(self, step: Any) -> None:
-        """`step`: a lamella.calibrate.Progress."""
+        """`step`: a lamella.calibrate.CalibrationStep."""
         if step.phase not in self._phases:
             description = f"Calibrating: {step.phase}"
             self._phases[step.phase] = self._progress.add_task(description, total=step.num_layers, speed="")
@@ -113,7 +113,7 @@ def _print_verdict(verdict: Any) -> None:
     print(f"layer {verdict.layer}: {verdict.before:.4g} -> {verdict.after:.4g}, {end}", flush=True)
 
 
-def _summary(source: Checkpoint, plan: Plan, options: Options) -> str:
+def _summary(source: Checkpoint, plan: WritePlan, options: Options) -> str:
     entry = plan.config[options.entry]
     layers = f"{len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers} layers"
     return f"{source.name}, {layers} with {_experts(entry)}, gate {entry['gate']}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator
 
 from lamella.architecture.families import dense_tensors
 from lamella.architecture.layout import FFNLayout
-from lamella.checkpoint.pieces import Runs
+from lamella.checkpoint.pieces import Stretches
 from lamella.checkpoint.plan import OutputTensor
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
@@ -32,7 +32,7 @@ def with_ffns_replaced(
         layer = replaced.get(name)
         if layer is None:
             tensor = source.tensors[name]
-            tensors.append(OutputTensor(name, stored_dtype(tensor.dtype, dtype), tensor.shape, Runs.copy(tensor)))
+            tensors.append(OutputTensor(name, stored_dtype(tensor.dtype, dtype), tensor.shape, Stretches.copy(tensor)))
         elif name == next(iter(layout.names(layer).values())):
             tensors += experts(layer, _ffn_parts(source, layout, layer))
     return tensors

@@ -8,7 +8,7 @@ from lamella import __version__
 from lamella.architecture.converted import REMOTE_CODE, converted_layers
 from lamella.architecture.families import Family
 from lamella.architecture.layout import ffn_layout
-from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint, read_json
 from lamella.checkpoint.write import write_json
 from lamella.recipe.methods.slice import Options
@@ -43,7 +43,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 
-def write_sidecars(folder: Path, source: Checkpoint, plan: Plan, options: Options, hashes: dict[str, str]) -> None:
+def write_sidecars(folder: Path, source: Checkpoint, plan: WritePlan, options: Options, hashes: dict[str, str]) -> None:
     """config.json, lamella.json, README.md and modeling_lamella.py."""
     write_json(folder / "config.json", plan.config)
     write_json(folder / MANIFEST, manifest(source, plan, options, hashes))
@@ -57,7 +57,7 @@ def write_remote_code(folder: Path, family: Family) -> None:
     (folder / f"{REMOTE_CODE}.py").write_text(code, encoding="utf-8")
 
 
-def manifest(source: Checkpoint, plan: Plan, options: Options, hashes: dict[str, str]) -> dict:
+def manifest(source: Checkpoint, plan: WritePlan, options: Options, hashes: dict[str, str]) -> dict:
     """No time and no output path: equal inputs give equal files."""
     tensors = {t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": hashes[t.name]} for t in plan.tensors}
     return provenance(source, options) | plan.notes | {"tensors": tensors}
@@ -86,7 +86,7 @@ def holds_conversion(folder: Path, source: Checkpoint, options: Options) -> bool
     return all(found.get(key) == value for key, value in provenance(source, options).items())
 
 
-def model_card(source: Checkpoint, plan: Plan, options: Options) -> str:
+def model_card(source: Checkpoint, plan: WritePlan, options: Options) -> str:
     entry = plan.config[options.entry]
     layers = (
         f"- Layers with experts: {len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers}; "

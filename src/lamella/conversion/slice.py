@@ -12,8 +12,8 @@ from lamella.architecture.converted import FLOAT32, converted_config, moe_tensor
 from lamella.architecture.families import ffn_layout
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
 from lamella.architecture.sizes import check_slices
-from lamella.checkpoint.pieces import Piece, Run, Runs, SplitColumns, Values
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import Piece, SplitColumns, Stretch, Stretches, Values
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.conversion.noise import Noise
@@ -22,7 +22,7 @@ from lamella.errors import UserError
 from lamella.recipe.methods.slice import SliceOptions, parse_layers
 
 
-def plan_slices(source: Checkpoint, options: SliceOptions) -> Plan:
+def plan_slices(source: Checkpoint, options: SliceOptions) -> WritePlan:
     """All tensors and the config of the converted model. UserError where options and model do not fit."""
     moe, layout = moe_config(source.config, options), ffn_layout(source.config)
 
@@ -30,7 +30,7 @@ def plan_slices(source: Checkpoint, options: SliceOptions) -> Plan:
         return _sliced_layer(parts, layout.prefix(layer), moe, options)
 
     tensors = with_ffns_replaced(source, layout, moe.moe_layers, experts, options.dtype)
-    return Plan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
+    return WritePlan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
 
 
 def moe_config(dense: dict[str, Any], options: SliceOptions) -> MoEConfig:
@@ -63,7 +63,7 @@ def _sliced_layer(
     made["router.weight"] = (up, Values((0.0,), moe.num_router_rows * up.width))
     made["router.selection_bias"] = (up, Values(selection_bias(moe)))
     if moe.output_bias:
-        made["output_bias"] = (parts["down_bias"], Runs.copy(parts["down_bias"]))
+        made["output_bias"] = (parts["down_bias"], Stretches.copy(parts["down_bias"]))
     shapes = moe_tensors(up.width, moe)
     return [
         OutputTensor(
@@ -78,18 +78,18 @@ def _experts(parts: dict[str, SourceTensor], slices: int, noise: Noise | None) -
     up, down = parts["up"], parts["down"]
     split = {"down_proj": (down, SplitColumns(down, slices, noise))}
     if "gate" in parts:
-        return {"gate_up_proj": (up, Runs(_gate_up_runs(parts["gate"], up, slices), noise)), **split}
+        return {"gate_up_proj": (up, Stretches(_gate_up_stretches(parts["gate"], up, slices), noise)), **split}
     bias = parts["up_bias"]
     return {"up_proj": (up, _whole(up, noise)), "up_bias": (bias, _whole(bias, noise)), **split}
 
 
-def _whole(source: SourceTensor, noise: Noise | None) -> Runs:
-    return Runs((Run(source, 0, source.numel),), noise)
+def _whole(source: SourceTensor, noise: Noise | None) -> Stretches:
+    return Stretches((Stretch(source, 0, source.numel),), noise)
 
 
-def _gate_up_runs(gate: SourceTensor, up: SourceTensor, slices: int) -> tuple[Run, ...]:
+def _gate_up_stretches(gate: SourceTensor, up: SourceTensor, slices: int) -> tuple[Stretch, ...]:
     count = gate.numel // slices
-    return tuple(Run(matrix, i * count, count) for i in range(slices) for matrix in (gate, up))
+    return tuple(Stretch(matrix, i * count, count) for i in range(slices) for matrix in (gate, up))
 
 
 def selection_bias(moe: MoEConfig) -> tuple[float, ...]:

@@ -27,8 +27,8 @@ from lamella.architecture.layout import FFNLayout, ffn_layout
 from lamella.architecture.moe import MoEConfig
 from lamella.architecture.sizes import check_slices
 from lamella.checkpoint.gather import Given
-from lamella.checkpoint.pieces import Piece, Runs, Sink, Values, checked
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import Piece, Sink, Stretch, Stretches, Values, checked
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.conversion.noise import Noise, noise_std
@@ -38,7 +38,7 @@ from lamella.recipe.methods.slice import parse_layers
 from lamella.recipe.methods.upcycle import UpcycleOptions
 
 
-def plan_upcycle(source: Checkpoint, options: UpcycleOptions) -> Plan:
+def plan_upcycle(source: Checkpoint, options: UpcycleOptions) -> WritePlan:
     """All tensors and the config of the upcycled model. UserError where options and model do not fit."""
     layout = ffn_layout(source.config)
     moe = moe_config(layout, options)
@@ -47,7 +47,7 @@ def plan_upcycle(source: Checkpoint, options: UpcycleOptions) -> Plan:
         return _layer(parts, layout.prefix(layer), moe, options)
 
     tensors = with_ffns_replaced(source, layout, moe.moe_layers, copies, options.dtype)
-    return Plan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
+    return WritePlan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
 
 
 def moe_config(layout: FFNLayout, options: UpcycleOptions) -> MoEConfig:
@@ -82,13 +82,14 @@ def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options:
     }
     if "gate" in parts:
         pieces["experts.trainable_gate_up_proj"] = CopiedRows((parts["gate"], up), copies)
-        pieces["shared.gate_up_proj"] = Runs(Runs.copy(parts["gate"]).runs + Runs.copy(up).runs)
+        gate = parts["gate"]
+        pieces["shared.gate_up_proj"] = Stretches((Stretch(gate, 0, gate.numel), Stretch(up, 0, up.numel)))
     else:
         pieces["experts.trainable_up_proj"] = CopiedRows((up,), copies)
         pieces["experts.trainable_up_bias"] = RepeatedVector(parts["up_bias"], options.experts)
-        pieces["shared.up_proj"], pieces["shared.up_bias"] = Runs.copy(up), Runs.copy(parts["up_bias"])
-        pieces["output_bias"] = Runs.copy(parts["down_bias"])
-    pieces["shared.down_proj"] = Runs.copy(down)
+        pieces["shared.up_proj"], pieces["shared.up_bias"] = Stretches.copy(up), Stretches.copy(parts["up_bias"])
+        pieces["output_bias"] = Stretches.copy(parts["down_bias"])
+    pieces["shared.down_proj"] = Stretches.copy(down)
     return [
         OutputTensor(
             prefix + name, "F32" if name in FLOAT32 else stored_dtype(down.dtype, options.dtype), shape, pieces[name]

@@ -16,6 +16,6 @@ class Work(NamedTuple):
     folder: Path | None
     """For a calibration that can be resumed; None: nothing may be written, the plan is wanted for its sizes only."""
     on_progress: Callable[[Any], None] = _ignore
-    """Told of each finished step: a `lamella.calibrate.Progress`."""
+    """Told of each finished step: a `lamella.calibrate.CalibrationStep`."""
     on_verdict: Callable[[Any], None] = _ignore
     """Told of each layer that a guard tested: a `lamella.calibrate.guard.Verdict`."""

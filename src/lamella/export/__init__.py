@@ -9,7 +9,7 @@ from typing import Any
 
 from lamella.architecture.converted import converted_family, converted_tensors, dense_config
 from lamella.architecture.families import may_be_stored
-from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import check_tensors, copy_sidecars, read_config, read_folder
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.checkpoint.write import appearing_folder, check_output, write_json, write_tensors
@@ -17,7 +17,7 @@ from lamella.errors import UserError, did_you_mean
 from lamella.export.dense import plan_dense
 from lamella.export.glm4_moe import plan_glm4_moe
 
-TARGETS: dict[str, Callable[[dict[str, Any], dict[str, SourceTensor]], Plan]] = {
+TARGETS: dict[str, Callable[[dict[str, Any], dict[str, SourceTensor]], WritePlan]] = {
     "glm4-moe": plan_glm4_moe,
     "dense": plan_dense,
 }
@@ -34,7 +34,7 @@ class ExportReport:
 
 def export(
     folder: str | Path, to: str, out: str | Path, *, overwrite: bool = False, check: bool = True,
-    on_plan: Callable[[Plan], None] = lambda _: None, on_bytes: Callable[[int], None] = lambda _: None,
+    on_plan: Callable[[WritePlan], None] = lambda _: None, on_bytes: Callable[[int], None] = lambda _: None,
 ) -> ExportReport:  # fmt: skip
     """Write a converted checkpoint in another architecture, streaming tensor by tensor, then reload and compare it.
 
@@ -75,7 +75,7 @@ def _check(folder: Path, temporary: Path, to: str) -> float:
     return check_reloaded(folder, temporary, mode="dense" if to == "dense" else "routed")
 
 
-def _card(folder: Path, to: str, plan: Plan) -> str:
+def _card(folder: Path, to: str, plan: WritePlan) -> str:
     architecture = plan.config["architectures"][0]
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"

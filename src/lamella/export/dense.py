@@ -12,14 +12,14 @@ from typing import Any
 from lamella.architecture.converted import dense_config, ffn_config
 from lamella.architecture.families import dense_tensors, family_of, may_be_stored
 from lamella.architecture.layout import FFNLayout, ffn_layout
-from lamella.checkpoint.pieces import JoinColumns, Piece, Run, Runs
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import JoinColumns, Piece, Stretch, Stretches
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.checkpoint.transposed import matrices, transposed
 from lamella.errors import UserError
 
 
-def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
+def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> WritePlan:
     """Tensors and config of the dense model within a converted one, whose tensors have been checked."""
     dense, moe = dense_config(config), ffn_config(config)
     if moe and not moe.num_frozen_experts:
@@ -30,11 +30,11 @@ def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan
     shapes = dense_tensors(dense, family_of(dense))
     tensors = []
     for name, shape in shapes.items():
-        source, piece = joined[name] if name in joined else (sources[name], Runs.copy(sources[name]))
+        source, piece = joined[name] if name in joined else (sources[name], Stretches.copy(sources[name]))
         tensors.append(OutputTensor(name, source.dtype, shape, piece))
     stored = [name for name in sources if name not in shapes and may_be_stored(name, dense)]
-    tensors += [OutputTensor(n, sources[n].dtype, sources[n].shape, Runs.copy(sources[n])) for n in stored]
-    return Plan(tensors, dense)
+    tensors += [OutputTensor(n, sources[n].dtype, sources[n].shape, Stretches.copy(sources[n])) for n in stored]
+    return WritePlan(tensors, dense)
 
 
 def joined_ffn(
@@ -46,34 +46,34 @@ def joined_ffn(
     if layout.gate is not None:
         gate_up = sources[f"{prefix}experts.frozen_gate_up_proj"]
         return {
-            names["gate"]: (gate_up, Runs(_half_runs(gate_up, 0))),
-            names["up"]: (gate_up, Runs(_half_runs(gate_up, 1))),
+            names["gate"]: (gate_up, Stretches(_half_stretches(gate_up, 0))),
+            names["up"]: (gate_up, Stretches(_half_stretches(gate_up, 1))),
             names["down"]: (down, JoinColumns(down)),
         }
     up, up_bias = (sources[f"{prefix}experts.frozen_{part}"] for part in ("up_proj", "up_bias"))
     down_bias = sources[f"{prefix}output_bias"]
     return {
-        names["up"]: (up, _stored_up(up) if layout.transposed else Runs.copy(up)),
-        names["up_bias"]: (up_bias, Runs.copy(up_bias)),
+        names["up"]: (up, _stored_up(up) if layout.transposed else Stretches.copy(up)),
+        names["up_bias"]: (up_bias, Stretches.copy(up_bias)),
         names["down"]: (down, _stored_down(down) if layout.transposed else JoinColumns(down)),
-        names["down_bias"]: (down_bias, Runs.copy(down_bias)),
+        names["down_bias"]: (down_bias, Stretches.copy(down_bias)),
     }
 
 
-def _stored_up(up: SourceTensor) -> Runs:
+def _stored_up(up: SourceTensor) -> Stretches:
     """[S, f, D] -> [D, F], as Conv1D stores it."""
     S, f, D = up.shape
-    return Runs.copy(transposed(dataclasses.replace(up, shape=(S * f, D))))
+    return Stretches.copy(transposed(dataclasses.replace(up, shape=(S * f, D))))
 
 
-def _stored_down(down: SourceTensor) -> Runs:
+def _stored_down(down: SourceTensor) -> Stretches:
     """[S, D, f] -> [F, D]: each slice's [f, D], one after another."""
     parts = (transposed(part) for part in matrices(down))
-    return Runs(tuple(Run(part, 0, part.numel) for part in parts))
+    return Stretches(tuple(Stretch(part, 0, part.numel) for part in parts))
 
 
-def _half_runs(gate_up: SourceTensor, half: int) -> tuple[Run, ...]:
+def _half_stretches(gate_up: SourceTensor, half: int) -> tuple[Stretch, ...]:
     """The gate rows (half 0) or up rows (half 1) of every slice."""
     S, f2, D = gate_up.shape
     count = f2 // 2 * D
-    return tuple(Run(gate_up, (2 * i + half) * count, count) for i in range(S))
+    return tuple(Stretch(gate_up, (2 * i + half) * count, count) for i in range(S))

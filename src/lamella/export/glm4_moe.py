@@ -17,8 +17,8 @@ import torch
 
 from lamella.architecture.converted import attention_prefix, converted_family, dense_config, ffn_prefix
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
-from lamella.checkpoint.pieces import Run, Runs, Sink, Values
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import Sink, Stretch, Stretches, Values
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 
@@ -43,7 +43,7 @@ class Mirrored:
         sink.append(rows)
 
 
-def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> Plan:
+def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> WritePlan:
     """Tensors and config of the stock model; UserError where the class cannot hold this one exactly."""
     _check_attention(config, sources)
     moe = MoEConfig.from_dict(config["moe"])
@@ -51,13 +51,13 @@ def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> P
     tensors = []
     for name, source in sources.items():
         if not any(part in name for part in (".mlp.experts.", ".mlp.router.", ".mlp.shared.", ".self_attn.router.")):
-            tensors.append(OutputTensor(name, source.dtype, source.shape, Runs.copy(source)))
+            tensors.append(OutputTensor(name, source.dtype, source.shape, Stretches.copy(source)))
     for layer in moe.moe_layers:
         tensors += _layer_tensors(ffn_prefix(layer), sources, moe)
     if "lm_head.weight" not in sources:  # tied; some servers have no path for that in this class
         head = sources["model.embed_tokens.weight"]
-        tensors.append(OutputTensor("lm_head.weight", head.dtype, head.shape, Runs.copy(head)))
-    return Plan(tensors, stock_config(config, moe))
+        tensors.append(OutputTensor("lm_head.weight", head.dtype, head.shape, Stretches.copy(head)))
+    return WritePlan(tensors, stock_config(config, moe))
 
 
 def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig) -> list[OutputTensor]:
@@ -80,7 +80,7 @@ def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig
             tensors += one
     weight, bias = sources[f"{prefix}router.weight"], sources[f"{prefix}router.selection_bias"]
     for name, source in (("gate.weight", weight), ("gate.e_score_correction_bias", bias)):
-        piece = Mirrored(source) if moe.routing == "twin" else Runs.copy(source)
+        piece = Mirrored(source) if moe.routing == "twin" else Stretches.copy(source)
         tensors.append(OutputTensor(prefix + name, source.dtype, (moe.num_experts, *source.shape[1:]), piece))
     if moe.shared_intermediate_size:
         return tensors + _shared_expert(prefix, sources, moe)
@@ -90,7 +90,7 @@ def _layer_tensors(prefix: str, sources: dict[str, SourceTensor], moe: MoEConfig
 def _part(name: str, packed: SourceTensor, index: int, shape: tuple[int, int]) -> OutputTensor:
     """The `index`-th matrix of this shape within a packed tensor, where they lie one after another."""
     count = shape[0] * shape[1]
-    return OutputTensor(name, packed.dtype, shape, Runs((Run(packed, index * count, count),)))
+    return OutputTensor(name, packed.dtype, shape, Stretches((Stretch(packed, index * count, count),)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torchtitan.distributed.utils import dist_max, dist_sum
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, get_peak_flops
 
-from lamella.display import Progress
+from lamella.display import TrainingProgress
 from lamella.run.folder import RunDir
 from lamella.train.balance import RoutingReport
 from lamella.train.optimizer import group_name
@@ -51,7 +51,7 @@ class LamellaMetrics(MetricsProcessor):
     def attach(
         self,
         run: RunDir,
-        progress: Progress,
+        progress: TrainingProgress,
         routing: Callable[[], RoutingReport],
         epochs: Callable[[int], dict[str, float]],
         watch: Watch,

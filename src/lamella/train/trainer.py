@@ -17,7 +17,7 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from lamella.display import Progress
+from lamella.display import TrainingProgress
 from lamella.recipe.sections import RouterFit
 from lamella.recipe.training import Recipe, harmless_changes
 from lamella.run.folder import RunDir, State
@@ -165,7 +165,7 @@ class LamellaTrainer(Trainer):
         """Train to the last step, or until a signal asks to stop; returns the state of the run."""
         self.restore()
         first_step = self.step
-        progress = Progress(self.config.stream if self.is_rank0 else None, first_step, self.recipe.steps)
+        progress = TrainingProgress(self.config.stream if self.is_rank0 else None, first_step, self.recipe.steps)
         self.metrics.attach(self.run, progress, self.balance.report, self.data_epochs, self.watch, self.skips)
         self.write_status("running")
         self.say_start(progress)
@@ -289,7 +289,7 @@ class LamellaTrainer(Trainer):
             failure = "preempted" if state == "preempted" else None
             self.run.write_status(state, self.step, self.recipe.steps, failure=failure, retryable=failure is not None)
 
-    def say_start(self, progress: Progress) -> None:
+    def say_start(self, progress: TrainingProgress) -> None:
         """What this start has to do with the ones before it."""
         if not self.is_rank0:
             return

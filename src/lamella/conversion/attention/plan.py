@@ -22,8 +22,8 @@ from lamella.architecture.converted import (
 from lamella.architecture.families import CONVERTED_PREFIX, may_be_stored
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.checkpoint.gather import Given
-from lamella.checkpoint.pieces import Runs
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.pieces import Stretches
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import (
     Checkpoint,
     card_licence,
@@ -60,7 +60,7 @@ def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
     )
 
 
-def plan_attention(source: Checkpoint, options: AttentionOptions, work: Work) -> Plan:
+def plan_attention(source: Checkpoint, options: AttentionOptions, work: Work) -> WritePlan:
     """The source's tensors, each layer's router behind them, and the new config.
 
     Raises:
@@ -69,7 +69,7 @@ def plan_attention(source: Checkpoint, options: AttentionOptions, work: Work) ->
     config = attention_config(source.config, source.family, options)
     sizes_only = work.folder is None
     chosen = dataclasses.replace(options, router="zero", balance=None) if sizes_only else options
-    tensors = [OutputTensor(t.name, t.dtype, t.shape, Runs.copy(t)) for t in source.tensors.values()]
+    tensors = [OutputTensor(t.name, t.dtype, t.shape, Stretches.copy(t)) for t in source.tensors.values()]
     for layer, start in start_routers(source, config, chosen, work.on_progress).items():
         prefix = f"{attention_prefix(layer)}router."
         own = {"weight": start.weight_ED, "selection_bias": start.bias_E}
@@ -80,7 +80,7 @@ def plan_attention(source: Checkpoint, options: AttentionOptions, work: Work) ->
             OutputTensor(prefix + name, "F32" if name == "selection_bias" else dtype, tuple(value.shape), Given(value))
             for name, value in own.items()
         ]
-    return Plan(tensors, attention_model_config(source, config))
+    return WritePlan(tensors, attention_model_config(source, config))
 
 
 def attention_model_config(source: Checkpoint, config: AttentionMoEConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.moe import AttentionMoEConfig
-from lamella.calibrate import Progress, calibration_tokens
+from lamella.calibrate import CalibrationStep, calibration_tokens
 from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.passes import batches, embed_pass
 from lamella.checkpoint.source import Checkpoint
@@ -83,7 +83,7 @@ def _ridge_routers(
             start = ridge_router(seen["x"], seen["norms"], config.num_experts_per_tok)
             routers[index] = balanced(start, seen["x"], config, options.balance) if options.balance else start
         wall_s = time.perf_counter() - begun
-        on_progress(Progress("forward", index, model.num_layers, tokens.num_tokens / wall_s, wall_s))
+        on_progress(CalibrationStep("forward", index, model.num_layers, tokens.num_tokens / wall_s, wall_s))
     return routers
 
 

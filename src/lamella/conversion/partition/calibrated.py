@@ -14,7 +14,7 @@ from lamella.calibrate import calibrate, calibration_tokens
 from lamella.calibrate.guard import Verdict, guarded
 from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.sample import FFN, LayerSample, weights_only
-from lamella.checkpoint.plan import Plan
+from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.conversion.partition.decide import Decision, converted_layer, decide
@@ -24,7 +24,7 @@ from lamella.errors import UserError
 from lamella.recipe.methods.partition import Axes, PartitionOptions
 
 
-def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -> Plan:
+def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -> WritePlan:
     """Decide every chosen layer and plan the model. UserError for bad options, before anything is computed."""
     layout = ffn_layout(source.config)
     layers = options.chosen_layers(layout.num_layers)

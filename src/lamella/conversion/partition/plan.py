@@ -18,7 +18,7 @@ from lamella.architecture.layout import FFNLayout, ffn_layout
 from lamella.architecture.moe import MoEConfig
 from lamella.checkpoint.gather import GatherColumns, GatherElements, GatherRows, Given
 from lamella.checkpoint.pieces import Piece
-from lamella.checkpoint.plan import OutputTensor, Plan
+from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.conversion.partition.decide import Decision, layer_config, layer_fields
@@ -33,7 +33,7 @@ def plan_partition(
     decisions: Mapping[int, Decision],
     dtype: str | None = None,
     refitted: Mapping[int, SourceTensor] | None = None,
-) -> Plan:
+) -> WritePlan:
     """All tensors and the config of the partitioned model.
 
     Args:
@@ -55,7 +55,7 @@ def plan_partition(
         return _layer(parts, layout.prefix(layer), decisions[layer], moe.for_layer(layer), stored)
 
     tensors = with_ffns_replaced(source, layout, decisions, experts, dtype)
-    return Plan(tensors, converted_config(source.config, source.family, dtype, moe=moe.to_dict()))
+    return WritePlan(tensors, converted_config(source.config, source.family, dtype, moe=moe.to_dict()))
 
 
 def moe_config(axes: Axes, decisions: Mapping[int, Decision], layout: FFNLayout) -> MoEConfig:

@@ -36,7 +36,7 @@ OnLayer = Callable[[int, LayerSample], dict[str, Tensor]]
 Replacement = Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]
 
 
-class Progress(NamedTuple):
+class CalibrationStep(NamedTuple):
     """A finished step. "method" is the time in `on_layer`; "replaced" the forward pass behind replaced FFNs."""
 
     phase: Phase
@@ -47,7 +47,7 @@ class Progress(NamedTuple):
 
 
 @dataclass
-class Run:
+class Calibration:
     """One calibration; see `lamella.calibrate.calibrate` for the fields."""
 
     model: LayerwiseModel
@@ -58,7 +58,7 @@ class Run:
     on_layer: OnLayer
     gradients: bool
     replacement: Replacement | None
-    on_progress: Callable[[Progress], None]
+    on_progress: Callable[[CalibrationStep], None]
 
     @property
     def num_streams(self) -> int:
@@ -153,4 +153,4 @@ class Run:
         yield
         wall_s = time.perf_counter() - begun
         speed = self.tokens.num_tokens / max(wall_s, 1e-9)
-        self.on_progress(Progress(phase, index, self.model.num_layers, speed, wall_s))
+        self.on_progress(CalibrationStep(phase, index, self.model.num_layers, speed, wall_s))
