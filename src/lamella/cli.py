@@ -43,6 +43,19 @@ def _exit_cleanly(typer_app: typer.Typer) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ImportError, AttributeError, TypeError) as error:
+        _exit_where_libraries_do_not_fit(error)
+        raise
+
+
+def _exit_where_libraries_do_not_fit(error: Exception) -> None:
+    """Say so, and exit with 2: another version of torch or torchtitan mostly shows as one of these errors."""
+    from lamella.installation import unfit_libraries
+
+    if unfit := unfit_libraries():
+        remedy = "install lamella again with pip, or call `uv sync` in a checkout"
+        print(f"error: {'; '.join(unfit)}; {remedy} ({type(error).__name__}: {error})", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
@@ -226,6 +239,28 @@ def data_prepare(
     run_prepare(
         sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=policy(on_bad_data), overwrite=overwrite
     )
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this file; without a name: all names.")
+    ] = None,
+) -> None:
+    """Print the recipes that lamella brings; `convert`, `train` and `plan` take their names as well as files."""
+    from lamella.installation import command, shipped
+    from lamella.recipe.files import read_recipe_text
+
+    if name is not None:
+        print(read_recipe_text(Path(name)), end="")
+        return
+    uses = {
+        "conversions/*.yaml": command("lamella convert NAME key=value ..."),
+        "recipes/*.yaml": command("lamella train NAME key=value ..."),
+        "slurm/*": f"{command('lamella recipes NAME')} > FILE && sbatch FILE RECIPE.yaml key=value ...",
+    }
+    for pattern, use in uses.items():
+        print(use, *(f"  {file}" for file in shipped(pattern)), sep="\n")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lamella.architecture.embedded import check_embedded_model
 from lamella.errors import UserError
 from lamella.run.folder import RunDir
 
@@ -80,6 +81,7 @@ def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
         UserError: see `check_arguments`; or a stage refused its input.
     """
     check_arguments(out, ranks, steps)
+    check_embedded_model()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARK).touch()

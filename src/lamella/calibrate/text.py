@@ -61,7 +61,7 @@ def calibration_tokens(
     """The windows of `options.data` in the tokens of the model.
 
     Args:
-        cache: folder of the token files in place of `lamella.checkpoint.embedded.cache_dir()`.
+        cache: folder of the token files in place of `lamella.architecture.embedded.cache_dir()`.
 
     Raises:
         UserError: no such text, too little of it, no tokenizer, or windows longer than the model's positions.

@@ -6,12 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lamella.architecture.embedded import EMBEDDED_MODEL, cache_dir, embedded_gguf
+from lamella.architecture.embedded import EMBEDDED_MODEL, embedded_folder, embedded_gguf
 
 
 def embedded_model() -> Path:
     """Folder of the dequantised model (fp32 safetensors, config, tokenizer); made on first use, about 0.5 GB."""
-    folder = cache_dir() / EMBEDDED_MODEL
+    folder = embedded_folder()
     if (folder / "config.json").exists():
         return folder
     import torch

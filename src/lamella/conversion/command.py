@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import check_output
 from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
 from lamella.conversion.sidecars import holds_conversion
+from lamella.installation import command as typed
 from lamella.recipe.methods.slice import Options
 
 
@@ -33,7 +35,7 @@ def run_slicing(
     if out is None:
         out = DEFAULT_OUT
         if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), chosen):
-            print(f"{out} holds this conversion already. Next: uv run tests/moe_logit_match.py")
+            print(f"{out} holds this conversion already. Next: {_verify(model, out)}")
             return
     run(model, out, chosen, overwrite=overwrite, dry_run=dry_run)
 
@@ -61,7 +63,7 @@ def run(model: str | None, out: Path, options: Options, *, overwrite: bool, dry_
             model, out, options, overwrite=overwrite, on_plan=display.on_plan, on_bytes=display.on_bytes,
             on_progress=display.on_progress, on_verdict=_print_verdict,
         )  # fmt: skip
-    print(_result(report, options))
+    print(f"{_result(report, options)}. Next: {_next(model, report, options)}")
 
 
 @contextmanager
@@ -130,11 +132,22 @@ def _experts(moe: dict[str, Any]) -> str:
 
 def _result(report: ConversionReport, options: Options) -> str:
     speed = report.bytes_written / 1e9 / report.wall_s
-    following = (
-        "uv run tests/moe_logit_match.py" if options.method == "slice" else f"uv run lamella evaluate {report.out}"
-    )
     return (
         f"Made {report.out} by method {options.method}: {_experts(report.moe)} per layer, "
         f"{report.bytes_written / 1e9:.2f} GB in {report.wall_s:.1f} s ({speed:.2f} GB/s), "
-        f"peak memory {report.peak_rss_mib:,.0f} MiB. Next: {following}"
+        f"peak memory {report.peak_rss_mib:,.0f} MiB"
     )
+
+
+def _next(model: str | None, report: ConversionReport, options: Options) -> str:
+    """The command that says how good the conversion is."""
+    if options.method == "slice":
+        return _verify(model, report.out)
+    return typed(shlex.join(["lamella", "evaluate", str(report.out)]))
+
+
+def _verify(model: str | None, out: Path) -> str:
+    """The command that compares a conversion with its dense model; what is the default is not said."""
+    dense = [] if model is None else ["--dense", model]
+    moe = [] if out == DEFAULT_OUT else ["--moe", str(out)]
+    return typed(shlex.join(["lamella", "verify", *dense, *moe]))

@@ -44,6 +44,7 @@ from lamella.data.readers import (
     record_content,
 )
 from lamella.errors import UserError, did_you_mean
+from lamella.installation import find_file
 
 Split = Literal["train", "heldout"]
 HELDOUT_ONE_IN = 10
@@ -157,7 +158,7 @@ def open_source(source: str) -> Source:
     word, field = source, None
     if "#" in source and not Path(source).exists():
         word, _, field = source.rpartition("#")
-    path = Path(word).expanduser()
+    path = find_file(Path(word).expanduser())
     if path.is_file():
         return Source(source, "files", (_checked_file(path),), path.parent, field)
     if is_prepared(path):

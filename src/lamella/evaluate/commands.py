@@ -19,6 +19,7 @@ from lamella.evaluate.checkpoints import EMBEDDED, check_json_path, model_path, 
 from lamella.evaluate.logit_match import Check, logit_match
 from lamella.evaluate.perplexity import Perplexity, evaluate, text_samples
 from lamella.evaluate.routing_controls import routing_controls
+from lamella.installation import command
 
 TWIN_RATIO_BOUND = 1.0005
 FLAT_RATIO_BOUND = 10.0
@@ -85,7 +86,7 @@ def _conversion(dense: str | None, moe: str | None) -> str:
     if not (DEFAULT_OUT / "config.json").exists():
         source = "the embedded model" if dense is None else dense
         print(
-            f"{DEFAULT_OUT} is missing; making it from {source}, as `uv run convert_by_slicing.py` does",
+            f"{DEFAULT_OUT} is missing; making it from {source}, as `{command('lamella convert')}` does",
             file=sys.stderr,
         )
         with progress_bar("Converting") as display:

@@ -43,6 +43,7 @@ from lamella.evaluate.differences import Difference, compare, compare_reordered,
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
 from lamella.hf.models import quiet_loading
+from lamella.installation import command
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 64
@@ -158,7 +159,7 @@ def _check_is_the_dense_model(moe: Any, name: str) -> None:
                 f"dense model's; compare the two by `lamella evaluate {name} --dense DIR`"
             )
         return
-    raise UserError(f"{name} is a dense model; pass a converted one (uv run convert_by_slicing.py makes it)")
+    raise UserError(f"{name} is a dense model; pass a converted one; `{command('lamella convert')}` makes it")
 
 
 def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:

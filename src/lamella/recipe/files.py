@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lamella.errors import UserError
+from lamella.installation import command, find_file
 
 MAX_RECIPE_BYTES = 1_000_000
 
@@ -22,9 +23,14 @@ def arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def read_recipe_text(path: Path) -> str:
-    """The file's text; UserError where there is none, or too much, or no UTF-8."""
+    """The text of a file, or of the recipe that lamella ships under that name (`launch/recipes/demo.yaml`).
+
+    Raises:
+        UserError: there is none, or too much, or no UTF-8.
+    """
+    path = find_file(path)
     if not path.is_file():
-        raise UserError(f"there is no recipe {path}")
+        raise UserError(f"there is no recipe {path}; `{command('lamella recipes')}` lists those that lamella brings")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes; is it a recipe?")
     try:

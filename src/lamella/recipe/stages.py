@@ -15,17 +15,16 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lamella.errors import UserError, did_you_mean
+from lamella.installation import LAUNCH
 from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
 from lamella.recipe.result import result_folder
 from lamella.recipe.training import Recipe, make_recipe
 
+DEMO_RECIPE = LAUNCH / "recipes" / "demo.yaml"
 # One value for the whole recipe: a stage has its place and its model from the order of the stages.
 WHOLE = ("model", "out")
 
@@ -133,9 +132,8 @@ def _lay_over(named: dict[str, dict[str, Any]], word: str) -> None:
 
 def prepare_stages(path: str | None, settings: Sequence[str]) -> list[Recipe]:
     """The stages (mostly one) of a recipe file with the settings laid over it; without a file, of the demo recipe."""
-    if path is not None:
-        return make_stages(parse_yaml(read_recipe_text(Path(path)), path), settings)
-    return make_stages(yaml.safe_load(files("lamella.recipe").joinpath("demo.yaml").read_text()), settings)
+    chosen = DEMO_RECIPE if path is None else Path(path)
+    return make_stages(parse_yaml(read_recipe_text(chosen), str(chosen)), settings)
 
 
 def prepare_recipe(path: str | None, settings: Sequence[str]) -> Recipe:

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lamella.architecture.embedded import check_embedded_model
 from lamella.errors import UserError
+from lamella.installation import command
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.recipe.training import Recipe
@@ -56,8 +58,10 @@ def check(words: Sequence[str], nproc: int, check_source: CheckSource | None = N
     model = Path(recipe.model)
     if (model / "config.json").is_file():
         check_run_dir(recipe, model)
-    elif recipe.model != Recipe.model_fields["model"].default and run_of_result(model) is None:
-        raise UserError(f"there is no model {model}; make it with `uv run convert_by_slicing.py --out {model}`")
+    elif run_of_result(model) is None and recipe.model == Recipe.model_fields["model"].default:
+        check_embedded_model()
+    elif run_of_result(model) is None:
+        raise UserError(f"there is no model {model}; make it with `{command(f'lamella convert --out {model}')}`")
     return recipe
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 import psutil
 
 from lamella.errors import UserError
+from lamella.installation import command
 from lamella.recipe.training import Recipe, differences
 from lamella.run.failure import attempt_number, forget, report
 from lamella.run.folder import RunDir, State, run_of_result
@@ -101,7 +102,7 @@ def _model_folder(recipe: Recipe, rank: int) -> Path:
             materialise(result[0].path, result[1])
         return _wait_for_model(folder)
     if recipe.model != Recipe.model_fields["model"].default:
-        raise UserError(f"there is no model {folder}; make it with `uv run convert_by_slicing.py --out {folder}`")
+        raise UserError(f"there is no model {folder}; make it with `{command(f'lamella convert --out {folder}')}`")
     if rank == 0:
         from lamella.conversion import convert
 
