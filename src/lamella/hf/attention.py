@@ -89,18 +89,19 @@ class AttentionExperts(nn.Module):
         mask_BLS = None if attention_mask is None else _as_bool(attention_mask).expand(B, -1, -1)
         cos_BLH, sin_BLH = (table.expand(B, -1, -1) for table in position_embeddings)
         context = Context(cos_BLH, sin_BLH, mask_BLS, self.window)
-        self.last_routing = self._route(hidden_states.flatten(0, 1))
+        routing = self._route(hidden_states.flatten(0, 1))
+        self.last_routing = routing.detached()
         if self.path == "masked":
             if past_key_values is not None:
                 raise UserError("the path 'masked' keeps no keys; pass use_cache=False")
-            return attend_masked(hidden_states, self.weights, self.last_routing, context), None
+            return attend_masked(hidden_states, self.weights, routing, context), None
         remember = None
         if past_key_values is not None:
             layer = ragged_layer(past_key_values, self.layer_idx, self.window)
             context = context._replace(seen=layer.seen)
             remember = partial(layer.remember, num_sequences=B, num_tokens=L)
         dropout = self.dropout if self.training else 0.0
-        return attend_routed(hidden_states, self.weights, self.last_routing, context, remember, dropout), None
+        return attend_routed(hidden_states, self.weights, routing, context, remember, dropout), None
 
     def _route(self, x_TD: Tensor) -> Routing:
         if self.mode != "routed":

@@ -95,7 +95,8 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD, self.last_routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
+        y_TD, routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
+        self.last_routing = routing.detached()
         return y_TD.view_as(hidden_states)
 
 

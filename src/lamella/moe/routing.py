@@ -42,6 +42,10 @@ class Routing(NamedTuple):
     weights_TK: Tensor
     """float32 gate weights."""
 
+    def detached(self) -> Routing:
+        """The same values without their graph: who keeps a routing must not keep the activations of its layer alive."""
+        return Routing(self.expert_ids_TK, self.weights_TK.detach())
+
 
 def router_logits(x_TD: Tensor, weight_RD: Tensor) -> Tensor:
     """[T, R] in float32 whatever the inputs' dtype: a bf16 logit would flip choices between equal models."""

@@ -45,14 +45,15 @@ class RoutedHeads(Routed):
         B, L, _ = x_BLD.shape
         x_TD, router = x_BLD.flatten(0, 1), self.router
         if self.mode != "routed":
-            self.last_routing = fixed_attention_routing(B * L, self.mode, self.moe, x_BLD.device)
+            routing = fixed_attention_routing(B * L, self.mode, self.moe, x_BLD.device)
         else:
             scores_TE = attention_scores(x_TD, router.weight, self.moe)
-            self.last_routing = route_attention(scores_TE, router.selection_bias, self.moe, router.gate_scale)
+            routing = route_attention(scores_TE, router.selection_bias, self.moe, router.gate_scale)
             if self.training:
-                self.gather(self.last_routing, scores_TE)
-                x_BLD = self.add_auxiliary_loss(x_BLD, self.last_routing, scores_TE)
-        chosen_TE, weights_TE = expert_weights(self.last_routing, self.moe.num_experts)
+                self.gather(routing, scores_TE)
+                x_BLD = self.add_auxiliary_loss(x_BLD, routing, scores_TE)
+        self.last_routing = routing.detached()
+        chosen_TE, weights_TE = expert_weights(routing, self.moe.num_experts)
         return x_BLD, chosen_TE.view(B, L, -1), weights_TE.view(B, L, -1)
 
 

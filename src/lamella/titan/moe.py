@@ -129,10 +129,11 @@ class MoELayer(Routed):
         x_TD, weights = x_BLD.flatten(0, 1), self.weights
         if self.observer is not None:
             self.observer(x_TD)
-        y_TD, self.last_routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
+        y_TD, routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
+        self.last_routing = routing.detached()
         if self.training and scores_TE is not None:
-            self.gather(self.last_routing, scores_TE)
-            y_TD = self.add_auxiliary_loss(y_TD, self.last_routing, scores_TE)
+            self.gather(routing, scores_TE)
+            y_TD = self.add_auxiliary_loss(y_TD, routing, scores_TE)
             y_TD = self._add_choice_loss(y_TD, x_TD, weights)
         return y_TD.view_as(x_BLD)
 
