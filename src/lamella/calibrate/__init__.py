@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +19,7 @@ from lamella.calibrate.stream import StreamFolder
 from lamella.calibrate.text import CalibrationTokens, calibration_tokens
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.recipe.calibration import CalibrationOptions
 
 __all__ = ["CalibrationOptions", "CalibrationStep", "CalibrationTokens", "calibrate", "calibration_tokens"]
@@ -31,7 +31,7 @@ def calibrate(
     folder: Path,
     on_layer: OnLayer,
     *,
-    method: dict[str, Any],
+    method: Json,
     gradients: bool = False,
     replacement: Replacement | None = None,
     layers: Iterable[int] | None = None,

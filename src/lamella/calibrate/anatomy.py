@@ -7,7 +7,6 @@ where layers end with a norm (post-norm), that norm is taken to begin the next l
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from lamella.architecture.layout import ffn_layout
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ ANATOMIES = {
 }
 
 
-def anatomy_of(config: dict[str, Any]) -> Anatomy:
+def anatomy_of(config: Json) -> Anatomy:
     """The family's anatomy, a converted model's too; UserError for an unknown one."""
     family = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
     if family not in ANATOMIES:
@@ -55,7 +55,7 @@ def anatomy_of(config: dict[str, Any]) -> Anatomy:
 class LayerFFN:
     """The FFN of one decoder layer: where its weights and modules are."""
 
-    def __init__(self, config: dict[str, Any], index: int, prefix: str):
+    def __init__(self, config: Json, index: int, prefix: str):
         """`prefix`: of the layer's tensors in the checkpoint."""
         self._layout, self._prefix = ffn_layout(config), prefix
         self._names = {part: name.removeprefix(prefix) for part, name in self._layout.names(index).items()}

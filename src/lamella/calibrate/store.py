@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from lamella.calibrate.text import CalibrationTokens
 from lamella.checkpoint.source import Checkpoint, read_json
 from lamella.checkpoint.write import write_json
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 FINGERPRINT = "calibration.json"
 STREAMS = "streams"
@@ -23,7 +23,7 @@ LOCK = "lock"
 _WHAT = {"model": "another model", "text": "other text", "method": "another method"}
 
 
-def fingerprint(source: Checkpoint, tokens: CalibrationTokens, method: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(source: Checkpoint, tokens: CalibrationTokens, method: Json) -> Json:
     """What decides the results: weight files (names, sizes, times), config, tokens, and the method's settings."""
     stats = {tensor.path: tensor.path.stat() for tensor in source.tensors.values()}
     files = {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
@@ -37,7 +37,7 @@ class ResultFolder:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def check(self, wanted: dict[str, Any], overwrite: bool) -> None:
+    def check(self, wanted: Json, overwrite: bool) -> None:
         """UserError if the folder holds another calibration (unless `overwrite`), or something else altogether."""
         if not self.folder.exists():
             return
@@ -49,7 +49,7 @@ class ResultFolder:
             what = " and ".join(_WHAT[key] for key in differs)
             raise UserError(f"{self.folder} holds the calibration of {what}; overwrite it or give another folder")
 
-    def claim(self, wanted: dict[str, Any]) -> None:
+    def claim(self, wanted: Json) -> None:
         """Make the existing folder this calibration's, without what another one left."""
         if not self.is_of(wanted):
             self._write_fingerprint({})  # matches nothing, if the clearing is interrupted
@@ -57,14 +57,14 @@ class ResultFolder:
                 path.unlink()
             self._write_fingerprint(wanted)
 
-    def is_of(self, wanted: dict[str, Any]) -> bool:
+    def is_of(self, wanted: Json) -> bool:
         return self._found() == wanted
 
-    def _found(self) -> dict[str, Any] | None:
+    def _found(self) -> Json | None:
         path = self.folder / FINGERPRINT
         return read_json(path, "") if path.is_file() else None
 
-    def _write_fingerprint(self, values: dict[str, Any]) -> None:
+    def _write_fingerprint(self, values: Json) -> None:
         temporary = self.folder / f"{FINGERPRINT}.new"
         write_json(temporary, values)
         temporary.rename(self.folder / FINGERPRINT)

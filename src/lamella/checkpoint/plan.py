@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lamella.checkpoint.pieces import Piece
 from lamella.checkpoint.tensors import DTYPES
+from lamella.jsons import Json
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -36,10 +36,10 @@ class WritePlan:
     """Everything that will be in the output folder, tensors first."""
 
     tensors: list[OutputTensor]
-    config: dict[str, Any]
+    config: Json
     """The new config.json."""
     max_shard_bytes: int = MAX_SHARD_BYTES
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
     """What was found on the way, for the manifest."""
     scratch: Path | None = None
     """Folder that tensors are read from, and that has served when they are written."""

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lamella.architecture.families import Family, Shapes, dense_tensors, family_of, may_be_stored
 from lamella.architecture.two_matrix import full_names
 from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_header
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ class Checkpoint:
     name: str
     """As a person would call it: NAME@COMMIT of the hub, the path that was given, or the embedded model's name."""
     family: Family
-    config: dict[str, Any]
+    config: Json
     tensors: dict[str, SourceTensor]
     licence: str | None
     copy_sidecars: Callable[[Path], None]
@@ -78,12 +78,12 @@ class Checkpoint:
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Json:
     path = folder / "config.json"
     return read_json(path, f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
 
 
-def read_json(path: Path, if_missing: str) -> dict[str, Any]:
+def read_json(path: Path, if_missing: str) -> Json:
     if not path.is_file():
         raise UserError(if_missing)
     try:
@@ -123,7 +123,7 @@ def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
     return {name: tensor for header in headers.values() for name, tensor in header.items()}
 
 
-def check_dense(tensors: dict[str, SourceTensor], config: dict[str, Any], family: Family, where: str) -> None:
+def check_dense(tensors: dict[str, SourceTensor], config: Json, family: Family, where: str) -> None:
     """UserError unless the tensors are exactly those of the config, all in one line."""
     check_tensors(tensors, dense_tensors(config, family), where, lambda name: may_be_stored(name, config))
 

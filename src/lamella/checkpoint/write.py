@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -22,6 +21,7 @@ from lamella.checkpoint.blocks import BlockFile, Stream
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import DTYPES, encode_header
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 # A thread holds a few chunks of 4 MiB. More threads than this do not help a disk.
 MAX_THREADS = 16
@@ -150,7 +150,7 @@ def _write_index(plan: WritePlan, folder: Path) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Json) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

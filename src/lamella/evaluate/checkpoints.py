@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
 from lamella.hf.models import load
+from lamella.jsons import Json
 from lamella.run.folder import RunDir
 
 DTYPES: dict[str, torch.dtype | str] = {
@@ -128,7 +128,7 @@ def check_json_path(path: Path | None) -> None:
         raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
+def write_json(path: Path, report: Json) -> None:
     """Write a report in one piece: a temporary file beside it, then rename."""
     handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f"{path.name}.")
     with os.fdopen(handle, "w") as file:

@@ -44,6 +44,7 @@ from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
 from lamella.hf.models import quiet_loading
 from lamella.installation import command
+from lamella.jsons import Json
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 64
@@ -75,7 +76,7 @@ class Check:
         # A NaN passes neither way.
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return asdict(self) | {"passed": self.passed}
 
 

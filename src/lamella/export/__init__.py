@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lamella.architecture.converted import converted_family, converted_tensors, dense_config
 from lamella.architecture.families import may_be_stored
@@ -16,8 +15,9 @@ from lamella.checkpoint.write import appearing_folder, check_output, write_json,
 from lamella.errors import UserError, did_you_mean
 from lamella.export.dense import plan_dense
 from lamella.export.glm4_moe import plan_glm4_moe
+from lamella.jsons import Json
 
-TARGETS: dict[str, Callable[[dict[str, Any], dict[str, SourceTensor]], WritePlan]] = {
+TARGETS: dict[str, Callable[[Json, dict[str, SourceTensor]], WritePlan]] = {
     "glm4-moe": plan_glm4_moe,
     "dense": plan_dense,
 }

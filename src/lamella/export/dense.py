@@ -7,7 +7,6 @@ attention experts only the routers are left out: their heads are the dense tenso
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from lamella.architecture.converted import dense_config, ffn_config
 from lamella.architecture.families import dense_tensors, family_of, may_be_stored
@@ -17,9 +16,10 @@ from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.checkpoint.transposed import matrices, transposed
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 
-def plan_dense(config: dict[str, Any], sources: dict[str, SourceTensor]) -> WritePlan:
+def plan_dense(config: Json, sources: dict[str, SourceTensor]) -> WritePlan:
     """Tensors and config of the dense model within a converted one, whose tensors have been checked."""
     dense, moe = dense_config(config), ffn_config(config)
     if moe and not moe.num_frozen_experts:

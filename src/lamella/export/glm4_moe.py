@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from lamella.checkpoint.pieces import Sink, Stretch, Stretches, Values
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 # Of the dense config; the rest is GLM's own or follows from the experts.
@@ -43,7 +43,7 @@ class Mirrored:
         sink.append(rows)
 
 
-def plan_glm4_moe(config: dict[str, Any], sources: dict[str, SourceTensor]) -> WritePlan:
+def plan_glm4_moe(config: Json, sources: dict[str, SourceTensor]) -> WritePlan:
     """Tensors and config of the stock model; UserError where the class cannot hold this one exactly."""
     _check_attention(config, sources)
     moe = MoEConfig.from_dict(config["moe"])
@@ -141,7 +141,7 @@ def _zero_shared_expert(prefix: str, router: SourceTensor, moe: MoEConfig) -> li
     ]
 
 
-def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
+def stock_config(config: Json, moe: MoEConfig) -> Json:
     """config.json of the stock class."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"})
     if "rope_theta" not in rope:
@@ -172,12 +172,12 @@ def stock_config(config: dict[str, Any], moe: MoEConfig) -> dict[str, Any]:
     }
 
 
-def has_qkv_bias(config: dict[str, Any]) -> bool:
+def has_qkv_bias(config: Json) -> bool:
     family = converted_family(config)
     return family.qkv_bias or (family.optional_bias and bool(config.get("attention_bias")))
 
 
-def _check_attention(config: dict[str, Any], sources: dict[str, SourceTensor]) -> None:
+def _check_attention(config: Json, sources: dict[str, SourceTensor]) -> None:
     """UserError unless the attention is the dense one: no experts, or all of them chosen with weight exactly 1."""
     if config.get("moe") is None:
         raise UserError("glm4-moe is for experts in the FFNs, which this model has not; possible here: dense")
@@ -192,7 +192,7 @@ def _check_attention(config: dict[str, Any], sources: dict[str, SourceTensor]) -
         )
 
 
-def _check_fits(config: dict[str, Any], moe: MoEConfig) -> None:
+def _check_fits(config: Json, moe: MoEConfig) -> None:
     if not moe.gated:
         raise UserError(
             f"glm4-moe has gated experts, those of {converted_family(config).name} have two matrices{_or_dense(moe)}"

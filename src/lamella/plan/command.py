@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.plan.compute import DEFAULT_GPU, gpu
 from lamella.plan.fit import check_fit
 from lamella.plan.layout import Layout
@@ -55,7 +55,7 @@ def run(
     _give(plans, texts, json_path)
 
 
-def _give(plans: dict[str, dict[str, Any]], texts: dict[str, str], json_path: Path | None) -> None:
+def _give(plans: dict[str, Json], texts: dict[str, str], json_path: Path | None) -> None:
     """Print and write the plans of stages by their names, or of a run without."""
     if len(plans) == 1:
         (values,), (text,) = plans.values(), texts.values()

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError, did_you_mean
+from lamella.jsons import Json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -155,7 +155,7 @@ def read_model(path: str | Path, slices: int | None = None) -> Model:
     return make_model(json.loads(file.read_text()), str(file), slices)
 
 
-def make_model(values: dict[str, Any], name: str, slices: int | None = None) -> Model:
+def make_model(values: Json, name: str, slices: int | None = None) -> Model:
     """The model of what a config.json holds, called `name` in errors; else as `read_model`."""
     family = str(values.get("model_type", "")).removeprefix("lamella_")
     if family not in FAMILIES:
@@ -188,7 +188,7 @@ def make_model(values: dict[str, Any], name: str, slices: int | None = None) -> 
     )
 
 
-def _needed(values: dict[str, Any], key: str, name: str) -> int:
+def _needed(values: Json, key: str, name: str) -> int:
     if not isinstance(values.get(key), int):
         raise UserError(f"{name} does not say {key}, which a plan needs; add it")
     return values[key]

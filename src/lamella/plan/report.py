@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from lamella.jsons import Json
 from lamella.plan.compute import ASSUMED_MFU, active_part, flops_per_token, gpu, tokens_per_s
 from lamella.plan.layout import Layout
 from lamella.plan.memory import fullest
@@ -14,7 +13,7 @@ GPU_RESERVE_BYTES = 4e9
 
 def plan_values(
     layout: Layout, gpu_name: str, price_per_hour: float | None = None, measured_tokens_per_s: float | None = None
-) -> dict[str, Any]:
+) -> Json:
     """Everything, in bytes, seconds, tokens and FLOPs.
 
     Args:
@@ -66,7 +65,7 @@ def _parameters(layout: Layout) -> dict[str, int]:
     }
 
 
-def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
+def _memory(layout: Layout, gpu_name: str) -> Json:
     memory = fullest(layout)
     peak, main_memory = memory.peak(), memory.main_memory()
     most: dict[str, int] = {}
@@ -85,7 +84,7 @@ def _memory(layout: Layout, gpu_name: str) -> dict[str, Any]:
     }
 
 
-def warnings(layout: Layout, values: dict[str, Any]) -> list[str]:
+def warnings(layout: Layout, values: Json) -> list[str]:
     """What a person should know before starting this run."""
     found, memory, recipe = [], values["memory_per_rank"], layout.recipe
     if memory["device_bytes"] and memory["peak_bytes"] + GPU_RESERVE_BYTES > memory["device_bytes"]:
@@ -127,7 +126,7 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def plan_text(values: dict[str, Any]) -> str:
+def plan_text(values: Json) -> str:
     """Lines for a terminal."""
     parameters, batch, memory, time = (values[k] for k in ("parameters", "batch", "memory_per_rank", "time"))
     ranks = values["ranks"]
@@ -157,7 +156,7 @@ def plan_text(values: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {warning}" for warning in values["warnings"])])
 
 
-def _main_memory_lines(memory: dict[str, Any]) -> list[str]:
+def _main_memory_lines(memory: Json) -> list[str]:
     """Without a GPU, main memory is the memory of a rank."""
     if not memory["device_bytes"] or not memory["main_memory_bytes"]:
         return []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
+from lamella.jsons import Json
 from lamella.run.folder import RunDir
 
 
@@ -30,12 +30,12 @@ def effective_time(run: RunDir) -> dict[str, float]:
     }
 
 
-def _seconds_by_step(events: list[dict[str, Any]], lines: Iterable[dict[str, Any]]) -> dict[int, float]:
+def _seconds_by_step(events: list[Json], lines: Iterable[Json]) -> dict[int, float]:
     """Of the steps that survived; a line stands for all steps since the line before it."""
     marks = [e | {"line": False} for e in events if e["event"] == "running"]
     marks += [line | {"line": True} for line in lines if line["step"] > 0]
     seconds: dict[int, float] = {}
-    before: dict[str, Any] | None = None
+    before: Json | None = None
     for mark in sorted(marks, key=lambda m: m["time"]):
         if not mark["line"]:  # a restart takes back the steps after its checkpoint
             seconds = {step: s for step, s in seconds.items() if step <= mark["step"]}

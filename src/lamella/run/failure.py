@@ -13,9 +13,10 @@ import re
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lamella.errors import BadData, UserError
+from lamella.jsons import Json
 from lamella.run.folder import RunDir, write_atomic
 
 FailureClass = Literal["user_config", "data", "oom", "numerics", "infra", "preempted", "timeout", "storage"]
@@ -88,11 +89,11 @@ def forget(run: RunDir, rank: int | None = None) -> None:
         file.unlink(missing_ok=True)
 
 
-def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: int) -> dict[str, Any]:
+def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: int) -> Json:
     """Write this rank's report; returns the cause as it can be known here."""
     kind = classify(error)
     follows = kind == "timeout" or bool(PEER_LOST.search(str(error)))
-    values: dict[str, Any] = {
+    values: Json = {
         "time": time.time(), "rank": rank, "step": step, "failure": kind, "retryable": is_retryable(error),
         "reason": reason_of(error), "follows": follows,
     }  # fmt: skip
@@ -115,7 +116,7 @@ def _roll_call(run: RunDir, world_size: int, seconds: float) -> list[int]:
         time.sleep(0.2)
 
 
-def cause(run: RunDir) -> dict[str, Any] | None:
+def cause(run: RunDir) -> Json | None:
     """The report that explains the others: the first that follows from no other, else the best informed one."""
     reports = []
     for file in run.log.glob("failure-rank-*.json"):

@@ -26,6 +26,7 @@ import xxhash
 
 from lamella.architecture.tokenizer_files import template_fingerprint, tokenizer_hash
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.recipe.files import parse_yaml
 from lamella.recipe.result import CONFIG, MODEL, result_folder, result_of
 from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
@@ -86,7 +87,7 @@ class RunDir:
         """Steps of the committed checkpoints, ascending."""
         return self.store().steps()
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Json:
         """{"state", "step", "steps", "reason", "failure", "retryable", "time"}; state "none" before the first.
 
         failure: None, or the class of it, see `lamella.run.failure`.
@@ -113,16 +114,16 @@ class RunDir:
         with self.events_file.open("a") as file:
             file.write(line)
 
-    def events(self, *kinds: str) -> list[dict[str, Any]]:
+    def events(self, *kinds: str) -> list[Json]:
         """All events, or those of some kinds."""
         return [line for line in _json_lines(self.events_file) if not kinds or line["event"] in kinds]
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
+    def metrics(self) -> Iterator[Json]:
         """The logged lines; where a resumed run logged a step again, only the later line."""
         lines = {line["step"]: line for line in self.all_metrics()}
         yield from (lines[step] for step in sorted(lines))
 
-    def all_metrics(self) -> list[dict[str, Any]]:
+    def all_metrics(self) -> list[Json]:
         """The logged lines as they were written, of steps that were computed twice both."""
         return list(_json_lines(self.metrics_file))
 
@@ -167,7 +168,7 @@ def run_of_result(folder: Path) -> tuple[RunDir, int] | None:
     return None if result is None else (RunDir(result.out), result.step)
 
 
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(file: Path) -> Iterator[Json]:
     """The whole lines of a file that may not exist; a full disk can leave half of one."""
     for text in file.read_text().splitlines() if file.is_file() else ():
         try:
@@ -188,9 +189,9 @@ def model_differences(old: Path, new: Path) -> list[str]:
     return other
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Json, prefix: str = "") -> Json:
     """Nested mappings as one, with keys such as 'moe.num_experts_per_tok'."""
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import xxhash
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -42,13 +42,13 @@ def absolute(folder: str) -> str:
     return folder if is_remote(folder) else os.path.abspath(folder)
 
 
-def seal(values: dict[str, Any]) -> str:
+def seal(values: Json) -> str:
     """JSON text that carries the hash of itself, so that damage to it shows."""
     digest = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
     return json.dumps(values | {"seal": digest}, indent=1) + "\n"
 
 
-def unseal(text: str) -> dict[str, Any]:
+def unseal(text: str) -> Json:
     """The values; ValueError where text and hash disagree."""
     values = json.loads(text)
     if not isinstance(values, dict) or seal({k: v for k, v in values.items() if k != "seal"}) != text:
@@ -132,7 +132,7 @@ class CheckpointStore:
         except (FileNotFoundError, ValueError):
             return None
 
-    def manifest(self, step: int) -> dict[str, Any]:
+    def manifest(self, step: int) -> Json:
         """ValueError or OSError where there is none, or a damaged one."""
         return unseal(self.files.cat_file(self.inside(f"step-{step}", MANIFEST)).decode())
 
@@ -154,7 +154,7 @@ class CheckpointStore:
             if problem := self._problem(f"step-{step}", name, files[name]):
                 yield f"{name} {problem}"
 
-    def _problem(self, folder: str, name: str, expected: dict[str, Any]) -> str | None:
+    def _problem(self, folder: str, name: str, expected: Json) -> str | None:
         path = self.inside(folder, name)
         try:
             num_bytes = self.files.info(path)["size"]
@@ -175,7 +175,7 @@ class CheckpointStore:
                 digest.update(block)
         return digest.hexdigest()
 
-    def commit(self, step: int, manifest: dict[str, Any]) -> None:
+    def commit(self, step: int, manifest: Json) -> None:
         """Called by one process when all files are written: from here on the checkpoint counts."""
         if is_remote(self.folder):
             self._write(self.inside(f"step-{step}", MANIFEST), seal(manifest))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.recipe.training import Recipe
 from lamella.run.effective import effective_time
 from lamella.run.failure import ATTEMPT, cause, forget
@@ -80,7 +81,7 @@ class Supervisor:
     def _num_saves(self) -> int:
         return len(self.run.events("save"))
 
-    def _attempt(self) -> dict[str, Any] | None:
+    def _attempt(self) -> Json | None:
         """One torchrun, start to end; None after success, else the failure."""
         number = len(self.run.events("start"))
         launch_id = uuid.uuid4().hex
@@ -124,7 +125,7 @@ class Supervisor:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    def _back_off(self, failure: dict[str, Any], fruitless: int) -> None:
+    def _back_off(self, failure: Json, fruitless: int) -> None:
         wait = 0.0 if failure["failure"] == "preempted" else FIRST_BACKOFF_S * 2 ** (fruitless - 1)
         wait = min(wait, LONGEST_BACKOFF_S)
         _say(f"{failure['failure']} at step {failure['step']}: {failure['reason']}\nstarting again in {wait:g} s")
@@ -151,7 +152,7 @@ def forget_the_last(run: RunDir, recipe: Recipe) -> None:
         run.write_status("starting", status["step"], recipe.steps)
 
 
-def failure_of(run: RunDir, code: int, said: str) -> dict[str, Any] | None:
+def failure_of(run: RunDir, code: int, said: str) -> Json | None:
     """Of an attempt that has ended; None after success. The ranks know best; what died without a word is known from
     torchrun, or from its absence.
 
@@ -184,7 +185,7 @@ def failure_of(run: RunDir, code: int, said: str) -> dict[str, Any] | None:
     return {"failure": "infra", "retryable": True, "reason": reason, "step": status["step"]}
 
 
-def record(run: RunDir, recipe: Recipe, failure: dict[str, Any] | None, **values: Any) -> None:
+def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: Any) -> None:
     """How an attempt ended, as an event with these values, and as the run's status."""
     run.event("end" if failure is None else "fault", **values, **_brief(failure))
     if failure is not None and failure["failure"] != "preempted":
@@ -193,19 +194,19 @@ def record(run: RunDir, recipe: Recipe, failure: dict[str, Any] | None, **values
         )
 
 
-def is_worth_another(failure: dict[str, Any], fruitless: int, recipe: Recipe) -> bool:
+def is_worth_another(failure: Json, fruitless: int, recipe: Recipe) -> bool:
     """Whether to try again after so many attempts in a row, this one included, since the last new checkpoint."""
     return failure["retryable"] and fruitless <= recipe.max_restarts_without_progress
 
 
-def last_words(run: RunDir, failure: dict[str, Any], fruitless: int) -> str:
+def last_words(run: RunDir, failure: Json, fruitless: int) -> str:
     tried = f" after {fruitless - 1} restarts without a new checkpoint" if failure["retryable"] else ""
     log = run.log_file(failure.get("rank", 0))
     more = f"\n(more in {log})" if log.is_file() else ""
     return f"error: {failure['failure']} at step {failure['step']}{tried}: {failure['reason']}{more}"
 
 
-def _brief(failure: dict[str, Any] | None) -> dict[str, Any]:
+def _brief(failure: Json | None) -> Json:
     keys = ("failure", "retryable", "reason", "step", "rank", "silent")
     return {key: failure[key] for key in keys if failure is not None and key in failure}
 
