@@ -229,7 +229,7 @@ def data_prepare(
     shard_mb: Annotated[
         int | None, typer.Option(help="MiB of text per shard, the most that a kill loses.", show_default="64", min=1)
     ] = None,
-    on_bad_data: Annotated[str, typer.Option(help="Broken or empty records: fail or skip.")] = "fail",
+    on_bad_data: Annotated[str, typer.Option(help="Broken records: fail or skip. Blank ones are left out.")] = "fail",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Tokenise text once, in parallel, into shards that training opens at any place; resumable."""

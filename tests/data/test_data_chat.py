@@ -12,6 +12,7 @@ from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.chat import ChatRenderer
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, samples_of, token_file, whole_documents
 from lamella.data.prepare import prepare
+from lamella.data.records import Conversation
 from lamella.data.sources import documents
 from lamella.data.tokenizer import DocumentTokenizer, Text, learned_tokens
 from lamella.errors import UserError
@@ -62,12 +63,12 @@ def write(path, conversations) -> str:
 
 
 def render(folder, messages) -> Text:
-    return ChatRenderer(DocumentTokenizer(folder).tokenizer, str(folder))(messages, "here")
+    return ChatRenderer(DocumentTokenizer(folder).tokenizer, str(folder))(Conversation(messages), "here")
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_answers_and_their_end_are_learned(folder, template):
-    text, spans = render(folder(template), TWO_TURNS)
+    text, spans, _ = render(folder(template), TWO_TURNS)
     assert [text[a:b] for a, b in spans] == ["ha 😀[end]", "no[end]"]
     assert text.startswith("[system]help[end]\n[user]hé?[end]\n" if template == PLAIN else "[user]hé?[end]\n")
 
@@ -95,7 +96,7 @@ def test_a_token_across_the_border_is_the_prompts():
         ([], "no message of the role 'assistant'"),
         (conversation("a", "b")[1:], "starts with 'assistant'"),
         (["hello"], 'must be a list of {"role"'),
-        ([{"role": "user"}], 'must be a list of {"role"'),
+        ([{"role": "user"}], r"message 0 \(user\) has no content"),
         (conversation("a", "b", "c", "d"), "in another way when others follow.*generation"),
     ],
 )

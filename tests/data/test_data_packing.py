@@ -152,13 +152,13 @@ def test_too_little_text_is_refused(tokens, source, tokenizer, tmp_path):
         PackedSamples(tokens, 1_000_000)
     with pytest.raises(UserError, match="at least 1"):
         PackedSamples(tokens, 0)
-    (tmp_path / "one.txt").write_text("one block only")
+    (tmp_path / "one.jsonl").write_text('{"text": "one record only"}')
     sides = {}
     for split in ("train", "heldout"):
-        sides[split] = len(list(documents(str(tmp_path / "one.txt"), split)))
+        sides[split] = len(list(documents(str(tmp_path / "one.jsonl"), split)))
     empty = min(sides, key=sides.__getitem__)
     with pytest.raises(UserError, match=f"\\({empty}\\) holds no text"):
-        token_file(str(tmp_path / "one.txt"), empty, tokenizer, cache=tmp_path)
+        token_file(str(tmp_path / "one.jsonl"), empty, tokenizer, cache=tmp_path)
     with pytest.raises(UserError, match="no tokenizer in"):
         token_file(source, None, tmp_path, cache=tmp_path)
     with pytest.raises(UserError, match="there is no folder /not/there"):

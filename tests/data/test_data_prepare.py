@@ -159,10 +159,11 @@ def test_broken_records_are_named_or_skipped(model, tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"text": "good"}', '{"text": ""}', '{"text": "cut o', '{"text": 3}', '{"text": "good, too"}']
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"a.jsonl, line 2 \(byte 17\): the record is empty"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 3 \(byte 30\): not JSON"):
         prepare([str(file)], model, tmp_path / "out")
     tokens = prepare([str(file)], model, tmp_path / "out", on_bad_data="skip")
     assert tokens.num_documents == 2
+    assert tokens.left_out == "1 blank and 2 broken records are left out"
     (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     with pytest.raises(UserError, match="has no chat template"):
         prepare([str(tmp_path / "b.jsonl")], model, tmp_path / "other")

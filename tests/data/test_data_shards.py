@@ -208,7 +208,7 @@ def test_a_writer_that_fails_leaves_nothing(folder):
     ("change", "message"),
     [
         (lambda text: text[:50], "is damaged"),
-        (lambda text: text.replace('"version": 1', '"version": 99'), "of version 99"),
+        (lambda text: text.replace('"version": 2', '"version": 99'), "of version 99"),
         (lambda text: text.replace('"complete": true', '"complete": false'), "is not finished"),
         (lambda text: text.replace('"num_tokens"', '"tokens"'), "is damaged"),
         (lambda text: text.replace('"lamella tokens"', '"other"'), "is damaged"),

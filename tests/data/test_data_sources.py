@@ -7,7 +7,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lamella.data.readers import BLOCK_CHARS
 from lamella.data.sources import EMBEDDED_SOURCES, documents, split_of
 from lamella.errors import UserError
 
@@ -56,14 +55,15 @@ def test_records_are_documents(tmp_path, write, suffix):
         list(documents(str(other)))
 
 
-def test_a_single_text_file_is_cut_at_line_ends(tmp_path):
-    text = "".join(f"line {i} of a long text\n" for i in range(5_000)) + "no newline at the end"
+def test_a_single_text_file_is_one_document_of_which_the_last_tenth_is_held_out(tmp_path):
+    text = "".join(f"line {i} of a long text\n" for i in range(50_000)) + "no newline at the end"
     path = tmp_path / "book.txt"
     path.write_text(text)
-    pieces = list(documents(str(path)))
-    assert "".join(pieces) == text
-    assert all(BLOCK_CHARS <= len(p) < BLOCK_CHARS + 40 and p.endswith("\n") for p in pieces[:-1])
-    assert 0 < len(list(documents(str(path), "heldout"))) < len(pieces)
+    assert list(documents(str(path))) == [text]
+    (train,), (heldout,) = (list(documents(str(path), split)) for split in ("train", "heldout"))
+    assert train + heldout == text
+    assert train.endswith("\n")
+    assert 0 <= len(text) / 10 - len(heldout) < 40
 
 
 def test_files_of_a_folder_are_documents_in_the_order_of_their_paths(tmp_path):
@@ -80,13 +80,13 @@ def test_broken_records_name_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl, line 3 \(byte 27\): not JSON"):
         list(documents(str(path)))
     path.write_text('{"text": "good"}\n{"text": null}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2 \(byte 17\): no text in the field 'text'"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 \(byte 17\): the field 'text' is null"):
         list(documents(str(path)))
     path.write_text('{"text": "cut emoji \\ud83d"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 1 \(byte 0\): not valid Unicode"):
         list(documents(str(path)))
     path.write_text('"only a string"\n')
-    with pytest.raises(UserError, match="it is no object"):
+    with pytest.raises(UserError, match="it is a string, not an object"):
         list(documents(str(path)))
 
 

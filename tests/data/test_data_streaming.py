@@ -13,7 +13,7 @@ import torch
 from datasets import load_dataset
 from tiny import save_tokenizer
 
-from lamella.data import streaming
+from lamella.data import streaming, texts
 from lamella.data.packing import PackedSamples, Sample, token_file
 from lamella.data.prepare import prepare
 from lamella.data.readers import BadRecords, Place
@@ -37,6 +37,7 @@ def tokenizer(tmp_path):
 def many_batches(monkeypatch):
     """So that a stream of so little text is read in several goes."""
     monkeypatch.setattr(streaming, "BATCH_CHARS", 500)
+    monkeypatch.setattr(texts, "PIECE_BYTES", 4000)
 
 
 def write_jsonl(file: Path, texts: list[str] = TEXTS) -> Path:

@@ -27,17 +27,21 @@ def template_fingerprint(tokenizer: str | Path) -> str:
         return xxhash.xxh3_128_hexdigest(str(tokenizer).encode())
     file = folder / "chat_template.jinja"
     template = _parsed(file, str) if file.is_file() else tokenizer_settings(folder).get("chat_template")
-    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
+    named = {p.name: _parsed(p, str) for p in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    return xxhash.xxh3_128_hexdigest(json.dumps([template, named] if named else template).encode())
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says; empty where there is none; UserError where it is damaged."""
-    settings = folder / "tokenizer_config.json"
-    return _parsed(settings, json.loads) if settings.is_file() else {}
+    file = folder / "tokenizer_config.json"
+    settings = _parsed(file, json.loads) if file.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is damaged (it holds no object); restore the tokenizer's files")
+    return settings
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); restore the tokenizer's files") from None

@@ -1,6 +1,8 @@
 """From text to samples.
 
-    sources, readers    what a source's name means; files, topics, `datasets` names -> records
+    sources, files      what a source's name means; the files of a folder, their forms, what is left out
+    readers, texts      files of records and of text -> records, from any place on
+    records             what of a record is its text or conversation, and what is refused
     chat                a record's `messages` -> text by the chat template, and the spans that are learned
     tokenizer           texts -> ids, and for conversations which of them are learned
     shards, prepared    token ids on disk, verified as they are read

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lamella.data.prepare import UNIT_BYTES, Done, prepare
 from lamella.data.prepared import read_manifest
 from lamella.data.readers import Policy
-from lamella.data.sources import open_source
+from lamella.data.sources import describe_source, open_source
 
 LINE_EVERY_S = 10.0
 
@@ -29,7 +29,10 @@ def run_prepare(
     overwrite: bool = False,
 ) -> None:
     """Prepare, and say what was made and how to train on it."""
-    num_bytes = sum(open_source(source).num_bytes for source in sources)
+    opened = [open_source(source) for source in sources]
+    for source in opened:
+        print(describe_source(source), flush=True)
+    num_bytes = sum(source.num_bytes for source in opened)
     unit_bytes = UNIT_BYTES if shard_mb is None else shard_mb << 20
     workers = workers or len(os.sched_getaffinity(0))
     with PrepareProgress(num_bytes) as progress:
@@ -47,6 +50,7 @@ def summary(out: Path) -> str:
         shards = manifest.shards(split)  # type: ignore[arg-type]
         documents = sum(entry.num_documents for entry in shards)
         lines.append(f"  {split}: {sum(e.num_tokens for e in shards):,} tokens of {documents:,} documents")
+    lines += [f"  {manifest.left_out}"] if manifest.left_out else []
     return "\n".join([*lines, f"Train on it with data=[{out}]"])
 
 

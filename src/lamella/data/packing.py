@@ -28,13 +28,13 @@ from lamella.data.prepare import renderer as text_renderer
 from lamella.data.prepared import TokenFolder, open_prepared
 from lamella.data.readers import BadRecords, Policy
 from lamella.data.shards import Window
-from lamella.data.sources import MANIFEST, Source, Split, check_split, fingerprint, open_source, records, split_of
+from lamella.data.sources import MANIFEST, Source, Split, check_split, fingerprint, open_source, records
 from lamella.data.tokenizer import DocumentTokenizer
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
 
 IGNORE_INDEX = -100
-FORMAT = "4"  # raise it when what is cached changes: old caches are then left alone
+FORMAT = "5"  # raise it when what is cached changes: old caches are then left alone
 CACHED_UNIT_BYTES = 1 << 30
 
 
@@ -223,14 +223,14 @@ def _write(
     encode = DocumentTokenizer(tokenizer)
     inputs = {"source": source.word, "split": split, "tokenizer": str(tokenizer), "unit_bytes": CACHED_UNIT_BYTES}
     manifest = make_manifest(inputs, tokenizer, encode.encoder)
-    stream = (r for r in records(source, bad) if split in (None, split_of(r.name)))
+    stream = (r for r in records(source, bad) if split in (None, r.split))
     batches = make_batches(stream, text_renderer(encode, tokenizer), bad, manifest, lambda _: split or "all")
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     title = f"{source.word} ({split or 'all'})"
     try:
         with _progress(title) as report, tokenised(batches, encode.encoder, workers=0) as results:
             write_units(temporary, manifest, results, encode.encoder, max_tokens=max_tokens, report=report)
-        finish(temporary, manifest, title)
+        finish(temporary, manifest, title, bad)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -24,11 +24,13 @@ from typing import Any
 
 from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.chat import ChatRenderer
+from lamella.data.files import MANIFEST
 from lamella.data.prepared import Manifest, ShardEntry, TokenFolder, open_prepared, read_manifest
-from lamella.data.readers import BadRecords, Policy, Record
+from lamella.data.readers import BadRecords, Piece, Policy, Record
+from lamella.data.records import Conversation
 from lamella.data.shards import ShardWriter
-from lamella.data.sources import MANIFEST, Source, fingerprint, is_prepared, open_source, records, split_of
-from lamella.data.tokenizer import DocumentTokenizer, Encoder, Text, Tokens
+from lamella.data.sources import Source, fingerprint, is_prepared, open_source, records
+from lamella.data.tokenizer import Around, DocumentTokenizer, Encoder, Text, Tokens
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import UserError
 
@@ -78,7 +80,7 @@ def prepare(
         model: folder or hub name whose tokenizer (and chat template) is used.
         workers: processes that tokenise.
         unit_bytes: text per shard; the part that a kill can lose.
-        on_bad_data: broken and empty records: "fail" names the first, "skip" leaves them out.
+        on_bad_data: broken records: "fail" names the first, "skip" leaves them out. Blank ones are left out anyway.
         overwrite: replace what is in `out`.
 
     Raises:
@@ -97,10 +99,11 @@ def prepare(
             manifest = _continued(out, manifest, overwrite)
             if not manifest.complete:
                 bad = BadRecords(on_bad_data)
-                batches = make_batches(_records(opened, bad), renderer(tokenizer, model), bad, manifest, split_of)
+                stream = (record for source in opened for record in records(source, bad))
+                batches = make_batches(stream, renderer(tokenizer, model), bad, manifest, lambda record: record.split)
                 with tokenised(batches, tokenizer.encoder, workers) as results:
                     write_units(out, manifest, results, tokenizer.encoder, report=report)
-                finish(out, manifest, ", ".join(sources))
+                finish(out, manifest, ", ".join(sources), bad)
     except Timeout:
         raise UserError(f"another call is preparing {out}; wait for it, or choose another folder") from None
     return open_prepared(out, None)
@@ -156,35 +159,35 @@ def _is_there(out: Path, entry: ShardEntry) -> bool:
     return file.is_file() and file.stat().st_size == entry.num_bytes
 
 
-def _records(sources: Iterable[Source], bad: BadRecords) -> Iterator[Record]:
-    for source in sources:
-        for record in records(source, bad):
-            if record.content:
-                yield record
-            else:
-                bad(UserError(f"{record.where}: the record is empty; remove it, or pass --on-bad-data skip"))
-
-
-def renderer(tokenizer: DocumentTokenizer, model: str | Path) -> Callable[[Record], Text]:
-    """Texts as they are, conversations by the chat template, which is looked for when the first of them comes."""
+def renderer(tokenizer: DocumentTokenizer, model: str | Path) -> Callable[[Record, str], Text]:
+    """Texts as they are, conversations by the chat template, which is looked for when the first of them comes; a
+    record and the split that it goes to -> its text."""
     chat: ChatRenderer | None = None
 
-    def render(record: Record) -> Text:
+    def render(record: Record, split: str) -> Text:
         nonlocal chat
-        if isinstance(record.content, str):
-            return Text(record.content)
+        if not isinstance(record.content, Conversation):
+            return plain_text(record.content, split)
         chat = chat or ChatRenderer(tokenizer.tokenizer, str(model))
         return chat(record.content, record.where)
 
     return render
 
 
+def plain_text(content: str | Piece, split: str) -> Text:
+    """Of a document that is no conversation, or of a piece of one."""
+    if isinstance(content, str):
+        return Text(content)
+    around = Around(content.before, content.after, content.is_first, content.is_last, content.begins(split))
+    return Text(content.text, around=around)
+
+
 def make_batches(
     stream: Iterable[Record],
-    render: Callable[[Record], Text],
+    render: Callable[[Record, str], Text],
     bad: BadRecords,
     manifest: Manifest,
-    split: Callable[[str], str],
+    split_of: Callable[[Record], str],
 ) -> Iterator[Batch]:
     """The documents of the units that the manifest lacks."""
     unit_bytes = manifest.inputs["unit_bytes"]
@@ -196,14 +199,16 @@ def make_batches(
         in_unit += _size(record.content)
         num_bytes += record.num_bytes
         batch.num_bytes = num_bytes
-        if batch.unit in manifest.units or (isinstance(record.content, str) and not record.content.strip()):
+        bad.blank += record.is_blank
+        if batch.unit in manifest.units or record.is_blank:
             continue
+        split = split_of(record)
         try:
-            text = render(record)
+            text = render(record, split)
         except UserError as error:
             bad(error)
             continue
-        batch.splits.append(split(record.name))
+        batch.splits.append(split)
         batch.texts.append(text)
         batch.num_chars += len(text.text)
         if batch.num_chars >= BATCH_CHARS:
@@ -212,8 +217,10 @@ def make_batches(
     yield batch
 
 
-def _size(content: str | list[Any]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(str(message)) for message in content)
+def _size(content: str | Piece | Conversation) -> int:
+    if isinstance(content, Conversation):
+        return sum(len(str(message)) for message in content.messages)
+    return len(content.text if isinstance(content, Piece) else content)
 
 
 @contextmanager
@@ -341,10 +348,11 @@ class _Unit:
             writer.abandon()
 
 
-def finish(out: Path, manifest: Manifest, title: str) -> None:
-    """Mark the folder as whole; UserError, and no folder, where no text came."""
+def finish(out: Path, manifest: Manifest, title: str, bad: BadRecords | None = None) -> None:
+    """Mark the folder as whole, with what was left out; UserError, and no folder, where no text came."""
+    left_out = bad.describe() if bad is not None else ""
     if not manifest.num_tokens():
         shutil.rmtree(out, ignore_errors=True)
-        raise UserError(f"{title} holds no text; use another split or more data")
-    manifest.complete = True
+        raise UserError(f"{title} holds no text{f' ({left_out})' if left_out else ''}; use another split or more data")
+    manifest.complete, manifest.left_out = True, left_out
     manifest.write(out)

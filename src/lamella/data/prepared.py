@@ -22,12 +22,13 @@ import numpy as np
 import xxhash
 
 from lamella.architecture.tokenizer_files import template_fingerprint
+from lamella.data.files import MANIFEST
+from lamella.data.readers import Split
 from lamella.data.shards import Shard, Window
-from lamella.data.sources import MANIFEST, Split
 from lamella.data.tokenizer import fingerprint
 from lamella.errors import BadData, UserError
 
-VERSION = 1
+VERSION = 2
 MAX_OPEN_SHARDS = 64
 
 
@@ -55,6 +56,8 @@ class Manifest:
     complete: bool = False
     template_hash: str = ""
     """Of the chat templates; matters where there are conversations. "": not known."""
+    left_out: str = ""
+    """Records that are not in it, for people."""
 
     def shards(self, split: Split | None) -> list[ShardEntry]:
         """In the order of the text."""
@@ -96,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**values, units=units)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}; make it with `lamella data prepare`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is damaged ({error}); bring it back or prepare the data again") from error
@@ -110,6 +113,7 @@ class TokenFolder:
 
     def __init__(self, folder: Path, split: Split | None, manifest: Manifest):
         self.folder, self.eos_id, self.vocab_size = folder, manifest.eos_id, manifest.vocab_size
+        self.left_out = manifest.left_out
         self.entries = manifest.shards(split)
         self._ends = np.array([0, *accumulate(e.num_tokens for e in self.entries)])
         self._open: OrderedDict[int, Shard] = OrderedDict()

@@ -1,17 +1,27 @@
-"""Files -> records, one by one. A broken record is an error that names file and line, raised or skipped by policy."""
+"""Files of records -> records, one by one, from any place on.
+
+A broken record is an error that names file and line, raised or left out by policy.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import xxhash
+
+from lamella.data.files import DAMAGED, Form, Opened
+from lamella.data.records import BYTE_ORDER_MARK, CHAT_FIELDS, Conversation, record_content
 from lamella.errors import UserError
 
-BLOCK_CHARS = 4000
 Policy = Literal["fail", "skip"]
+Split = Literal["train", "heldout"]
+HELDOUT_ONE_IN = 10
+_CHUNK_BYTES = 1 << 18
 logger = logging.getLogger(__name__)
 
 
@@ -22,39 +32,77 @@ def policy(word: str) -> Policy:
     return cast(Policy, word)
 
 
+def split_of(name: str) -> Split:
+    """The side of the document with this name: one in ten is held out."""
+    return "heldout" if xxhash.xxh64_intdigest(name.encode()) % HELDOUT_ONE_IN == 0 else "train"
+
+
 class Place(NamedTuple):
     """Where a record begins: reading goes on from here as if everything before had been read."""
 
     file: int = 0
     """Number of the file in the source."""
     offset: int = 0
-    """Bytes of the file before this; of a parquet file, estimated by its rows."""
+    """Bytes of the file's content, decompressed, before this; of a parquet file, estimated by its rows."""
     records: int = 0
-    """Records of the file (lines of JSONL, rows, blocks) before this one."""
+    """Records of the file (lines of JSONL, rows, pieces) before this one."""
+    read: int = 0
+    """Bytes of the file itself that were read for them, about; for progress."""
 
 
 FIRST = Place()
 
 
+class Piece(NamedTuple):
+    """A stretch of a document that is read bit by bit, with what stands around it."""
+
+    before: str
+    text: str
+    after: str
+    is_first: bool = False
+    """Whether the document begins with it."""
+    is_last: bool = False
+    opens_side: bool = False
+    """Whether the document's part of its split begins with it."""
+
+    def begins(self, split: str) -> bool:
+        """Whether a document begins with it in the stream of this split; "all": of everything."""
+        return self.is_first or (self.opens_side and split != "all")
+
+
 class Record(NamedTuple):
-    """A document as it is read: a text, or a conversation (a list of messages)."""
+    """A document as it is read, or a piece of one."""
 
     name: str
     """Inside the source; it decides the split."""
-    content: str | list[Any]
+    content: str | Piece | Conversation
     where: str
     """File and line, for people."""
     num_bytes: int = 0
     """Read of the source for it; for progress."""
     end: Place = FIRST
     """Where the next record begins."""
+    side: Split | None = None
+    """The split, where the name does not decide it."""
+
+    @property
+    def split(self) -> Split:
+        return self.side or split_of(self.name)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it is a text without a letter in it; of a document in pieces none is."""
+        return isinstance(self.content, str) and not self.content.strip()
 
 
 class BadRecords:
-    """What to do with a broken record: fail with its error, or skip it, counted, the first ones named in the log."""
+    """What to do with a broken record: fail with its error, or skip it, counted, the first ones named in the log.
+
+    Blank texts are no errors: they are left out whatever the policy, and counted.
+    """
 
     def __init__(self, policy: Policy = "fail", named: int = 5):
-        self.policy, self.named, self.skipped = policy, named, 0
+        self.policy, self.named, self.skipped, self.blank = policy, named, 0, 0
 
     def __call__(self, error: UserError) -> None:
         if self.policy == "fail":
@@ -63,91 +111,182 @@ class BadRecords:
         if self.skipped <= self.named:
             logger.warning("skipped: %s", error)
 
-
-def record_content(record: Any, field: str | None, where: str) -> str | list[Any]:
-    """The text or conversation of a record: in `field`, or without one in "text" or else "messages".
-
-    Raises:
-        UserError: it has neither; it is empty.
-    """
-    names = ("text", "messages") if field is None else (field,)
-    values = [record.get(name) for name in names] if isinstance(record, dict) else []
-    content = next((v for v in values if isinstance(v, str | list)), None)
-    if content is None:
-        has = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-        wanted = " or ".join(map(repr, names))
-        raise UserError(f"{where}: no text in the field {wanted} ({has}); name another one as SOURCE#FIELD")
-    if isinstance(content, str):
-        check_unicode(content, where)
-    return content
+    def describe(self) -> str:
+        """'2 blank and 3 broken records are left out', or ''."""
+        parts = [f"{count:,} {what}" for count, what in ((self.blank, "blank"), (self.skipped, "broken")) if count]
+        return f"{' and '.join(parts)} records are left out" if parts else ""
 
 
-def check_unicode(text: str, where: str) -> None:
-    """UserError for half of a surrogate pair, which JSON may hold (a cut emoji) and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: not valid Unicode ({error.reason}); mend or remove the record") from None
+def damage(file: Path, offset: int, error: Exception, opened: Opened | None) -> UserError:
+    """Of a compressed file that is cut or changed. An error of the system itself goes on: the file may come back."""
+    if (isinstance(error, OSError) and error.errno) or opened is None or not opened.is_compressed:
+        raise error
+    return UserError(
+        f"{file}, behind byte {offset} of its content: it is damaged ({error}); bring it back or remove it"
+    )
 
 
-def record_text(record: Any, field: str | None, where: str) -> str:
-    """As `record_content`, where only text will do."""
-    content = record_content(record, field or "text", where)
-    if not isinstance(content, str):
-        raise UserError(f"{where}: the field {field!r} is no text; name another one as SOURCE#FIELD")
-    return content
-
-
-def read_jsonl(file: Path, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
-    with file.open("rb") as lines:
-        offset = lines.seek(start.offset)
-        for number, line in enumerate(lines, start.records + 1):
-            where = f"{file}, line {number} (byte {offset})"
+def read_jsonl(file: Path, form: Form, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
+    """A record a line; empty lines are none."""
+    offset, read = start.offset, start.read
+    with Opened(file, form.compression, offset) as opened:
+        lines = enumerate(opened.stream, start.records + 1)
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except DAMAGED as error:
+                bad(damage(file, offset, error, opened))
+                return
+            where, is_first = f"{file}, line {number} (byte {offset})", offset == 0
             offset += len(line)
+            before, read = read, opened.consumed(offset)
+            if is_first:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
                 content = record_content(json.loads(line), field, where)
             except UserError as error:
                 bad(error)
+            except RecursionError:
+                bad(UserError(f"{where}: JSON that is nested too deeply; mend or remove the line"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 bad(UserError(f"{where}: not JSON ({error}); mend or remove the line"))
             else:
-                yield Record(f"{name}:{number - 1}", content, where, len(line), Place(start.file, offset, number))
+                yield Record(
+                    f"{name}:{number - 1}", content, where, read - before, Place(start.file, offset, number, read)
+                )
 
 
-def read_parquet(file: Path, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
+def read_json(file: Path, form: Form, name: str, field: str | None, bad: BadRecords, start: Place) -> Iterator[Record]:
+    """An array of records, or records one after the other: lines, as `datasets` writes them, or printed at length."""
+    layout = _layout(file, form)
+    if layout == "lines":
+        yield from read_jsonl(file, form, name, field, bad, start)
+        return
+    offset, number, read = start.offset, start.records, start.read
+    with Opened(file, form.compression, offset) as opened:
+        values = _values(opened, layout == "array", offset)
+        while True:
+            where = f"{file}, record {number} (behind byte {offset})"
+            try:
+                value, offset = next(values)
+            except StopIteration:
+                return
+            except RecursionError:
+                bad(UserError(f"{where}: JSON that is nested too deeply; mend or remove the file"))
+                return
+            except DAMAGED as error:
+                is_text = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                broken = UserError(f"{where}: not JSON ({error}); mend or remove the file")
+                bad(broken if is_text else damage(file, offset, error, opened))
+                return
+            number += 1
+            before, read = read, opened.consumed(offset)
+            try:
+                content = record_content(value, field, where)
+            except UserError as error:
+                bad(error)
+            else:
+                yield Record(
+                    f"{name}:{number - 1}", content, where, read - before, Place(start.file, offset, number, read)
+                )
+
+
+def _layout(file: Path, form: Form) -> Literal["array", "lines", "values"]:
+    """By the first character, and the first line if that is an object."""
+    try:
+        with Opened(file, form.compression) as opened:
+            line = next((line for line in opened.stream if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+        line = line.removeprefix(codecs.BOM_UTF8).lstrip()
+        if line.startswith(b"["):
+            return "array"
+        return "lines" if isinstance(json.loads(line), dict) else "values"
+    except (*DAMAGED, RecursionError):
+        return "values"
+
+
+def _values(opened: Opened, is_array: bool, offset: int) -> Iterator[tuple[Any, int]]:
+    """(value, the byte behind it) of JSON's, each as soon as it is read; in memory is about the largest one.
+
+    Raises:
+        JSONDecodeError, UnicodeDecodeError, RecursionError, one of DAMAGED.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, at, ended, chunk = "", 0, False, _CHUNK_BYTES
+    begins = offset == 0
+
+    def more() -> None:
+        nonlocal text, at, ended
+        raw = opened.stream.read(chunk)
+        text, at, ended = text[at:] + utf8.decode(raw, final=not raw), 0, not raw
+
+    while True:
+        passed = at
+        while at < len(text) and (text[at] in " \t\r\n," or (begins and text[at] in f"{BYTE_ORDER_MARK}[")):
+            begins = begins and text[at] != "["
+            at += 1
+        offset += len(text[passed:at].encode())
+        if at == len(text):
+            if ended and is_array:
+                raise json.JSONDecodeError("the file ends within its array", text, at)
+            if ended:
+                return
+            more()
+            continue
+        if is_array and text[at] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            is_cut = error.pos > len(text) - 64 or error.msg.startswith("Unterminated")
+            if ended or not is_cut:
+                raise
+            chunk *= 2  # so that a value is not looked through too often
+            more()
+            continue
+        offset += len(text[at:end].encode())
+        at, chunk, begins = end, _CHUNK_BYTES, False
+        yield value, offset
+
+
+def read_parquet(
+    file: Path, form: Form, name: str, field: str | None, bad: BadRecords, start: Place
+) -> Iterator[Record]:
+    """A record a row."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         bad(UserError(f"{file} is not a parquet file ({error}); mend or remove it"))
         return
     names = table.schema_arrow.names
-    column = field or ("messages" if "text" not in names and "messages" in names else "text")
-    if column not in names:
+    wanted = [field] if field else ["text", "messages"]
+    columns = [column for column in (*wanted, *CHAT_FIELDS) if column in names]
+    if not set(wanted).intersection(names):
         record_content(dict.fromkeys(names), field, str(file))
     row_bytes = file.stat().st_size // max(1, table.metadata.num_rows)
     group, row = _group_of(table.metadata, start.records)
     groups = range(group, table.metadata.num_row_groups)
     try:
-        for batch in table.iter_batches(batch_size=1024, columns=[column], row_groups=groups):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=columns, row_groups=groups):
+            for values in batch.to_pylist():
                 where = f"{file}, row {row}"
                 row += 1
                 if row <= start.records:
                     continue
                 try:
-                    content = record_content({column: value}, column, where)
+                    content = record_content(values, field, where)
                 except UserError as error:
                     bad(error)
                 else:
-                    yield Record(
-                        f"{name}:{row - 1}", content, where, row_bytes, Place(start.file, row * row_bytes, row)
-                    )
-    except (pyarrow.ArrowException, OSError) as error:
+                    end = Place(start.file, row * row_bytes, row, row * row_bytes)
+                    yield Record(f"{name}:{row - 1}", content, where, row_bytes, end)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         bad(UserError(f"{file}, behind row {row}: cannot be read ({error}); mend or remove the file"))
 
 
@@ -160,61 +299,3 @@ def _group_of(metadata: Any, row: int) -> tuple[int, int]:
             return group, first
         first += rows
     return metadata.num_row_groups, first
-
-
-def read_text(file: Path, name: str, bad: BadRecords, start: Place) -> Iterator[Record]:
-    """The whole file as one record."""
-    if start.records:
-        return
-    raw = file.read_bytes()
-    try:
-        yield Record(name, _newlines(raw.decode("utf-8")), str(file), len(raw), Place(start.file, len(raw), 1))
-    except UnicodeDecodeError as error:
-        bad(_not_utf8(file, error, error.start))
-
-
-def read_blocks(file: Path, name: str, bad: BadRecords, start: Place) -> Iterator[Record]:
-    """Records that end at line ends, each the shortest of at least BLOCK_CHARS characters (the last may be shorter)."""
-    block: list[str] = []
-    size, index, begin, end = 0, start.records, start.offset, start.offset
-
-    def record() -> Record:
-        return Record(
-            f"{name}:{index}", "".join(block), f"{file}, block {index}", end - begin, Place(start.file, end, index + 1)
-        )
-
-    for line, end in _lines(file, bad, start.offset):
-        block.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARS:
-            yield record()
-            block, size, index, begin = [], 0, index + 1, end
-    if block:
-        yield record()
-
-
-def _lines(file: Path, bad: BadRecords, start: int) -> Iterator[tuple[str, int]]:
-    """(line, the byte behind it) from byte `start` on; lines end with any of the three newlines."""
-    with file.open("rb") as raw_lines:
-        offset = raw_lines.seek(start)
-        for raw_line in raw_lines:
-            for raw in raw_line.splitlines(keepends=True):
-                offset += len(raw)
-                try:
-                    yield _newlines(raw.decode("utf-8")), offset
-                except UnicodeDecodeError as error:
-                    bad(_not_utf8(file, error, offset - len(raw) + error.start))
-
-
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _not_utf8(file: Path, error: UnicodeDecodeError, offset: int) -> UserError:
-    return UserError(f"{file} is not UTF-8 text ({error.reason} at byte {offset}); convert or remove it")
-
-
-RECORD_READERS: dict[str, Callable[[Path, str, str | None, BadRecords, Place], Iterator[Record]]] = {
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-}

@@ -7,7 +7,7 @@ Little-endian, in this order (N tokens, D documents, C = ceil(N / 32,768) blocks
                (32 characters), zeros
     tokens     N uint16 (uint32 where the vocabulary has more than 65,536 ids); numpy.memmap reads them at offset 128
     mask       N bytes, if there is one: 1 where the token is to be predicted
-    starts     D uint64, ascending: where each document begins
+    starts     D uint64, ascending: where each document begins; a shard may begin within one
     blocks     C rows of 3 uint64: xxh3-64 of the block's tokens, of its mask (else 0), documents that begin before it
 
 The manifest beside the shards holds xxh3-128 of everything but tokens and mask. The hashes of the blocks are in that,
@@ -109,7 +109,8 @@ class ShardWriter:
         self._out.write(bytes(_HEADER_BYTES))
 
     def add(self, document: Tokens) -> None:
-        self._starts.append(self.num_tokens)
+        if not document.goes_on:
+            self._starts.append(self.num_tokens)
         if document.learned is not None and self._mask is None:
             self._mask = bytearray(b"\1" * self.num_tokens)  # the documents so far are learned whole
         if self._mask is not None:

@@ -4,58 +4,58 @@ A source is a word:
 
     stdlib-code           the sources of Python's standard library (code)
     python-docs           the topics of Python's `help()` (prose)
-    PATH                  a file, or a folder searched for files, in .txt .md .py .jsonl .parquet
+    PATH                  a file, or a folder searched for files, of the forms in `lamella.data.files`
     PATH                  a folder that `lamella data prepare` made (see `lamella.data.prepared`)
     NAME or NAME:CONFIG   a set that `datasets.load_dataset` knows, its split "train", streamed
 
 `#FIELD` behind a path or name says which field of a record is the document; without it, "text", or else "messages".
 A field that holds a string is a text; one that holds a list of {"role", "content"} is a conversation, of which only the
-assistant's answers are learned (see `lamella.data.chat`).
+assistant's answers are learned (see `lamella.data.records` and `lamella.data.chat`).
 
-What is a document: a record of .jsonl, .parquet or a `datasets` name; a topic; a text file of a folder. A text file
-that stands alone is cut at line ends into blocks of about 4,000 characters, or it would be one document and leave
-nothing for the held-out split.
+What is a document: a record; a topic; a text file.
 
-One document in ten is held out, by a hash of its name (the path inside the source, and the record's or block's
-index), so that a document's side depends on nothing but itself.
+One document in ten is held out, by a hash of its name (the path inside the source, and the record's index), so that a
+document's side depends on nothing but itself. Of a text file that is the only file of its source the last tenth is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import xxhash
-
+from lamella.data.files import MANIFEST, READABLE, Form, check_file, describe, find_files, form_of, has_known_suffix
 from lamella.data.readers import (
     FIRST,
-    RECORD_READERS,
     BadRecords,
+    Piece,
     Place,
     Record,
-    read_blocks,
-    read_text,
-    record_content,
-)
+    Split,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    split_of,
+)  # fmt: skip
+from lamella.data.records import record_content
+from lamella.data.texts import read_text
 from lamella.errors import UserError, did_you_mean
 from lamella.installation import find_file
 
-Split = Literal["train", "heldout"]
-HELDOUT_ONE_IN = 10
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, *RECORD_READERS)
-# What `lamella data prepare` leaves in its folder.
-MANIFEST = "lamella-data.json"
+__all__ = ["MANIFEST", "Split", "split_of"]  # beside what is defined here
 EMBEDDED_SOURCES = ("stdlib-code", "python-docs")
-ACCEPTED = (
-    f"pass {' or '.join(EMBEDDED_SOURCES)}, a file or folder of {' '.join(SUFFIXES)}, or the name of a `datasets` set"
-)
+ACCEPTED = f"pass {' or '.join(EMBEDDED_SOURCES)}, a file or folder of {READABLE}, or the name of a `datasets` set"
+RECORD_READERS: dict[str, Callable[[Path, Form, str, str | None, BadRecords, Place], Iterator[Record]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "parquet": read_parquet,
+}
 # Tests repeat themselves; the topics are the other embedded source, and must not leak into this one.
 _SKIPPED_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 
@@ -69,6 +69,8 @@ class Source:
     files: tuple[Path, ...] = ()
     root: Path = Path()
     field: str | None = None
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Files of the folder that are not read: names by reason."""
 
     @property
     def num_bytes(self) -> int:
@@ -90,13 +92,25 @@ def documents(source: str, split: Split | None = None) -> Iterator[str]:
     """
     check_split(split)
     opened = open_source(source)
-    wanted = (record for record in records(opened, BadRecords()) if split in (None, split_of(record.name)))
-    return (text_of(record) for record in wanted if text_of(record).strip())
+    return _joined((r for r in records(opened, BadRecords()) if split in (None, r.split)), split)
 
 
-def text_of(record: Record) -> str:
+def _joined(wanted: Iterator[Record], split: Split | None) -> Iterator[str]:
+    """The texts of records, those of a document's pieces put together."""
+    pieces: list[str] = []
+    for record in wanted:
+        text = text_of(record)
+        goes_on = isinstance(text, Piece) and not text.begins(split or "all")
+        if not goes_on and "".join(pieces).strip():
+            yield "".join(pieces)
+        pieces = [*(pieces if goes_on else ()), text.text if isinstance(text, Piece) else text]
+    if "".join(pieces).strip():
+        yield "".join(pieces)
+
+
+def text_of(record: Record) -> str | Piece:
     """Its content; UserError for a conversation."""
-    if not isinstance(record.content, str):
+    if not isinstance(record.content, str | Piece):
         raise UserError(f"{record.where}: it is a conversation where a text is wanted; use another source")
     return record.content
 
@@ -135,19 +149,15 @@ def records_of(stream: Any, source: Source, bad: BadRecords, first: int = 0) -> 
 
 def _read_file(file: Path, source: Source, bad: BadRecords, start: Place) -> Iterator[Record]:
     name = file.relative_to(source.root).as_posix()
-    if reader := RECORD_READERS.get(file.suffix):
-        yield from reader(file, name, source.field, bad, start)
-    elif source.kind == "embedded":
-        yield from read_text(file, name, BadRecords("skip", named=0), start)  # some test the decoding of others
-    elif len(source.files) == 1:
-        yield from read_blocks(file, name, bad, start)
+    form = form_of(file) if source.kind == "files" else Form("text")
+    if form is None:
+        bad(UserError(f"{file} is no text any more; bring it back or remove it"))
+    elif form.kind == "text":
+        # of the standard library's files some test the decoding of others
+        bad_text = bad if source.kind == "files" else BadRecords("skip", named=0)
+        yield from read_text(file, form, name, bad_text, start, alone=len(source.files) == 1)
     else:
-        yield from read_text(file, name, bad, start)
-
-
-def split_of(name: str) -> Split:
-    """The side of the document with this name: one in ten is held out."""
-    return "heldout" if xxhash.xxh64_intdigest(name.encode()) % HELDOUT_ONE_IN == 0 else "train"
+        yield from RECORD_READERS[form.kind](file, form, name, source.field, bad, start)
 
 
 def open_source(source: str) -> Source:
@@ -160,11 +170,11 @@ def open_source(source: str) -> Source:
         word, _, field = source.rpartition("#")
     path = find_file(Path(word).expanduser())
     if path.is_file():
-        return Source(source, "files", (_checked_file(path),), path.parent, field)
+        return Source(source, "files", (check_file(path, ACCEPTED),), path.parent, field)
     if is_prepared(path):
         return Source(source, "prepared", root=path)
     if path.is_dir():
-        return Source(source, "files", _folder_files(path), path, field)
+        return _folder(source, path, field)
     _refuse_unlikely_name(word)
     return Source(source, "dataset", field=field)
 
@@ -197,20 +207,20 @@ def load_stream(source: Source) -> Any:
     return stream
 
 
-def _checked_file(path: Path) -> Path:
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}; {ACCEPTED}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; {ACCEPTED}")
-    return path
-
-
-def _folder_files(folder: Path) -> tuple[Path, ...]:
-    found = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file() and p.stat().st_size)
-    files = tuple(sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)))
+def _folder(word: str, folder: Path, field: str | None) -> Source:
+    files, left_out = find_files(folder)
     if not files:
-        raise UserError(f"the folder {folder} holds no text; {ACCEPTED}")
-    return files
+        there = f" ({describe(files, left_out)})" if left_out else ""
+        raise UserError(f"the folder {folder} holds no text{there}; {ACCEPTED}")
+    return Source(word, "files", files, folder, field, left_out)
+
+
+def describe_source(source: Source) -> str:
+    """What was found, for people: 'notes: 12 files (12 .md), 30.1 kB; left out: 1 .csv (a.csv)'."""
+    if source.kind == "files":
+        return f"{source.word}: {describe(source.files, source.left_out)}"
+    kinds = {"embedded": "of Python", "dataset": "a set of the `datasets` library", "prepared": "prepared tokens"}
+    return f"{source.word}: {kinds[source.kind]}"
 
 
 def _stdlib() -> Path:
@@ -225,6 +235,6 @@ def _stdlib_files() -> tuple[Path, ...]:
 def _refuse_unlikely_name(word: str) -> None:
     """Spare a misspelt path or embedded name the trip over the network."""
     near = difflib.get_close_matches(word, EMBEDDED_SOURCES, n=1, cutoff=0.7)
-    is_path = word.startswith(("/", ".", "~")) or Path(word).suffix in SUFFIXES or word.endswith("/")
+    is_path = word.startswith(("/", ".", "~")) or has_known_suffix(word) or word.endswith("/")
     if near or is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?", word):
         raise UserError(f"no such data: {word!r}{did_you_mean(word, near)}; {ACCEPTED}")

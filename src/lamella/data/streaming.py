@@ -15,8 +15,9 @@ import numpy as np
 import xxhash
 
 from lamella.data.packing import Sample, make_sample
+from lamella.data.prepare import plain_text
 from lamella.data.readers import BadRecords, Place, Policy, Record
-from lamella.data.sources import Source, Split, load_stream, open_source, records, records_of, split_of, text_of
+from lamella.data.sources import Source, Split, load_stream, open_source, records, records_of, text_of
 from lamella.data.tokenizer import DocumentTokenizer, Text, check_vocabulary
 from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import BadData, UserError
@@ -42,7 +43,7 @@ class FileReading:
     def share(self, place: Any) -> float:
         """Of the source, before this place; 0 where it has no files."""
         at = Place(*(place or ()))
-        return (sum(self.sizes[: at.file]) + at.offset) / max(1, sum(self.sizes))
+        return (sum(self.sizes[: at.file]) + at.read) / max(1, sum(self.sizes))
 
     def identity(self) -> Any:
         """Changes when the text does, as far as names and sizes tell."""
@@ -188,23 +189,23 @@ class StreamedSamples:
         """(texts of the split, the last record that was read, if any)."""
         texts, num_chars, record = [], 0, None
         for record in stream:
-            text = text_of(record)
-            num_chars += len(text)
-            if self.split in (None, split_of(record.name)) and text.strip():
-                texts.append(Text(text))
+            if self.split in (None, record.split) and not record.is_blank:
+                texts.append(plain_text(text_of(record), self.split or "all"))
+                num_chars += len(texts[-1].text)
             if num_chars >= BATCH_CHARS:
                 break
         return texts, record
 
     def _append(self, texts: list[Text]) -> None:
-        rows = [tokens.ids for tokens in self.encode(texts)]
-        if not rows:
+        documents = [tokens for tokens in self.encode(texts) if len(tokens.ids)]
+        if not documents:
             return
-        ids = np.concatenate(rows)
+        ids = np.concatenate([tokens.ids for tokens in documents])
         if self.vocab_size is not None:
             check_vocabulary(self.source, int(ids.max()), self.vocab_size, self.tokenizer)
-        lengths = np.asarray([len(row) for row in rows])
+        lengths = np.asarray([len(tokens.ids) for tokens in documents])
         starts = len(self._ids) + np.cumsum(lengths) - lengths
+        starts = starts[[not tokens.goes_on for tokens in documents]]
         self._ids, self._starts = np.concatenate([self._ids, ids]), np.concatenate([self._starts, starts])
 
     def _next_epoch(self) -> None:

@@ -4,6 +4,7 @@ the workers of `lamella data prepare` are started with an `Encoder` alone."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,25 @@ from lamella.errors import UserError
 _SETTINGS = ("eos_token", "bos_token", "add_bos_token", "add_eos_token")
 
 
+class Around(NamedTuple):
+    """Where a text is a piece of a document: what stands before and behind it there, and whether that is at an end."""
+
+    before: str
+    after: str
+    is_first: bool
+    is_last: bool
+    begins: bool
+    """Whether a document begins with it in the stream of tokens: the first piece, or the first that is kept."""
+
+
 class Text(NamedTuple):
     """A document, rendered. Plain text is learned as a whole; of a conversation, the assistant's answers."""
 
     text: str
     learned: tuple[tuple[int, int], ...] | None = None
     """Spans of characters; None: plain text."""
+    around: Around | None = None
+    """Of a piece of a plain document; None: it is whole."""
 
 
 class Tokens(NamedTuple):
@@ -32,6 +46,8 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray
     learned: np.ndarray | None = None
+    goes_on: bool = False
+    """Whether they continue the document before them."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +56,16 @@ class Encoder:
 
     Plain text gets the special tokens that the tokenizer itself adds (BOS, for some), and EOS at its end. A
     conversation is as its template rendered it, nothing added.
+
+    Pieces of a document become the tokens of the whole: each is tokenised within what stands around it. They differ
+    from those only where a token of the whole runs across the end of a piece, or depends on more than is around it;
+    there the piece is tokenised by itself, so that no character is lost or comes twice.
     """
 
     tokenizer_json: str
     eos_id: int
     vocab_size: int
+    """More than the largest id."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -52,28 +73,75 @@ class Encoder:
 
     def __call__(self, texts: Iterable[Text]) -> list[Tokens]:
         texts = list(texts)
-        plain = iter(self._plain([t.text for t in texts if t.learned is None]))
+        pieces = iter(self._pieces([t for t in texts if t.around is not None]))
+        plain = iter(self._plain([t.text for t in texts if t.learned is None and t.around is None]))
         chats = iter(self._chats([t for t in texts if t.learned is not None]))
-        return [next(plain if t.learned is None else chats) for t in texts]
+        kinds = (pieces if t.around is not None else plain if t.learned is None else chats for t in texts)
+        return [next(kind) for kind in kinds]
+
+    def marked(self, text: Text) -> list[tuple[str, bool]]:
+        """The text in stretches of tokens that are all learned, or all not; as many tokens as `__call__` gives, EOS
+        of a plain text and what the tokenizer adds to it aside."""
+        if text.learned is None:
+            return [(text.text, True)]
+        encoding = self._tokenizer().encode(text.text, add_special_tokens=False)
+        flags = learned_tokens(encoding.offsets, text.learned, text.text)
+        parts: list[tuple[str, bool]] = [] if len(flags) else [(text.text, False)]
+        at = 0
+        for i, (_, end) in enumerate(encoding.offsets):
+            if i + 1 < len(flags) and flags[i + 1] == flags[i]:
+                continue
+            end = len(text.text) if i + 1 == len(flags) else max(end, at)
+            parts.append((text.text[at:end], bool(flags[i])))
+            at = end
+        return parts
 
     def _plain(self, texts: list[str]) -> list[Tokens]:
         rows = [encoding.ids for encoding in self._tokenizer().encode_batch_fast(texts)]
-        rows = [ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id] for ids in rows]
-        return [Tokens(np.asarray(ids, dtype=self.dtype)) for ids in rows]
+        return [Tokens(self._array(ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id])) for ids in rows]
 
     def _chats(self, texts: list[Text]) -> list[Tokens]:
         encodings = self._tokenizer().encode_batch([t.text for t in texts], add_special_tokens=False)
         return [
-            Tokens(np.asarray(e.ids, dtype=self.dtype), learned_tokens(e.offsets, text.learned or ()))
+            Tokens(self._array(e.ids), learned_tokens(e.offsets, text.learned or (), text.text))
             for e, text in zip(encodings, texts, strict=True)
         ]
+
+    def _pieces(self, texts: list[Text]) -> list[Tokens]:
+        if not texts:
+            return []
+        around = [t.around for t in texts if t.around is not None]
+        within = [a.before + t.text + a.after for t, a in zip(texts, around, strict=True)]
+        encodings = self._tokenizer().encode_batch(within, add_special_tokens=False)
+        prefix, suffix = self._added()
+        pieces = []
+        for text, a, encoding in zip(texts, around, encodings, strict=True):
+            own = tokens_within(encoding.offsets, len(a.before), len(a.before) + len(text.text))
+            if own is None:
+                ids = self._tokenizer().encode(text.text, add_special_tokens=False).ids
+            else:
+                ids = encoding.ids[own]
+            ids = [*(prefix if a.is_first else ()), *ids, *(suffix if a.is_last else ())]
+            if a.is_last and (not ids or ids[-1] != self.eos_id):
+                ids.append(self.eos_id)
+            pieces.append(Tokens(self._array(ids), goes_on=not a.begins))
+        return pieces
+
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and behind a text."""
+        bare, full = (self._tokenizer().encode("a", add_special_tokens=added).ids for added in (False, True))
+        first = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), len(full))
+        return full[:first], full[first + len(bare) :]
+
+    def _array(self, ids: list[int]) -> np.ndarray:
+        return np.asarray(ids, dtype=self.dtype)
 
     def _tokenizer(self) -> Any:
         """Built once per process: the dataclass is frozen and pickled without it."""
         if "_built" not in self.__dict__:
             from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_str(self.tokenizer_json)
+            tokenizer = Tokenizer.from_str(with_whole_offsets(self.tokenizer_json))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self.__dict__["_built"] = tokenizer
@@ -83,14 +151,48 @@ class Encoder:
         return {name: value for name, value in self.__dict__.items() if name != "_built"}
 
 
-def learned_tokens(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Tokens that lie within one of the ascending spans (bool); one that crosses into a span is the prompt's."""
+def with_whole_offsets(tokenizer_json: str) -> str:
+    """The same tokenizer, whose offsets take in a token's spaces: with `trim_offsets` one that consists of spaces
+    lies nowhere. The ids do not depend on it."""
+    if not re.search(r'"trim_offsets"\s*:\s*true', tokenizer_json):
+        return tokenizer_json
+    return json.dumps(_untrimmed(json.loads(tokenizer_json)))
+
+
+def _untrimmed(part: Any) -> Any:
+    if isinstance(part, dict):
+        vocabulary = "vocab" in part or "merges" in part
+        return part if vocabulary else {k: k != "trim_offsets" and _untrimmed(v) for k, v in part.items()}
+    return [_untrimmed(entry) for entry in part] if isinstance(part, list) else part
+
+
+def tokens_within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice | None:
+    """The tokens of characters `begin` to `end`; None where a token runs across one of the two."""
+    if not offsets:
+        return slice(0, 0)
+    begins, ends = np.asarray(offsets).T
+    first, last = (int(i) for i in np.searchsorted(begins, [begin, end]))
+    crosses = (ends[:first] > begin).any() or (ends[first:last] > end).any()
+    return None if crosses else slice(first, last)
+
+
+def learned_tokens(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...], text: str = "") -> np.ndarray:
+    """Tokens that begin within one of the ascending spans and end there, or in the spaces behind it, which a marker of
+    the turn's end may take in (bool); one that crosses into a span is the prompt's."""
     if not spans or not offsets:
         return np.zeros(len(offsets), dtype=bool)
     begins, ends = np.asarray(offsets).T
     span_begins, span_ends = np.asarray(spans).T
+    with_spaces = np.asarray([end + _leading_spaces(text, end) for end in span_ends])
     span = np.searchsorted(span_begins, begins, side="right") - 1
-    return (span >= 0) & (ends <= span_ends[span]) & (ends > begins)
+    return (span >= 0) & (begins < span_ends[span]) & (ends <= with_spaces[span])
+
+
+def _leading_spaces(text: str, at: int) -> int:
+    end = at
+    while end < len(text) and text[end].isspace():
+        end += 1
+    return end - at
 
 
 class DocumentTokenizer:
@@ -105,17 +207,21 @@ class DocumentTokenizer:
             raise UserError(f"there is no folder {name}; pass that of a model with its tokenizer")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(name))
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            ids = self.tokenizer.get_vocab().values()
+        except UserError:
+            raise
+        except Exception as error:  # the Rust library raises nothing narrower for a damaged tokenizer.json
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"no tokenizer in {name} ({reason}); pass the folder of a model with its tokenizer"
             ) from error
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {name} has no end-of-text token; set eos_token in tokenizer_config.json")
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(f"the tokenizer of {name} is no fast one; save it with a tokenizer.json")
-        self.encoder = Encoder(backend.to_str(), self.tokenizer.eos_token_id, len(self.tokenizer))
+        # ids may be far above the number of tokens
+        self.encoder = Encoder(backend.to_str(), self.tokenizer.eos_token_id, max([*ids, len(self.tokenizer) - 1]) + 1)
 
     def __call__(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of each text, EOS at the end."""
