@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 from measure import interleaved_seconds, median_spread, peak_bytes, positive, print_table, provenance, write_json
 
 from lamella.architecture.moe import MoEConfig
-from lamella.moe.experts import PATHS, MoEWeights, moe_ffn
+from lamella.moe.experts import PATHS, MoEWeights, Resident, moe_ffn
 from lamella.moe.packed import Experts
 
 # name -> (tokens T, model width D, dense FFN width F)
@@ -81,7 +81,7 @@ def dense(layer: Layer) -> Implementation:
 def ours(layer: Layer, path: str) -> Implementation:
     trainable = Experts(*map(leaf, layer.trainable))
     router = leaf(layer.router_SD)
-    weights = MoEWeights(router, layer.bias_S, layer.frozen, trainable)
+    weights = MoEWeights(router, layer.bias_S, Resident(layer.frozen, trainable))
     return (
         lambda x: moe_ffn(x, weights, layer.config, "routed", path)[0],  # type: ignore[arg-type]
         [*trainable, router],

@@ -5,7 +5,7 @@ import torch
 from oracles import slice_ffn
 
 from lamella.architecture.moe import MoEConfig
-from lamella.moe.experts import PATHS, MoEWeights, SharedExpert, apply_experts, gated_ffn, moe_ffn
+from lamella.moe.experts import PATHS, MoEWeights, Resident, SharedExpert, apply_experts, gated_ffn, moe_ffn
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route, router_logits
 
@@ -119,7 +119,9 @@ def test_the_layer_routes_by_its_router(path, routing):
     x_TD = random(T, D, seed=1)
     router_RD, bias_R = random(config.num_router_rows, D, seed=2), random(config.num_router_rows, seed=3, std=0.1)
     frozen, trainable = make_experts(10, torch.float32, False), make_experts(20, torch.float32, False)
-    y_TD, routing_, scores_TE = moe_ffn(x_TD, MoEWeights(router_RD, bias_R, frozen, trainable), config, "routed", path)
+    y_TD, routing_, scores_TE = moe_ffn(
+        x_TD, MoEWeights(router_RD, bias_R, Resident(frozen, trainable)), config, "routed", path
+    )
     expected = route(expert_scores(x_TD @ router_RD.T, config), bias_R, config)
     assert torch.equal(routing_.expert_ids_TK.sort().values, expected.expert_ids_TK.sort().values)
     assert scores_TE is not None
@@ -137,7 +139,7 @@ def test_without_noise_dense_and_random_modes_are_the_ffn(path, mode):
     config = MoEConfig(S, S, f, S, (0,), route_scale=float(S))
     torch.manual_seed(0)
     y_TD, routing, scores_TE = moe_ffn(
-        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), slices, slices), config, mode, path
+        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), Resident(slices, slices)), config, mode, path
     )
     dense_TD = (torch.nn.functional.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
     assert scores_TE is None
@@ -151,7 +153,7 @@ def test_learned_mode_runs_the_copies_alone():
     frozen, trainable = make_experts(10, torch.float32, False), make_experts(20, torch.float32, False)
     x_TD = random(T, D, seed=4)
     y_TD, _, _ = moe_ffn(
-        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), frozen, trainable), config, "learned", "batched"
+        x_TD, MoEWeights(torch.zeros(S, D), torch.zeros(S), Resident(frozen, trainable)), config, "learned", "batched"
     )
     swapped = fixed_routing(T, "dense", config, torch.device("cpu"))
     torch.testing.assert_close(y_TD, PATHS["loop"](x_TD, swapped, trainable, frozen), rtol=2e-5, atol=2e-5)
@@ -178,8 +180,9 @@ def test_shared_expert_unit_gate_and_analytic_router_by_hand():
     router, up, scale = torch.randn(E, D), torch.randn(E, D), torch.randn(E)
     selection_bias, output_bias = torch.randn(E), torch.randn(D)
     weights = MoEWeights(
-        router, selection_bias, Experts(trainable[0][:0], trainable[1][:0]), trainable, up, scale, shared, output_bias
-    )
+        router, selection_bias, Resident(Experts(trainable[0][:0], trainable[1][:0]), trainable), up, scale, shared,
+        output_bias,
+    )  # fmt: skip
     config = MoEConfig(
         0, E, f, K, (0,), routing="flat", gate="unit", router="analytic", shared_intermediate_size=n, output_bias=True
     )

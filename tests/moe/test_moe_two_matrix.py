@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from lamella.architecture.moe import Activation, MoEConfig
 from lamella.errors import UserError
-from lamella.moe.experts import MoEWeights, moe_ffn
+from lamella.moe.experts import MoEWeights, Resident, moe_ffn
 from lamella.moe.routing import Routing
 from lamella.moe.two_matrix import ACTIVATIONS, TwoMatrixExperts, TwoMatrixShared, two_matrix_path
 
@@ -92,7 +92,7 @@ def test_slices_and_copies_in_twin_routing_are_the_dense_ffn(mode: str) -> None:
     x_TD, down_bias_D = random(T, D, seed=4), random(D, seed=5)
     slices = sliced(up_FD, up_bias_F, down_DF)
     config = MoEConfig(S, S, f, S, (0,), route_scale=float(S), output_bias=True, gated=False, activation="gelu")
-    weights = MoEWeights(torch.zeros(S, D), torch.zeros(S), slices, slices, output_bias_D=down_bias_D)
+    weights = MoEWeights(torch.zeros(S, D), torch.zeros(S), Resident(slices, slices), output_bias_D=down_bias_D)
     torch.manual_seed(0)
     y_TD, routing, _ = moe_ffn(x_TD, weights, config, mode)  # type: ignore[arg-type]
     assert (routing.expert_ids_TK >= S).any() == (mode in ("learned", "random"))
@@ -106,7 +106,7 @@ def test_a_partitioned_layer_with_a_shared_expert_by_hand() -> None:
     trainable, none = experts(E, 20), experts(0, 10)
     shared = TwoMatrixShared(random(n, D, seed=1), random(n, seed=2), random(D, n, seed=3))
     router, up, scale, bias_D = (random(*shape, seed=30 + i) for i, shape in enumerate([(E, D), (E, D), (E,), (D,)]))
-    weights = MoEWeights(router, torch.zeros(E), none, trainable, up, scale, shared, bias_D)
+    weights = MoEWeights(router, torch.zeros(E), Resident(none, trainable), up, scale, shared, bias_D)
     config = MoEConfig(
         0, E, f, K, (0,), "flat", "unit", router="analytic", shared_intermediate_size=n, output_bias=True,
         gated=False, activation="relu",

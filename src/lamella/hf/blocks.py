@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lamella.architecture.moe import DENSE_BIAS, ExpertPath, Mode, MoEConfig
 from lamella.architecture.sizes import expert_shapes
-from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn, packed, packed_lora
+from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora
+from lamella.moe.provider import ExpertProvider
 from lamella.moe.routing import Routing
 from lamella.moe.two_matrix import TwoMatrixShared
 
@@ -35,6 +36,11 @@ class PackedExperts(nn.Module):
     @property
     def trainable(self) -> AnyExperts:
         return packed(self, "trainable")
+
+    @property
+    def provider(self) -> ExpertProvider:
+        """All of them, as the layer computes with them."""
+        return Resident(self.frozen, self.trainable)
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for name, parameter in self.named_parameters() if name.startswith("frozen_"))
@@ -89,8 +95,8 @@ class MoELayer(nn.Module):
         router, experts = self.router, self.experts
         shared = None if self.shared is None else self.shared.weights
         return MoEWeights(
-            router.weight, router.selection_bias, experts.frozen, experts.trainable, router.up_weight,
-            router.gate_scale, shared, self.output_bias, packed_lora(experts),
+            router.weight, router.selection_bias, experts.provider, router.up_weight, router.gate_scale, shared,
+            self.output_bias, packed_lora(experts),
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor) -> Tensor:

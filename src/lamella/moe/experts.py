@@ -7,25 +7,25 @@ Shapes: T tokens, D model width, E experts, R router rows, n neurons of the shar
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
+from lamella.errors import UserError
 from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts, gated_ffn
+from lamella.moe.provider import AnyExperts, ExpertProvider, Resident, experts_in_portions, none_of
 from lamella.moe.routing import Routing, analytic_logits, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared, two_matrix_ffn, two_matrix_path
 
 __all__ = [
-    "PATHS", "AnyExperts", "MoEWeights", "SharedExpert", "apply_experts", "gated_ffn", "moe_ffn", "packed",
+    "PATHS", "AnyExperts", "MoEWeights", "Resident", "SharedExpert", "apply_experts", "gated_ffn", "moe_ffn", "packed",
     "packed_lora",
 ]  # fmt: skip
-
-AnyExperts: TypeAlias = Experts | TwoMatrixExperts
 
 
 class SharedExpert(NamedTuple):
@@ -38,13 +38,12 @@ class SharedExpert(NamedTuple):
 
 
 class MoEWeights(NamedTuple):
-    """All tensors of one MoE layer; None where its config does not ask for one."""
+    """What one MoE layer computes with; None where its config does not ask for a tensor."""
 
     router_RD: Tensor
     selection_bias_R: Tensor
-    frozen: AnyExperts
-    trainable: AnyExperts
-    """Of the same kind as the frozen ones."""
+    experts: ExpertProvider
+    """`Resident`, or one that hands out experts as they are asked for."""
     router_up_RD: Tensor | None = None
     """Router "analytic"."""
     gate_scale_R: Tensor | None = None
@@ -55,17 +54,19 @@ class MoEWeights(NamedTuple):
     """Of the frozen experts."""
 
 
-def packed(experts: nn.Module, kind: str) -> Any:
-    """The AnyExperts of a kind, by the module's parameters; none of them is [0, ...] of the other kind's shape."""
+def packed(experts: nn.Module, kind: str) -> AnyExperts:
+    """The packed experts of a kind ("frozen" or "trainable") in a module's parameters.
+
+    Where the module has none of that kind, they are tensors [0, ...] of the other kind's shapes.
+    """
     if not hasattr(experts, f"{kind}_down_proj"):
-        other = packed(experts, "frozen" if kind == "trainable" else "trainable")
-        return type(other)(*(tensor[:0] for tensor in other))
-    cls: Any = Experts if hasattr(experts, f"{kind}_gate_up_proj") else TwoMatrixExperts
-    return cls(*(getattr(experts, f"{kind}_{name}") for name in cls._fields))
+        return none_of(packed(experts, "frozen" if kind == "trainable" else "trainable"))
+    cls = Experts if hasattr(experts, f"{kind}_gate_up_proj") else TwoMatrixExperts
+    return cls._make(getattr(experts, f"{kind}_{name}") for name in cls._fields)
 
 
 def packed_lora(experts: nn.Module) -> Lora | None:
-    """The Lora of a module's parameters, if it has one."""
+    """The low-rank deltas in a module's parameters, if it has any."""
     if not hasattr(experts, "lora_down_a"):
         return None
     return Lora(*(getattr(experts, f"lora_{name}") for name in Lora._fields))
@@ -92,7 +93,7 @@ def moe_ffn(
         routing = fixed_routing(x_TD.shape[0], mode, config, x_TD.device)
     if mode == "dense":
         weights = weights._replace(lora=None)
-    y_TD = _chosen(x_TD, routing, weights, config, path, group)
+    y_TD = _chosen(x_TD, routing, weights.experts, weights.lora, config, path, group)
     if weights.shared is not None:
         y_TD = y_TD + _shared(x_TD, weights.shared, config)
     if weights.output_bias_D is not None:
@@ -112,19 +113,40 @@ def router_scores(x_TD: Tensor, weights: MoEWeights, config: MoEConfig) -> Tenso
 def _chosen(
     x_TD: Tensor,
     routing: Routing,
-    weights: MoEWeights,
+    experts: ExpertProvider,
+    lora: Lora | None,
     config: MoEConfig,
     path: ExpertPath,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    frozen, trainable = weights.frozen, weights.trainable
+    """[T, D]: the sum of the chosen experts' outputs, by their weights."""
+    if not isinstance(experts, Resident):
+        if lora is not None or group is not None:
+            raise UserError(
+                "experts that are not all in memory take neither low-rank deltas nor expert parallelism; keep them "
+                "in memory"
+            )
+        return experts_in_portions(
+            x_TD, routing, experts, lambda x, chosen, part: _computed(x, chosen, part, none_of(part), config, path)
+        )
+    frozen, trainable = experts
+    if lora is None and group is None:
+        return _computed(x_TD, routing, frozen, trainable, config, path)
+    assert isinstance(frozen, Experts), "refused when the recipe is read"
+    assert isinstance(trainable, Experts)
+    if group is not None:
+        assert lora is None, "refused when the recipe is read"
+        return parallel_experts(x_TD, routing, frozen, trainable, config, group, path)
+    assert lora is not None
+    return lora_experts(x_TD, routing, frozen, trainable, lora, config.lora_scale, path)
+
+
+def _computed(
+    x_TD: Tensor, routing: Routing, frozen: AnyExperts, trainable: AnyExperts, config: MoEConfig, path: ExpertPath
+) -> Tensor:
+    """[T, D], of packed experts of either kind."""
     if isinstance(frozen, Experts):
         assert isinstance(trainable, Experts)
-        if weights.lora is not None:
-            assert group is None, "refused when the recipe is read"
-            return lora_experts(x_TD, routing, frozen, trainable, weights.lora, config.lora_scale, path)
-        if group is not None:
-            return parallel_experts(x_TD, routing, frozen, trainable, config, group, path)
         return apply_experts(x_TD, routing, frozen, trainable, path)
     assert isinstance(trainable, TwoMatrixExperts)
     return two_matrix_path(x_TD, routing, frozen, trainable, config.activation)

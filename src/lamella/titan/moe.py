@@ -19,7 +19,7 @@ from torchtitan.protocols.module import Module
 
 from lamella.architecture.moe import ExpertPath, MoEConfig
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
-from lamella.moe.experts import MoEWeights, SharedExpert, moe_ffn, packed, packed_lora, router_scores
+from lamella.moe.experts import MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora, router_scores
 from lamella.moe.lora import Lora
 from lamella.moe.packed import Experts
 from lamella.titan.routed import Routed, Router, unset
@@ -119,8 +119,8 @@ class MoELayer(Routed):
     def weights(self) -> MoEWeights:
         router, experts, shared = self.router, self.experts, self.shared
         return MoEWeights(
-            _plain(router.weight), router.selection_bias, experts.frozen, experts.trainable, _plain(router.up_weight),
-            _plain(router.gate_scale),
+            _plain(router.weight), router.selection_bias, Resident(experts.frozen, experts.trainable),
+            _plain(router.up_weight), _plain(router.gate_scale),
             None if shared is None else SharedExpert(_plain(shared.gate_up_proj), _plain(shared.down_proj)),
             _plain(self.output_bias), packed_lora(experts),
         )  # fmt: skip

@@ -20,8 +20,9 @@ from lamella.conversion.partition.reconstruct import dense_output, masked_hidden
 from lamella.conversion.partition.refit import refit_down
 from lamella.conversion.partition.search import search_shared
 from lamella.moe.balancing import balanced_bias
-from lamella.moe.experts import AnyExperts, MoEWeights, SharedExpert, moe_ffn
+from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn
 from lamella.moe.packed import Experts
+from lamella.moe.provider import none_of
 from lamella.moe.routing import gate_scores
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
 from lamella.recipe.methods.partition import Axes
@@ -115,9 +116,8 @@ def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
         assert ffn.up_bias_F is not None
         experts = TwoMatrixExperts(ffn.up_FD[ids_Ef], ffn.up_bias_F[ids_Ef], down_EDf)
         shared = TwoMatrixShared(ffn.up_FD[shared_n], ffn.up_bias_F[shared_n], down_Dn)
-    none: Any = type(experts)(*(tensor[:0] for tensor in experts))
     return MoEWeights(
-        decision.router_ED, decision.selection_bias_E, none, experts, decision.router_up_ED,
+        decision.router_ED, decision.selection_bias_E, Resident(none_of(experts), experts), decision.router_up_ED,
         torch.zeros(len(ids_Ef)), shared if len(shared_n) else None, decision.output_bias_D,
     )  # fmt: skip
 
