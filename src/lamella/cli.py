@@ -300,12 +300,16 @@ def export(
         int | None, typer.Option(help="Of a run directory's checkpoints.", show_default="the newest")
     ] = None,
     check: Annotated[bool, typer.Option(help="Reload in plain transformers and compare logits.")] = True,
+    check_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Length of the compared text.", show_default="past every window, in bounds"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Write a stock architecture, without custom code, or the dense model again."""
     from lamella.export.command import run
 
-    run(source, to, out, step=step, check=check, overwrite=overwrite)
+    run(source, to, out, step=step, check=check, check_tokens=check_tokens, overwrite=overwrite)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +15,8 @@ def embedded_model() -> Path:
     """Folder of the dequantised model (fp32 safetensors, config, tokenizer); made on first use, about 0.5 GB."""
     folder = embedded_folder()
     if (folder / "config.json").exists():
+        if "rope_theta" not in json.loads((folder / "config.json").read_text()):
+            _spell_twice(folder)
         return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +33,7 @@ def embedded_model() -> Path:
     try:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        _spell_twice(temporary)
         temporary.rename(folder)
     except OSError:
         if not (folder / "config.json").exists():  # else another process was first
@@ -36,3 +41,11 @@ def embedded_model() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _spell_twice(folder: Path) -> None:
+    from lamella.checkpoint.spelling import both_spellings
+
+    config, temporary = folder / "config.json", folder / f".config.json.{os.getpid()}"
+    temporary.write_text(json.dumps(both_spellings(json.loads(config.read_text())), indent=2) + "\n")
+    temporary.replace(config)  # other processes read it meanwhile

@@ -25,6 +25,7 @@ SIDECARS = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
 )  # fmt: skip
+SIDECAR_FOLDERS = ("additional_chat_templates",)  # named templates beside the default one
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,13 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
 
 
 def copy_sidecars(folder: Path, out: Path) -> None:
-    """Tokenizer, generation config, chat template and licence files, byte for byte."""
+    """Tokenizer, generation config, chat templates and licence files, byte for byte."""
     for name in SIDECARS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    for name in SIDECAR_FOLDERS:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, out / name, copy_function=shutil.copyfile)
 
 
 def card_licence(folder: Path) -> str | None:
@@ -181,9 +185,9 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.safetensors", INDEX_FILE, "README.md", *SIDECARS]
+    wanted = ["*.safetensors", INDEX_FILE, "README.md", *SIDECARS, *(f"{name}/*" for name in SIDECAR_FOLDERS)]
     # Some repositories hold the weights a second time, in another format, in a subfolder or as "consolidated".
-    unwanted = ["*/*", "consolidated*"]
+    unwanted = ["*/*.safetensors", "consolidated*"]
     try:
         family_of(read_config(Path(snapshot_download(name, allow_patterns=["config.json"]))))  # before the large files
         return Path(snapshot_download(name, allow_patterns=["config.json", *wanted], ignore_patterns=unwanted))

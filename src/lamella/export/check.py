@@ -2,57 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lamella.architecture.moe import Mode
 from lamella.errors import UserError
+from lamella.export.spans import Spans, spans_to_check
 from lamella.hf.models import load
 
-CHECK_TOKENS = 128
 # fp32: both sum the same products, in another order. Logits are sums over depth x width terms of size about 10; their
 # rounding errors of 1e-6 of that grow to about 1e-4 in 30 layers. A lost expert or bias moves them by 0.1 and more.
 MAX_LOGIT_DIFFERENCE = 1e-3
+# Logits are compared at this many places of a sequence, its first and last among them: all of a long one, over a
+# vocabulary of 128,000, would be larger than the model.
+MAX_COMPARED = 256
 
 
-def check_reloaded(source: Path, exported: Path, mode: Mode = "routed") -> float:
+@dataclass(frozen=True)
+class Checked:
+    """What a comparison found, and how far it reached."""
+
+    max_abs_logit_diff: float
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Token sequences, and the source's logits for them."""
+
+    ids_1L: Tensor
+    positions_1L: Tensor | None
+    """Where the tokens stand; None: one after another."""
+    kept: Tensor
+    """Places in the sequence whose logits are compared."""
+    logits: Tensor
+    """[kept, V] fp32"""
+
+
+def check_reloaded(source: Path, exported: Path, mode: Mode = "routed", tokens: int | None = None) -> Checked:
     """Largest |logit difference| between the source in `mode` and the reloaded export, fp32, on real text.
+
+    Args:
+        tokens: length of the text; None takes one past every window and scaling threshold, within bounds.
 
     Raises:
         UserError: tensors missing or left over, or a difference over MAX_LOGIT_DIFFERENCE.
     """
-    ids_1L = _token_ids(source)
-    model: Any = load(source, dtype=torch.float32)
-    model.set_mode(mode)
-    expected = _logits(model, ids_1L)
-    del model
-    difference = (_logits(load(exported, dtype=torch.float32), ids_1L) - expected).abs().max().item()
+    references, spans = source_logits(source, mode, tokens)
+    model = load(exported, dtype=torch.float32)
+    difference = max(_difference(model, reference) for reference in references)
+    refuse_difference(difference, source)
+    return Checked(difference, spans)
+
+
+def refuse_difference(difference: float, source: Path) -> None:
+    """UserError where a reloaded export computes something else than its source."""
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise UserError(
             f"the reloaded export differs from {source} by {difference:.3g} in its logits "
             f"(allowed: {MAX_LOGIT_DIFFERENCE}); nothing was kept"
         )
-    return difference
+
+
+def source_logits(source: Path, mode: Mode, tokens: int | None = None) -> tuple[list[Reference], Spans]:
+    """What the source computes in fp32, on text as long as its windows and scaling demand."""
+    model: Any = load(source, dtype=torch.float32)
+    model.set_mode(mode)
+    spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens)
+    ids_1L = _token_ids(source, model.config, spans.tokens)
+    sequences: list[tuple[Tensor, Tensor | None]] = [(ids_1L, None)]
+    if spans.last_position >= spans.tokens:
+        # A few tokens far apart reach any rope threshold at the cost of a short text.
+        short_1L = ids_1L[:, : spans.scattered]
+        places = torch.linspace(0, spans.last_position, short_1L.shape[1], dtype=torch.float64).round().long()
+        sequences.append((short_1L, places[None]))
+    return [_reference(model, ids, places) for ids, places in sequences], spans
+
+
+def _reference(model: PreTrainedModel, ids_1L: Tensor, positions_1L: Tensor | None) -> Reference:
+    L = ids_1L.shape[1]
+    kept = torch.linspace(0, L - 1, min(L, MAX_COMPARED)).round().long().unique()
+    return Reference(ids_1L, positions_1L, kept, _logits(model, ids_1L, positions_1L, kept))
+
+
+def _difference(model: PreTrainedModel, reference: Reference) -> float:
+    found = _logits(model, reference.ids_1L, reference.positions_1L, reference.kept)
+    if found.shape != reference.logits.shape:
+        return float("inf")
+    return (found - reference.logits).abs().max().item()
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, ids_1L: Tensor) -> Tensor:
-    return model(ids_1L).logits
+def _logits(model: PreTrainedModel, ids_1L: Tensor, positions_1L: Tensor | None, kept: Tensor) -> Tensor:
+    """[kept, V]"""
+    places: dict[str, Tensor] = {}
+    if positions_1L is not None:
+        # With a mask transformers does not take the gaps for the bounds of packed texts.
+        places = {"position_ids": positions_1L, "attention_mask": torch.ones_like(ids_1L)}
+    return model(ids_1L, logits_to_keep=kept, use_cache=False, **places).logits[0].float()
 
 
-def _token_ids(folder: Path) -> Tensor:
-    """Tokens of real text, or of any kind for a folder without tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
-
+def _token_ids(folder: Path, config: PreTrainedConfig, tokens: int) -> Tensor:
+    """[1, tokens] of real text, or of any kind for a folder without tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
-        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-        return torch.randint(vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+        return torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    from transformers import AutoTokenizer
+
     from lamella.data.sources import documents
 
-    text = next(document for document in documents("python-docs", "heldout") if len(document) > 8 * CHECK_TOKENS)
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-    return ids[:, :CHECK_TOKENS]
+    tokenizer, ids = AutoTokenizer.from_pretrained(folder), []
+    for document in documents("python-docs", "heldout"):
+        if len(document) > 1024:
+            ids += tokenizer(document[: 16 * tokens]).input_ids
+        if len(ids) >= tokens:
+            break
+    return torch.tensor([ids[:tokens]])

@@ -34,7 +34,14 @@ def plan_dense(config: Json, sources: dict[str, SourceTensor]) -> WritePlan:
         tensors.append(OutputTensor(name, source.dtype, shape, piece))
     stored = [name for name in sources if name not in shapes and may_be_stored(name, dense)]
     tensors += [OutputTensor(n, sources[n].dtype, sources[n].shape, Stretches.copy(sources[n])) for n in stored]
+    if "lm_head.weight" in stored and not _is_embedding(sources["lm_head.weight"], sources[next(iter(shapes))]):
+        # transformers 5 takes the head that is in the file, transformers 4 ties it as the config says
+        dense = dense | {"tie_word_embeddings": False}
     return WritePlan(tensors, dense)
+
+
+def _is_embedding(head: SourceTensor, embedding: SourceTensor) -> bool:
+    return (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and head.xxh3_128() == embedding.xxh3_128()
 
 
 def joined_ffn(

@@ -51,7 +51,9 @@ def materialise(run_dir: str | Path, step: int | None = None, dtype: torch.dtype
         _check_whole(run.store(), step)
         _write_weights(run.store().path(step), temporary, dtype or model_dtype(run.model))
         for file in run.model.iterdir():
-            if file.name != "fingerprint.json":
+            if file.is_dir():
+                shutil.copytree(file, temporary / file.name, copy_function=shutil.copyfile)
+            elif file.name != "fingerprint.json":
                 shutil.copyfile(file, temporary / file.name)
         if lora := run.recipe().lora:
             _describe_lora(temporary / "config.json", lora)

@@ -35,7 +35,10 @@ from lamella.run.store import CheckpointStore, absolute
 State = Literal["starting", "running", "stopped", "preempted", "finished", "failed"]
 # Made before config.yaml: a folder with nothing else in it is a run that did not start.
 OWN_NAMES = frozenset({"log", "checkpoints", "tensorboard", "model"})
-MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+MODEL_FILES = (
+    "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE",
+    "USE_POLICY.md",
+)  # fmt: skip
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
 
@@ -146,7 +149,9 @@ class RunDir:
         for pattern in MODEL_FILES:
             for source in model.glob(pattern):
                 if not source.name.endswith(WEIGHT_FILES) and source.name != "lamella.json":
-                    shutil.copyfile(source, self.model / source.name)
+                    copy = self.model / source.relative_to(model)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(source, copy)
         write_atomic(self.model / "fingerprint.json", json.dumps({"fingerprint": model_fingerprint(model)}))
         write_atomic(self.config, recipe.to_yaml())
 
