@@ -1,0 +1,155 @@
+"""The README and docs/: every command is checked or run, the reference covers the code, the pictures are current."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from doc_commands import ROOT, SET_UP, blocks, check, commands, pages, run, run_python, to_run
+from tiny import save_llama
+
+from lamella.recipe.training import Recipe, make_recipe
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+import pictures
+import reference
+
+README = ROOT / "README.md"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+CHAT_TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_readme_is_short_and_begins_with_set_up_the_main_job_and_the_tests() -> None:
+    assert commands(README)[:4] == [*SET_UP, "uv run lamella demo", "uv run pytest"]
+    assert len(README.read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_one_that_the_command_line_takes(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        check(command)
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec", ast.PyCF_ONLY_AST)
+    for block in blocks(page, "yaml"):
+        make_recipe(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("uv run lamella convrt", "no command"),
+        ("uv run lamella convert --modle x", "modle"),
+        ("uv run lamella convert method=partition activ=4", "activ"),
+        ("uv run lamella train launch/recipes/demo.yaml stepz=4", "stepz"),
+        ("uv run lamella train launch/recipes/no.yaml", "no.yaml"),
+        ("uv run torchrun --nproc-per-node=3 train.py lrr=1", "lrr"),
+        ("uv run benchmarks/quality.py --fast", "--fast"),
+        ("uv run pytest -m slows", "slows"),
+        ("rm -r artifacts", "not run by uv"),
+    ],
+)
+def test_a_wrong_command_is_noticed(command: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BaseException, match=complaint):
+        check(command)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the checkout and holds a tiny dense model that can converse."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "convert_by_slicing.py", "train.py", "launch", "tests", "src"):
+        (folder / name).symlink_to(ROOT / name)
+    save_llama(folder / "dense", layers=5)
+    (folder / "dense" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH")
+def test_every_command_works(checkout: Path) -> None:
+    """In the order of reading, in one folder, as a reader would; the reader's model is a tiny one."""
+    for page, language, what in to_run():
+        try:
+            (run if language == "bash" else run_python)(what, checkout)
+        except BaseException as error:
+            error.add_note(f"{page.relative_to(ROOT)}: {what}")
+            raise
+    check_demo(json.loads((checkout / "artifacts/demo/report.json").read_text()))
+    assert (checkout / "artifacts/demo/training.png").stat().st_size > 10_000
+    assert json.loads((checkout / "artifacts/llama-glm4/config.json").read_text())["model_type"] == "glm4_moe"
+
+
+def check_demo(report: dict) -> None:
+    """The demo's figures, within what the project promises of the real model."""
+    assert 10 < report["dense"]["perplexity"] < 25
+    assert report["convert"]["peak_rss_over_imports_mib"] < 1.2 * 1024
+    assert report["parity"]["checks_passed"]
+    assert report["parity"]["max_abs_logit_diff"] <= 1e-3
+    assert report["parity"]["greedy_tokens_equal"] == 64
+    assert report["routed"]["twin_ppl_ratio"] <= 1.0005
+    assert report["routed"]["flat_ppl_ratio"] > 10
+    assert report["train"]["ranks"] == 3
+    assert report["train"]["frozen_unchanged"]
+    assert report["train"]["resume_bit_equal"]
+    assert report["train"]["heldout_loss_after"] < report["train"]["heldout_loss_before"]
+    assert report["export"]["architecture"] == "Glm4MoeForCausalLM"
+    assert report["export"]["max_abs_logit_diff"] <= 1e-3
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    page = reference.commands_page()
+    for words, command in reference.commands():
+        assert f"## {words}\n" in page
+        for parameter in command.params:
+            if words != "tests/moe_logit_match.py" and not parameter.hidden:
+                assert f"| `{reference.option_row(parameter).split('`')[1]}` |" in page
+                assert parameter.help, f"{words} {parameter.name} has no help"
+
+
+def keys_of(page: str) -> dict[str, tuple[str, str]]:
+    """key -> (its section's title, what the page says about it) of every table."""
+    found, title = {}, ""
+    for line in page.splitlines():
+        title = line.strip("# ") if line.startswith("#") else title
+        if match := re.match(r"\| `(\w+)` \|", line):
+            found[f"{title}.{match[1]}"] = (title, line.split(" | ")[3].strip(" |"))
+    return found
+
+
+def test_the_reference_has_every_key_of_a_training_recipe() -> None:
+    keys = keys_of(reference.training_page())
+    assert {f"Training recipes.{key}" for key in Recipe.model_fields} <= keys.keys()
+    for kind in reference.SECTIONS.values():
+        assert {f"{kind.__name__}.{key}" for key in kind.model_fields} <= keys.keys()
+
+
+def test_the_reference_has_every_key_of_a_conversion_recipe() -> None:
+    from dataclasses import fields
+
+    keys = keys_of(reference.conversion_page())
+    for method in reference.OPTIONS:
+        for field in fields(reference.options_type(method)):
+            assert f"Method `{method}` {{ #{method} }}.{field.name}" in keys
+
+
+def test_the_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
+    pictures.draw(tmp_path)
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    committed = {path.name: path.read_bytes() for path in pictures.FOLDER.glob("*.svg")}
+    assert drawn.keys() == committed.keys()
+    assert [name for name in drawn if drawn[name] != committed[name]] == []
+
+
+def test_the_picture_of_the_rooms_has_every_room() -> None:
+    drawn = {name for column in pictures.COLUMNS for name, _ in column} | {name for name, _, _ in pictures.BESIDE}
+    folders = {path.parent.name for path in (ROOT / "src/lamella").glob("*/__init__.py")}
+    assert folders - {"launch"} == drawn - {"errors"}
