@@ -140,9 +140,7 @@ def training_page() -> str:
 def conversion_page() -> str:
     """Every key of every method of conversion."""
     methods = ", ".join(f"`{method}`" for method in OPTIONS)
-    own = [
-        f"| `{key}` | {value or methods} | `{default}` | {told} |" for key, (value, default, told) in OWN.items()
-    ]
+    own = [f"| `{key}` | {value or methods} | `{default}` | {told} |" for key, (value, default, told) in OWN.items()]
     parts = [
         "# Conversion recipes",
         "A conversion recipe is a YAML file, or `key=value` words after `lamella convert`, or both. An unknown key is "
