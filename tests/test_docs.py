@@ -141,6 +141,23 @@ def test_the_reference_has_every_key_of_a_conversion_recipe() -> None:
             assert f"Method `{method}` {{ #{method} }}.{field.name}" in keys
 
 
+NAMED_PATH = re.compile(r"`((?:src|tests|launch|benchmarks|scripts|docs)/[\w./*-]+)`|\]\((?!https?:|#)([\w./-]+)")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    for named, linked in NAMED_PATH.findall(page.read_text()):
+        if not linked.startswith("../reference/") and not linked.startswith("reference/"):  # made by docs/hooks.py
+            assert (ROOT / named if named else page.parent / linked).exists(), named or linked
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/extend").glob("*.md")), ids=lambda page: page.stem)
+def test_code_that_developers_are_shown_stands_in_the_source(page: Path) -> None:
+    source = "".join("".join(path.read_text().split()) for path in (ROOT / "src/lamella").rglob("*.py"))
+    for block in blocks(page, "python"):
+        assert "".join(block.split()) in source, block
+
+
 def test_the_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
     pictures.draw(tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
