@@ -112,8 +112,7 @@ def test_both_homes_compute_the_same_and_the_dense_model_stays(tmp_path):
         for model in models:
             model.set_mode("dense")
         dense = [model(ids).logits for model in models]
-        with titan.dense():
-            assert torch.allclose(titan(ids), dense[0], atol=1e-5)
+        assert torch.allclose(titan(ids, mode="dense"), dense[0], atol=1e-5)
     assert torch.equal(dense[0], dense[1])
     parameters = dict(models[0].named_parameters())
     assert all(p.requires_grad == ("frozen_" not in name) for name, p in parameters.items())

@@ -11,7 +11,8 @@ from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 from lamella.errors import UserError
 from lamella.titan.config import decoder_config
 from lamella.titan.context import ContextShare
-from lamella.titan.decoder import document_mask
+from lamella.titan.masks import document_mask
+from lamella.titan.routed import Aim
 
 # fp32, logits of order 1 to 10, another order of summation in attention and experts
 FP32 = 2e-5
@@ -51,10 +52,8 @@ def test_logits_with_attention_experts_equal_those_of_transformers(family, heads
     tokens = torch.randint(hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (titan(tokens) - hf(tokens).logits).abs().max() < FP32
-        for layer in (*hf.attention_experts, *hf.moe_layers):
-            layer.mode = "dense"
-        with titan.dense():
-            difference = (titan(tokens) - hf(tokens).logits).abs().max()
+        hf.set_mode("dense")
+        difference = (titan(tokens, mode="dense") - hf(tokens).logits).abs().max()
         assert (titan(tokens) - hf(tokens).logits).abs().max() > 0.01
     assert difference < FP32
 
@@ -64,7 +63,7 @@ def test_attention_experts_learn_where_one_gets_no_token(tmp_path):
     tiny_moe("llama", tmp_path, heads=HEADS)
     titan = load_titan(tmp_path).train()
     titan.routed_heads[0].router.selection_bias[2] = -100
-    titan.routed_heads[0].auxiliary_factor = 1.0
+    titan.routed_heads[0].aim = Aim(auxiliary_factor=1.0)
     tokens = torch.arange(32).view(2, 16)
     titan(tokens).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in titan.parameters() if p.grad is not None)
@@ -105,7 +104,7 @@ def test_statistics_are_gathered_in_training_only(tmp_path):
     titan.eval()(tokens)
     layer = titan.moe_layers[0]
     assert layer.statistics.eq(0).all()
-    layer.next_share = 1.0
+    layer.aim = Aim(next_share=1.0)
     titan.train()(tokens)
     E = layer.moe.num_experts
     assert layer.statistics[:E].sum() == 32 * layer.moe.num_experts_per_tok

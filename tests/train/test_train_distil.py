@@ -13,7 +13,7 @@ from lamella.recipe.training import Recipe, make_recipe
 from lamella.titan.flops import forward_flops_per_token, training_flops_per_token
 from lamella.train import distil
 from lamella.train.assemble import model_config, teacher_config
-from lamella.train.distil import DistilLoss, summed_kl
+from lamella.train.distil import DistilLoss, Lesson, summed_kl
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -35,17 +35,16 @@ def test_kl_in_chunks_is_the_formula(temperature, monkeypatch):
     assert gradient[3].eq(0).all()
 
 
-def test_the_loss_mixes_and_forgets_its_teacher():
+def test_the_loss_mixes_in_the_distance_to_the_teacher():
     loss = DistilLoss.Config(distil=Distil(weight=0.25)).build()
     pred, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     tokens = torch.tensor(10)
     plain = loss(pred, labels, tokens)[0]
-    loss.teacher_BLV = torch.randn(2, 5, 7)
-    kl = summed_kl(pred.flatten(0, 1), loss.teacher_BLV.flatten(0, 1), labels.flatten(), 1.0) / 10
-    assert torch.allclose(loss(pred, labels, tokens)[0], 0.25 * kl + 0.75 * plain)
+    teacher = torch.randn(2, 5, 7)
+    kl = summed_kl(pred.flatten(0, 1), teacher.flatten(0, 1), labels.flatten(), 1.0) / 10
+    assert torch.allclose(loss(pred, Lesson(labels, teacher), tokens)[0], 0.25 * kl + 0.75 * plain)
     assert torch.equal(loss(pred, labels, tokens)[0], plain)  # as the held-out loss is measured
-    loss.teacher_BLV = pred
-    assert torch.allclose(loss(pred, labels, tokens)[0], 0.75 * plain, atol=1e-6)
+    assert torch.allclose(loss(pred, Lesson(labels, pred), tokens)[0], 0.75 * plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("routing", ["twin", "flat"])
@@ -54,15 +53,13 @@ def test_the_model_inside_is_the_frozen_slices_alone(routing, tmp_path):
     model = load_titan(tmp_path).train()
     tokens = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(0))
     routed = model(tokens)
-    with model.dense():
-        dense = model(tokens)
+    dense = model(tokens, mode="dense")
     counted = [layer.statistics.clone() for layer in model.moe_layers]
     with torch.no_grad():
         for layer in model.moe_layers:
             layer.experts.trainable_down_proj.add_(1)
             layer.router.weight.add_(1)
-    with model.dense():
-        assert torch.equal(model(tokens), dense)
+    assert torch.equal(model(tokens, mode="dense"), dense)
     assert not torch.allclose(routed, dense, atol=1e-3)
     for layer, counts in zip(model.moe_layers, counted, strict=True):
         assert torch.equal(layer.statistics, counts)  # a teacher's forward counts nothing

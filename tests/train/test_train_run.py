@@ -22,7 +22,7 @@ from lamella.export.trained import materialise
 from lamella.hf.models import load
 from lamella.recipe.sections import Portion
 from lamella.run.folder import RunDir
-from lamella.titan.decoder import document_mask
+from lamella.titan.masks import document_mask
 from lamella.train.data import open_samples, spread
 
 pytestmark = pytest.mark.slow

@@ -25,7 +25,7 @@ AnyExperts: TypeAlias = Experts | TwoMatrixExperts
 
 def none_of(experts: AnyExperts) -> AnyExperts:
     """No experts, [0, ...], of the kind and the widths of these."""
-    return experts._make(tensor[:0] for tensor in experts)
+    return type(experts)._make(tensor[:0] for tensor in experts)
 
 
 class Portion(NamedTuple):

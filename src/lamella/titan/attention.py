@@ -11,15 +11,15 @@ Shapes: B batch, L sequence, T = B*L tokens, D model width, N query heads, G key
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
-from lamella.architecture.moe import AttentionMoEConfig
+from lamella.architecture.moe import AttentionMoEConfig, Mode
 from lamella.moe.attention.heads import attention_scores, expert_weights, fixed_attention_routing, route_attention
+from lamella.titan.masks import Masks
 from lamella.titan.routed import Routed, Router
 
 MORE_FEATURES = 8
@@ -31,6 +31,8 @@ UNSEEN = -30000.0
 class RoutedHeads(Routed):
     """Chooses among the experts of an attention; the heads themselves stay the dense attention's."""
 
+    moe: AttentionMoEConfig
+
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         dim: int
@@ -40,12 +42,12 @@ class RoutedHeads(Routed):
         super().__init__(config.moe)
         self.router = Router.Config(dim=config.dim, moe=config.moe, param_init=config.param_init).build()
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BLD: Tensor, mode: Mode = "routed") -> tuple[Tensor, Tensor, Tensor]:
         """(x, with the auxiliary loss in its graph; bool [B, L, E], what is chosen; [B, L, E] weights, else 0)."""
         B, L, _ = x_BLD.shape
         x_TD, router = x_BLD.flatten(0, 1), self.router
-        if self.mode != "routed":
-            routing = fixed_attention_routing(B * L, self.mode, self.moe, x_BLD.device)
+        if mode != "routed":
+            routing = fixed_attention_routing(B * L, mode, self.moe, x_BLD.device)
         else:
             scores_TE = attention_scores(x_TD, router.weight, self.moe)
             routing = route_attention(scores_TE, router.selection_bias, self.moe, router.gate_scale)
@@ -58,7 +60,7 @@ class RoutedHeads(Routed):
 
 
 class ExpertAttention(GQAttention):
-    """[B, L, D] -> [B, L, D]"""
+    """Attention whose heads are experts. It maps [B, L, D] to [B, L, D]."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(GQAttention.Config):
@@ -68,8 +70,10 @@ class ExpertAttention(GQAttention):
         super().__init__(config)
         self.heads = config.heads.build()
 
-    def forward(self, x_BLD: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
-        x_BLD, chosen_BLE, weights_BLE = self.heads(x_BLD)
+    def forward(
+        self, x_BLD: Tensor, attention_masks: Masks, positions: Tensor | None = None, mode: Mode = "routed"
+    ) -> Tensor:
+        x_BLD, chosen_BLE, weights_BLE = self.heads(x_BLD, mode)
         q_BLNH, k_BLGH, v_BLGH = self.qkv_linear(x_BLD)
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLGH = self.q_norm(q_BLNH), self.k_norm(k_BLGH)

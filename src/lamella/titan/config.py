@@ -10,7 +10,8 @@ from lamella.architecture.moe import AttentionMoEConfig, ExpertPath, MoEConfig
 from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError, did_you_mean
 from lamella.titan.attention import ExpertAttention, RoutedHeads
-from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE, inner_attention
+from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE
+from lamella.titan.inner_attention import inner_attention
 from lamella.titan.moe import UNSET, MoELayer
 
 # isort: split

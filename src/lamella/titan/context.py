@@ -9,9 +9,7 @@ Shapes: B samples, L tokens of a sample, l = L/P of this rank, N heads, G key/va
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,16 +35,12 @@ class ContextShare:
         return self.order(length, device).chunk(self.size)[self.rank]
 
     def part(self, x_BL: Tensor) -> Tensor:
-        """[B, L] -> [B, l]"""
+        """The part [B, l] of x [B, L] that is this rank's."""
         return x_BL[:, self.mine(x_BL.shape[1], x_BL.device)]
 
 
-def with_all_keys(attend: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
-    """Of an inner attention, one that first gathers keys and values, in the order of `ContextShare.order`."""
-
-    def attend_to_all(q_BlNH: Tensor, k_BlGH: Tensor, v_BlGH: Tensor, **options: Any) -> Tensor:
-        kv_l = torch.stack((k_BlGH, v_BlGH)).movedim(2, 0)
-        k_BLGH, v_BLGH = gather_rows(kv_l, group).movedim(0, 2).unbind(0)
-        return attend(q_BlNH, k_BLGH, v_BLGH, **options)
-
-    return attend_to_all
+def all_keys(k_BlGH: Tensor, v_BlGH: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, L, G, H] of all ranks' tokens, in the order of `ContextShare.order`."""
+    kv_l = torch.stack((k_BlGH, v_BlGH)).movedim(2, 0)
+    k_BLGH, v_BLGH = gather_rows(kv_l, group).movedim(0, 2).unbind(0)
+    return k_BLGH, v_BLGH

@@ -9,81 +9,27 @@ Shapes: B batch, L sequence, N heads, H head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtitan.models.common.attention import (
-    FlexAttention,
-    VarlenAttention,
-    create_attention_mask,
-    get_sliding_window_mask_mod,
-)
+from torch.nn.attention.flex_attention import BlockMask
+from torchtitan.models.common.attention import BaseAttention, create_attention_mask, get_sliding_window_mask_mod
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.common.rope import CosSinRoPE
-from torchtitan.protocols.module import Module
 
-from lamella.titan.attention import RoutedHeads
+from lamella.architecture.moe import Mode
+from lamella.titan.attention import ExpertAttention, RoutedHeads
 from lamella.titan.context import ContextShare
+from lamella.titan.inner_attention import DocumentAttention
+from lamella.titan.masks import MaskMod, Masks, document_mask, document_mask_mod
 from lamella.titan.moe import MoELayer
 from lamella.titan.tensor import set_sharding
 
-
-class DocumentAttention(Module):
-    """Scaled dot product attention under an explicit mask: runs, with its backward, on any device."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        pass
-
-    def __init__(self, config: Config):
-        super().__init__()
-
-    def forward(
-        self,
-        q_BLNH: Tensor,
-        k_BLNH: Tensor,
-        v_BLNH: Tensor,
-        *,
-        attention_masks: Tensor,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        q_BNLH, k_BNLH, v_BNLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
-        y_BNLH = F.scaled_dot_product_attention(
-            q_BNLH, k_BNLH, v_BNLH, attn_mask=attention_masks, scale=scale, enable_gqa=enable_gqa
-        )
-        return y_BNLH.transpose(1, 2)
-
-
-def document_mask(positions_BL: Tensor, window: int | None = None, context: ContextShare | None = None) -> Tensor:
-    """[B, 1, L, L] bool: each token sees itself and what precedes it in its document, at most `window` tokens.
-
-    With a context share [B, 1, l, L]: this rank's tokens as rows, columns in the order of the ranks.
-    """
-    B, L = positions_BL.shape
-    batch, every = (torch.arange(n, device=positions_BL.device) for n in (B, L))
-    rows, columns = (
-        (every, every) if context is None else (context.mine(L, every.device), context.order(L, every.device))
-    )
-    sees = document_mask_mod(positions_BL, window, rows, columns)
-    return sees(batch[:, None, None, None], 0, torch.arange(len(rows), device=every.device)[:, None], every)
-
-
-def document_mask_mod(positions_BL: Tensor, window: int | None, rows: Tensor, columns: Tensor) -> Any:
-    """The same as FlexAttention asks for it; `rows` and `columns` name the tokens of queries and keys."""
-    document_BL = (positions_BL == 0).cumsum(dim=1)
-
-    def sees(b: Tensor, head: Any, q: Tensor, k: Tensor) -> Tensor:
-        query, key = rows[q], columns[k]
-        near = (query >= key) if window is None else (query >= key) & (query - key < window)
-        return near & (document_BL[b, query] == document_BL[b, key])
-
-    return sees
+if TYPE_CHECKING:  # it takes seconds to import
+    from torchtitan.trainer import Trainer
 
 
 class ScaledRoPE(CosSinRoPE):
@@ -112,6 +58,14 @@ def llama3_frequencies(frequencies: Tensor, factor: float, low: float, high: flo
     return (1 - kept) * frequencies / factor + kept * frequencies
 
 
+class BlockContext(NamedTuple):
+    """What every block is told about a forward pass besides hidden states and positions."""
+
+    masks: Masks
+    mode: Mode = "routed"
+    choice_targets_B: Tensor | None = None
+
+
 class Block(TransformerBlock):
     """Attention, then the MoE or, in layers that stay dense, torchtitan's feed-forward."""
 
@@ -125,17 +79,24 @@ class Block(TransformerBlock):
         self.attention = config.attention.build()
         self.attention_norm = config.attention_norm.build()
         self.ffn_norm = config.ffn_norm.build()
-        self.moe_enabled = config.moe_layer is not None  # torchtitan's FSDP reads it
+        self.moe_enabled = config.moe_layer is not None
         if config.moe_layer is not None:
             self.moe = config.moe_layer.build()
         else:
             assert config.feed_forward is not None
             self.feed_forward = config.feed_forward.build()
 
-    def forward(self, x_BLD: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), attention_masks, positions)
-        ffn = self.moe if self.moe_enabled else self.feed_forward
-        return x_BLD + ffn(self.ffn_norm(x_BLD))
+    def forward(self, x_BLD: Tensor, context: BlockContext, positions: Tensor | None = None) -> Tensor:
+        """[B, L, D]: the hidden states behind this block."""
+        attended_BLD = self.attention_norm(x_BLD)
+        if isinstance(self.attention, ExpertAttention):
+            attended_BLD = self.attention(attended_BLD, context.masks, positions, context.mode)
+        else:
+            attended_BLD = self.attention(attended_BLD, context.masks, positions)
+        x_BLD = x_BLD + attended_BLD
+        if not self.moe_enabled:
+            return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
+        return x_BLD + self.moe(self.ffn_norm(x_BLD), context.mode, context.choice_targets_B)
 
 
 class LamellaDecoder(Decoder):
@@ -144,10 +105,14 @@ class LamellaDecoder(Decoder):
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
         sliding_window: int | None = None
+        """Tokens that a token sees, itself among them."""
         trains: str = "experts+router"
+        """As in a recipe."""
         frozen_weights: str = "sharded"
+        """"sharded" or "replicated"."""
 
-        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+        def update_from_config(self, *, config: Trainer.Config, **kwargs: object) -> None:
+            """torchtitan's hook: take over what the run's config says about the model."""
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             if config.parallelism.tensor_parallel_degree > 1:
                 set_sharding(self)
@@ -173,20 +138,23 @@ class LamellaDecoder(Decoder):
     def routed_heads(self) -> list[RoutedHeads]:
         return [m for m in self.modules() if isinstance(m, RoutedHeads)]
 
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Inside, every MoE layer computes its frozen slices alone, and attention all heads: the dense model that the
-        experts came from."""
-        routed = [*self.moe_layers, *self.routed_heads]
-        for layer in routed:
-            layer.mode = "dense"
-        try:
-            yield
-        finally:
-            for layer in routed:
-                layer.mode = "routed"
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        attention_masks: Masks = None,
+        choice_targets_B: Tensor | None = None,
+        mode: Mode = "routed",
+    ) -> Tensor:
+        """Logits, float, of the shapes above.
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Tensor:
+        Args:
+            positions: [B, L], from 0 in each document; None: one document per sample.
+            attention_masks: of `get_attention_masks`; None: they are made from the positions.
+            choice_targets_B: what each sample's tokens should choose; see `lamella.moe.balancing.pair_choice_loss`.
+            mode: "dense" has every MoE layer compute its frozen slices alone, and attention all heads: the dense
+                model that the experts came from.
+        """
         if attention_masks is None:
             if positions is None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -195,9 +163,11 @@ class LamellaDecoder(Decoder):
                 positions = self.context.part(positions)
                 # a later stage of a pipeline gets the activations of its part
                 tokens = tokens if self.tok_embeddings is None else self.context.part(tokens)
-        return super().forward(tokens, positions, attention_masks)
+        # torchtitan's decoder hands its third argument on to every block as it is
+        return super().forward(tokens, positions, BlockContext(attention_masks, mode, choice_targets_B))
 
-    def get_attention_masks(self, positions: Tensor) -> Any:
+    def get_attention_masks(self, positions: Tensor) -> Masks:
+        """The masks that the model's kind of attention wants, of positions [B, L]."""
         attention = self.config.first_attention
         if attention is not None and isinstance(attention.inner_attention, DocumentAttention.Config):
             return document_mask(positions, self.config.sliding_window, self.context)
@@ -205,29 +175,24 @@ class LamellaDecoder(Decoder):
             return self._flex_mask_of_part(positions, attention, self.context)
         return super().get_attention_masks(positions)
 
-    def _flex_mask_of_part(self, positions_BL: Tensor, attention: Any, context: ContextShare) -> Any:
+    def _flex_mask_of_part(
+        self, positions_BL: Tensor, attention: BaseAttention.Config, context: ContextShare
+    ) -> BlockMask:
         B, L = positions_BL.shape
         rows, columns = context.mine(L, positions_BL.device), context.order(L, positions_BL.device)
         sees = document_mask_mod(positions_BL, self.config.sliding_window, rows, columns)
         block_size = attention.inner_attention.block_size
         return create_attention_mask(sees, B, None, len(rows), L, device=positions_BL.device, BLOCK_SIZE=block_size)
 
-    def _create_flex_attention_mask(self, positions: Tensor, attn_config: Any, mask_mods: Any) -> Any:
+    def _create_flex_attention_mask(
+        self, positions: Tensor, attn_config: BaseAttention.Config, mask_mods: Sequence[MaskMod]
+    ) -> BlockMask:
         window = self.config.sliding_window
         if window is not None:
             mask_mods = [*mask_mods, get_sliding_window_mask_mod(window)]
         return super()._create_flex_attention_mask(positions, attn_config, mask_mods)
 
 
-def _drop_tied_head(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _drop_tied_head(module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: object) -> None:
     """A tied head is one tensor under two names; checkpoints hold it once, as in transformers."""
     state.pop(f"{prefix}lm_head.weight", None)
-
-
-def inner_attention(kind: str, sliding_window: int | None) -> Module.Config:
-    """`kind` is sdpa, flex or varlen."""
-    if kind == "sdpa":
-        return DocumentAttention.Config()
-    if kind == "flex":
-        return FlexAttention.Config()
-    return VarlenAttention.Config(window_size=(-1 if sliding_window is None else sliding_window - 1, 0))

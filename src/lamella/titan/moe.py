@@ -7,21 +7,28 @@ Shapes: B batch, L sequence, T = B*L tokens, D model width, S slices, E experts,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torchtitan.protocols.module import Module
 
-from lamella.architecture.moe import ExpertPath, MoEConfig
+from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
-from lamella.moe.experts import MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora, router_scores
+from lamella.moe.experts import (
+    AnyExperts,
+    MoEWeights,
+    Resident,
+    SharedExpert,
+    moe_ffn,
+    packed,
+    packed_lora,
+    router_scores,
+)
 from lamella.moe.lora import Lora
 from lamella.moe.packed import Experts
+from lamella.moe.routing import with_top_k
 from lamella.titan.routed import Routed, Router, unset
 
 EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")
@@ -48,8 +55,6 @@ class PackedExperts(Module):
                 self.register_parameter(f"{kind}_down_proj", nn.Parameter(torch.empty(E, D, f)))
         for name, shape in config.moe.lora_shapes(D).items():
             self.register_parameter(f"lora_{name}", nn.Parameter(torch.empty(shape)))
-        # torchtitan's FSDP shards another dimension over more ranks than this
-        self.num_experts = min(E for E in counts.values() if E)
 
     @property
     def frozen(self) -> Experts:
@@ -60,14 +65,19 @@ class PackedExperts(Module):
         return _here(packed(self, "trainable"))
 
 
-def _here(experts: Experts) -> Experts:
+def _here(experts: AnyExperts) -> Experts:
     """This rank's experts, where expert parallelism shares them out."""
+    assert isinstance(experts, Experts), "models of two-matrix experts cannot be trained"
     return Experts(*(t.to_local() if isinstance(t, DTensor) else t for t in experts))
 
 
-def _plain(tensor: Any) -> Any:
+def _plain(tensor: Tensor) -> Tensor:
     """A weight that ranks of tensor parallelism hold whole, each for tokens of its own: gradients add up."""
     return tensor.to_local(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+
+
+def _plain_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _plain(tensor)
 
 
 class Shared(Module):
@@ -85,7 +95,9 @@ class Shared(Module):
 
 
 class MoELayer(Routed):
-    """[B, L, D] -> [B, L, D]"""
+    """The FFN of a block: a mixture of experts. It maps [B, L, D] to [B, L, D]."""
+
+    moe: MoEConfig
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -103,44 +115,44 @@ class MoELayer(Routed):
         self.router = Router.Config(dim=dim, moe=moe, param_init=UNSET).build()
         self.shared = Shared.Config(dim=dim, width=width, param_init=UNSET).build() if width else None
         self.output_bias = nn.Parameter(torch.empty(dim)) if moe.output_bias else None
-        self.choice_targets_B: Tensor | None = None
-        """What each sample's tokens should choose in every pair; see `pair_choice_loss`."""
-        self.choice_factor = 0.0
-        """On that loss of one token."""
-        self.observer: Callable[[Tensor], None] | None = None
-        """Is shown what the layer gets, [T, D]."""
-
-    @property
-    def routed_experts(self) -> Any:
-        """Where torchtitan's FSDP looks for packed expert parameters."""
-        return SimpleNamespace(inner_experts=self.experts)
 
     @property
     def weights(self) -> MoEWeights:
         router, experts, shared = self.router, self.experts, self.shared
         return MoEWeights(
             _plain(router.weight), router.selection_bias, Resident(experts.frozen, experts.trainable),
-            _plain(router.up_weight), _plain(router.gate_scale),
+            _plain_or_none(router.up_weight), _plain_or_none(router.gate_scale),
             None if shared is None else SharedExpert(_plain(shared.gate_up_proj), _plain(shared.down_proj)),
-            _plain(self.output_bias), packed_lora(experts),
+            _plain_or_none(self.output_bias), packed_lora(experts),
         )  # fmt: skip
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    @property
+    def config_now(self) -> MoEConfig:
+        """The config with the number of experts per token that training aims at."""
+        return self.moe if self.aim.top_k is None else with_top_k(self.moe, self.aim.top_k)
+
+    def forward(self, x_BLD: Tensor, mode: Mode = "routed", choice_targets_B: Tensor | None = None) -> Tensor:
+        """Compute the experts of every token.
+
+        Args:
+            x_BLD: under tensor parallelism cut along the sequence, and the output is cut alike.
+            choice_targets_B: what each sample's tokens should choose in every pair; see `pair_choice_loss`.
+        """
+        if isinstance(x_BLD, DTensor):
+            y_BLD = self.forward(x_BLD.to_local(), mode, choice_targets_B)
+            return DTensor.from_local(y_BLD, x_BLD.device_mesh, [Shard(1)], run_check=False)
         x_TD, weights = x_BLD.flatten(0, 1), self.weights
-        if self.observer is not None:
-            self.observer(x_TD)
-        y_TD, routing, scores_TE = moe_ffn(x_TD, weights, self.moe, self.mode, self.path, self.expert_group)
+        y_TD, routing, scores_TE = moe_ffn(x_TD, weights, self.config_now, mode, self.path, self.expert_group)
         self.last_routing = routing.detached()
         if self.training and scores_TE is not None:
             self.gather(routing, scores_TE)
             y_TD = self.add_auxiliary_loss(y_TD, routing, scores_TE)
-            y_TD = self._add_choice_loss(y_TD, x_TD, weights)
+            if choice_targets_B is not None:
+                y_TD = self._add_choice_loss(y_TD, x_TD, weights, choice_targets_B)
         return y_TD.view_as(x_BLD)
 
-    def _add_choice_loss(self, y_TD: Tensor, x_TD: Tensor, weights: MoEWeights) -> Tensor:
+    def _add_choice_loss(self, y_TD: Tensor, x_TD: Tensor, weights: MoEWeights, targets_B: Tensor) -> Tensor:
         """Its gradient ends at the router: the layers below are not to learn how to be told apart."""
-        if self.choice_targets_B is None:
-            return y_TD
-        targets_T = self.choice_targets_B.repeat_interleave(len(y_TD) // len(self.choice_targets_B))
+        targets_T = targets_B.repeat_interleave(len(y_TD) // len(targets_B))
         scores_TE = router_scores(x_TD.detach(), weights, self.moe)
-        return add_gradient_of(y_TD, self.choice_factor * pair_choice_loss(scores_TE, targets_T))
+        return add_gradient_of(y_TD, self.aim.choice_factor * pair_choice_loss(scores_TE, targets_T))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchtitan.protocols.module import Module
 
-from lamella.architecture.moe import AttentionMoEConfig, Mode, MoEConfig
+from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.moe.balancing import add_gradient_of, auxiliary_loss, expert_counts, quantile_bias, share_bias
 from lamella.moe.routing import Routing, pair_margins
 
@@ -47,19 +46,30 @@ class Router(Module):
         self.selection_bias = torch.full_like(self.selection_bias, math.nan, device=device)
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What training wants of a layer's routing, until it says otherwise."""
+
+    top_k: int | None = None
+    """Experts per token (flat routing); None: the config's."""
+    next_share: float | None = None
+    """The share of the tokens, 0 to 1, that the twins (flat routing: each expert) should get after the next bias
+    update; None: no bias is gathered for it."""
+    auxiliary_factor: float = 0.0
+    """The factor on the auxiliary loss of one forward (flat routing); 0: none is computed."""
+    choice_factor: float = 0.0
+    """The factor on one token's `pair_choice_loss` (twin routing)."""
+
+
 class Routed(Module):
-    """In training it gathers what balancing and reports need, until its statistics are reset."""
+    """A layer of routed experts. In training it gathers what balancing and reports need, until that is reset."""
 
     def __init__(self, moe: MoEConfig | AttentionMoEConfig):
         super().__init__()
-        self.moe: Any = moe
-        self.mode: Mode = "routed"
-        self.next_share: float | None = None
-        """Share of the tokens that the twins (flat routing: each expert) should get after the next bias update; None
-        gathers no bias for it."""
-        self.auxiliary_factor = 0.0
-        """On the auxiliary loss of one forward (flat routing); 0 computes none."""
+        self.moe = moe
+        self.aim = Aim()
         self.last_routing: Routing | None = None
+        """The routing of the latest forward, without its graph."""
         # counts [E], tokens, tokens * bias for next_share [R]: sums over forwards. Only ratios of them are used, so
         # a forward that activation checkpointing repeats changes nothing.
         self.statistics: Tensor
@@ -71,22 +81,20 @@ class Routed(Module):
 
     def add_auxiliary_loss(self, y: Tensor, routing: Routing, scores_TE: Tensor) -> Tensor:
         """y, whose backward pass runs that of the loss, too."""
-        if not self.auxiliary_factor:
+        if not self.aim.auxiliary_factor:
             return y
         # gate "unit" has logits in the place of scores
         positive_TE = scores_TE.sigmoid() if self.moe.gate == "unit" else scores_TE
-        return add_gradient_of(y, self.auxiliary_factor * auxiliary_loss(positive_TE, routing.expert_ids_TK))
+        return add_gradient_of(y, self.aim.auxiliary_factor * auxiliary_loss(positive_TE, routing.expert_ids_TK))
 
     @torch.no_grad()
     def gather(self, routing: Routing, scores_TE: Tensor) -> None:
+        """Add a forward's counts to the statistics and, where the aim is a share, the biases that reach it."""
         num_tokens, E = scores_TE.shape
+        share = self.aim.next_share
         self.statistics[:E] += expert_counts(routing.expert_ids_TK, E)
         self.statistics[E] += num_tokens
-        if self.next_share is not None:
+        if share is not None:
             twin = self.moe.routing == "twin"
-            bias_R = (
-                share_bias(pair_margins(scores_TE), self.next_share)
-                if twin
-                else quantile_bias(scores_TE, self.next_share)
-            )
+            bias_R = share_bias(pair_margins(scores_TE), share) if twin else quantile_bias(scores_TE, share)
             self.statistics[E + 1 :] += num_tokens * bias_R

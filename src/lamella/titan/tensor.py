@@ -6,12 +6,12 @@ sequence. So the MoE needs no cut through its experts: expert parallelism shares
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import spmd_types as spmd
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torchtitan.models.common.decoder_sharding import (
     dense_activation_placement,
     dense_param_placement,
@@ -24,9 +24,12 @@ from torchtitan.models.common.decoder_sharding import (
 )
 from torchtitan.protocols.sharding import ShardingConfig
 
+if TYPE_CHECKING:  # the decoder imports this module
+    from lamella.titan.decoder import LamellaDecoder
 
-def set_sharding(config: Any) -> None:
-    """Say in a `LamellaDecoder.Config` how `Module.parallelize` shares out all but the MoE layers."""
+
+def set_sharding(config: LamellaDecoder.Config) -> None:
+    """Say in a decoder's config how `Module.parallelize` shares out all but the MoE layers."""
     set_decoder_sharding_config(config, enable_sp=True)
     for layer in config.layers:
         layer.attention_norm.sharding_config = layer.ffn_norm.sharding_config = norm_config(enable_sp=True)
@@ -46,17 +49,8 @@ def _head_norm() -> ShardingConfig:
     return ShardingConfig(state_shardings=weight, in_src_shardings={"input": heads}, out_src_shardings=heads)
 
 
-def replicate(module: nn.Module, mesh: Any) -> None:
-    """A module's own parameters, whole on every rank of the mesh; their gradients are summed over it."""
+def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Hold a module's own parameters whole on every rank of the mesh; their gradients are summed over it."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         whole = distribute_tensor(parameter.data, mesh, [Replicate()])
         module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
-
-
-def on_own_tokens(forward: Callable[[Tensor], Tensor], mesh: Any) -> Callable[[DTensor], DTensor]:
-    """Of a module on plain tensors, one on activations that are cut along the sequence."""
-
-    def on_parts(x_BLD: DTensor) -> DTensor:
-        return DTensor.from_local(forward(x_BLD.to_local()), mesh, [Shard(1)], run_check=False)
-
-    return on_parts

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 
@@ -193,7 +192,8 @@ def checkpoint_config(recipe: Recipe) -> CommittedCheckpoints.Config:
     )
 
 
-def activation_checkpoint(recipe: Recipe) -> Any:
-    return {"none": lambda: None, "selective": SelectiveAC.Config, "full": FullAC.Config}[
-        recipe.activation_checkpointing
-    ]()
+def activation_checkpoint(recipe: Recipe) -> ActivationCheckpointing.Config | None:
+    """Which activations torchtitan computes again in the backward pass; None keeps them all."""
+    kinds = {"selective": SelectiveAC.Config, "full": FullAC.Config}
+    kind = kinds.get(recipe.activation_checkpointing)
+    return None if kind is None else kind()

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, MoEConfig
 from lamella.moe.balancing import max_violation, routing_entropy, sign_update
 from lamella.moe.noise import noise_generator
-from lamella.moe.routing import with_top_k
 from lamella.recipe.training import Recipe, TwinShare
 from lamella.titan.decoder import LamellaDecoder
-from lamella.titan.routed import Routed
+from lamella.titan.routed import Aim, Routed
 
 
 @dataclass(frozen=True)
@@ -50,38 +49,65 @@ def sum_reports(parts: list[RoutingReport]) -> RoutingReport:
 
 
 class Balance:
-    """Owner of the selection biases during training, and of what the routing is told besides."""
+    """Owner of the selection biases during training, and of what the routing is told besides.
 
-    def __init__(self, model: LamellaDecoder, recipe: Recipe, mesh: Any, tensor: Any = None, stages: Any = None):
-        """`mesh`: the device mesh over which batches differ; None on one rank. `tensor`: that of tensor parallelism,
-        over which the tokens of a layer differ too. `stages`: that of a pipeline."""
+    It is made before the first step; `aim` is called before every optimizer step and `update` after its backward
+    passes, on every rank.
+    """
+
+    def __init__(
+        self,
+        model: LamellaDecoder,
+        recipe: Recipe,
+        mesh: DeviceMesh | None,
+        tensor: DeviceMesh | None = None,
+        stages: DeviceMesh | None = None,
+    ):
+        """Take charge of a model's layers.
+
+        Args:
+            mesh: the ranks whose batches differ; None on one rank.
+            tensor: those of tensor parallelism, between which the tokens of a layer differ too.
+            stages: those of a pipeline.
+        """
         self.tensor, self.stages = tensor, stages
         self.layers, self.heads = model.moe_layers, model.routed_heads
         self.routed: list[Routed] = [*self.layers, *self.heads]
         self.recipe, self.mesh = recipe, mesh
-        self.configs = [layer.moe for layer in self.layers]
-        # the gradients of a step's forwards, on all ranks, add up
-        ranks_per_layer = recipe.parallel.context * recipe.parallel.tensor
-        part = recipe.samples_per_micro_batch / (recipe.samples_per_step * ranks_per_layer)
-        for routed in self.routed:
-            if routed.moe.routing == "flat" and recipe.balancing == "aux":
-                routed.auxiliary_factor = recipe.aux_coefficient * part
-        for layer in self.layers:
-            if recipe.routing_loss is not None:
-                layer.choice_factor = recipe.routing_loss.coefficient / (recipe.samples_per_step * recipe.seq_len)
         self.summed: list[Tensor] = []
+        self.aim(1)
 
     def aim(self, step: int) -> None:
         """Before optimizer step `step`: its top-k, and the share that the update after it should reach in step + 1."""
-        for layer, config in zip(self.layers, self.configs, strict=True):
-            if config.routing == "twin":
-                share = self.recipe.twin_share
-                layer.next_share = share.at(step + 1) if isinstance(share, TwinShare) else None
-            else:
-                layer.moe = with_top_k(config, self._top_k(config, step))
-                layer.next_share = self._even_share(config, self._top_k(config, step + 1))
+        for layer in self.layers:
+            layer.aim = self._twin_aim(step) if layer.moe.routing == "twin" else self._flat_aim(layer.moe, step)
         for heads in self.heads:
-            heads.next_share = self._even_share(heads.moe, heads.moe.num_experts_per_tok)
+            share = self._even_share(heads.moe, heads.moe.num_experts_per_tok)
+            heads.aim = Aim(next_share=share, auxiliary_factor=self._auxiliary_factor())
+
+    def _twin_aim(self, step: int) -> Aim:
+        share, loss = self.recipe.twin_share, self.recipe.routing_loss
+        tokens_per_step = self.recipe.samples_per_step * self.recipe.seq_len
+        return Aim(
+            next_share=share.at(step + 1) if isinstance(share, TwinShare) else None,
+            choice_factor=0.0 if loss is None else loss.coefficient / tokens_per_step,
+        )
+
+    def _flat_aim(self, config: MoEConfig, step: int) -> Aim:
+        return Aim(
+            top_k=self._top_k(config, step),
+            next_share=self._even_share(config, self._top_k(config, step + 1)),
+            auxiliary_factor=self._auxiliary_factor(),
+        )
+
+    def _auxiliary_factor(self) -> float:
+        """Of one forward: the gradients of a step's forwards, on all ranks, add up."""
+        recipe = self.recipe
+        if recipe.balancing != "aux":
+            return 0.0
+        ranks_per_layer = recipe.parallel.context * recipe.parallel.tensor
+        part = recipe.samples_per_micro_batch / (recipe.samples_per_step * ranks_per_layer)
+        return recipe.aux_coefficient * part
 
     def _even_share(self, config: MoEConfig | AttentionMoEConfig, top_k: int) -> float | None:
         """Of each expert, where biases aim at it."""
@@ -91,12 +117,15 @@ class Balance:
         schedule, own = self.recipe.top_k_schedule, config.num_experts_per_tok
         return own if schedule is None else schedule.at(step, own)
 
-    def direct(self, source_B: Tensor) -> None:
-        """Before the forward of a micro-batch: the sources (indices in the recipe's data) of its samples."""
-        if self.recipe.routing_loss is not None:
-            targets = torch.tensor(choice_targets(self.recipe), device=source_B.device)
-            for layer in self.layers:
-                layer.choice_targets_B = targets[source_B]
+    def choice_targets(self, source_B: Tensor) -> Tensor | None:
+        """What the samples of a micro-batch should choose in every pair, [B]; None without a routing loss.
+
+        Args:
+            source_B: the source of each sample, an index in the recipe's data.
+        """
+        if self.recipe.routing_loss is None:
+            return None
+        return torch.tensor(choice_targets(self.recipe), device=source_B.device)[source_B]
 
     @torch.no_grad()
     def update(self, move: bool = True) -> None:
@@ -116,7 +145,7 @@ class Balance:
     def _move_bias(self, layer: Routed, statistics: Tensor) -> None:
         E = layer.moe.num_experts
         bias = layer.router.selection_bias
-        if layer.next_share is not None:
+        if layer.aim.next_share is not None:
             bias.copy_(statistics[E + 1 :] / statistics[E])
         elif layer.moe.routing == "flat" and self.recipe.balancing == "bias":
             bias.copy_(sign_update(bias, statistics[:E], self.recipe.bias_rate))

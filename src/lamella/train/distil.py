@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
 from lamella.architecture import names
@@ -46,33 +48,45 @@ def _kl(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: f
     return (kl_C * (labels_C != IGNORE_INDEX)).sum()
 
 
+class Lesson(NamedTuple):
+    """What the student is to learn from one batch; it takes the place of the labels."""
+
+    labels_BL: Tensor
+    teacher_BLV: Tensor
+    """The teacher's logits."""
+
+
 class DistilLoss(CrossEntropyLoss):
-    """The cross-entropy, mixed with the distance to the teacher where `teacher_BLV` was set for this batch."""
+    """The cross-entropy; of a `Lesson`, mixed with the distance to the teacher."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
-        distil: Any = None  # Distil
+        distil: Distil
 
-    def __init__(self, config: Config, **kwargs: Any):
-        super().__init__(config, **kwargs)
-        self.distil: Distil = config.distil
-        self.teacher_BLV: Tensor | None = None
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
+        super().__init__(config, compile_config=compile_config)
+        self.distil = config.distil
 
     def __call__(
-        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
+        self, pred: Tensor, labels: Tensor | Lesson, global_valid_tokens: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the loss, no metrics), summed over the tokens, or their mean where the number of valid ones is given."""
+        if not isinstance(labels, Lesson):  # the held-out loss is that of the text alone
+            return super().__call__(pred, labels, global_valid_tokens, **kwargs)
+        labels, teacher_BLV = labels
         loss, metrics = super().__call__(pred, labels, global_valid_tokens, **kwargs)
-        if self.teacher_BLV is None:
-            return loss, metrics
-        teacher_NV, self.teacher_BLV = self.teacher_BLV.flatten(0, 1), None
-        kl = summed_kl(pred.flatten(0, 1), teacher_NV, labels.flatten(), self.distil.temperature)
+        kl = summed_kl(pred.flatten(0, 1), teacher_BLV.flatten(0, 1), labels.flatten(), self.distil.temperature)
         if global_valid_tokens is not None:
             kl = kl / global_valid_tokens
         return self.distil.weight * kl + (1 - self.distil.weight) * loss, metrics
 
 
 def load_teacher(
-    folder: Path, config: LamellaDecoder.Config, parallel_dims: Any, training: Any, parallelism: Any
+    folder: Path,
+    config: LamellaDecoder.Config,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
 ) -> LamellaDecoder:
     """The model of a folder, laid over the ranks like the student, with nothing to train."""
     with torch.device("meta"):

@@ -15,10 +15,12 @@ Shapes: T tokens, D model width, S pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchtitan.tools.utils import device_type
 
 from lamella.data.packing import Sample
@@ -36,12 +38,14 @@ class Moments:
         self.count, self.sum_D, self.products_DD = (torch.zeros(s, device=device_type) for s in ((), (D,), (D, D)))
 
     def add(self, x_TD: Tensor) -> None:
+        """Count these tokens in."""
         x_TD = x_TD.float()
         self.count += len(x_TD)
         self.sum_D += x_TD.sum(dim=0)
         self.products_DD.addmm_(x_TD.T, x_TD)
 
-    def sum_over(self, meshes: Sequence[Any]) -> None:
+    def sum_over(self, meshes: Sequence[DeviceMesh]) -> None:
+        """Add up the moments of all ranks of these meshes."""
         for mesh in meshes:
             for tensor in (self.count, self.sum_D, self.products_DD):
                 torch.distributed.all_reduce(tensor, group=mesh.get_group())
@@ -50,7 +54,7 @@ class Moments:
 @torch.no_grad()
 def fit_router(
     model: LamellaDecoder, fit: RouterFit, samples: MixedSamples, rank: int, size: int, per_batch: int,
-    meshes: Sequence[Any],
+    meshes: Sequence[DeviceMesh],
 ) -> None:  # fmt: skip
     """Replace the rows of all routers, and set their selection biases to 0.
 
@@ -76,19 +80,26 @@ def fit_router(
 
 def _observe(model: LamellaDecoder, samples: Sequence[Sample], per_batch: int) -> list[Moments]:
     moments = [Moments(layer.router.weight.shape[1]) for layer in model.moe_layers]
-    for layer, found in zip(model.moe_layers, moments, strict=True):
-        layer.observer = found.add
-    with model.dense():
-        for i in range(0, len(samples), per_batch):
-            inputs, _ = collate(samples[i : i + per_batch])
-            through_stages(model, {name: x.to(device_type) for name, x in inputs.items()}, None)
-    for layer in model.moe_layers:
-        layer.observer = None
+    hooks = [
+        layer.register_forward_pre_hook(partial(_add_input, found))
+        for layer, found in zip(model.moe_layers, moments, strict=True)
+    ]
+    for i in range(0, len(samples), per_batch):
+        inputs, _ = collate(samples[i : i + per_batch])
+        through_stages(model, {name: x.to(device_type) for name, x in inputs.items()}, mode="dense")
+    for hook in hooks:
+        hook.remove()
     return moments
 
 
+def _add_input(moments: Moments, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Add what a layer gets: [B, L, D], under tensor parallelism this rank's part of it."""
+    x_BLD = inputs[0].to_local() if isinstance(inputs[0], DTensor) else inputs[0]
+    moments.add(x_BLD.flatten(0, 1))
+
+
 def ridge_row(new: Moments, old: Moments, ridge: float) -> Tensor:
-    """[D] float32, solved in float64."""
+    """The row [D] that tells the sides apart, float32, solved in float64."""
     G_DD = (new.products_DD / new.count + old.products_DD / old.count).double()
     G_DD.diagonal().add_(ridge * G_DD.diagonal().mean())
     return torch.linalg.solve(G_DD, (new.sum_D / new.count - old.sum_D / old.count).double()).float()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.components.loss import BaseLoss
 from torchtitan.distributed.utils import dist_sum
 from torchtitan.tools.utils import device_type
 
@@ -21,7 +21,13 @@ class HeldOut:
     """
 
     def __init__(
-        self, samples: list[Sample], rank: int, world_size: int, per_batch: int, mesh: Any, stages: Any = None
+        self,
+        samples: list[Sample],
+        rank: int,
+        world_size: int,
+        per_batch: int,
+        mesh: DeviceMesh | None,
+        stages: DeviceMesh | None = None,
     ):
         self.mesh, self.stages = mesh, stages
         rounds = -(-len(samples) // (world_size * per_batch))
@@ -30,8 +36,8 @@ class HeldOut:
         self.batches = [collate(mine[i : i + per_batch]) for i in range(0, len(mine), per_batch)]
 
     @torch.no_grad()
-    def loss(self, model: LamellaDecoder, loss_fn: Any) -> float:
-        """Nats per token."""
+    def loss(self, model: LamellaDecoder, loss_fn: BaseLoss) -> float:
+        """The mean loss in nats per token with a label, the same number on every rank."""
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device_type)
         count = torch.zeros((), dtype=torch.float64, device=device_type)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 from lamella.recipe.training import Recipe
 from lamella.titan.config import read_hf_config
+from lamella.train.skip import SkipNonFinite
 
 ROUTER = r"\.router\."
 LORA = r"\.experts\.lora_"
@@ -55,13 +57,29 @@ def group_name(param_names: list[str]) -> str:
 class Schedules(LRSchedulersContainer):
     """torchtitan's warmup and decay, which groups other than the router's join after a router warmup."""
 
+    def __init__(self, schedulers: list[LRScheduler]):
+        self.schedulers = schedulers
+        self.skips: SkipNonFinite | None = None
+
+    def follow(self, skips: SkipNonFinite) -> None:
+        """From now on, stand still in steps that were skipped: torchtitan moves the schedule after each."""
+        self.skips = skips
+
+    def step(self) -> None:
+        """Go on by one optimizer step, where it was taken."""
+        if self.skips is None or not self.skips.skipped:
+            super().step()
+
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
         router_warmup_steps: int = 0
+        """Optimizer steps in which the router alone learns."""
 
-        def build(self, *, optimizers: Any, training_steps: int) -> Any:
-            this: Any = self  # slots make a new class, which bare super() does not know
-            container = LRSchedulersContainer.Config.build(this, optimizers=optimizers, training_steps=training_steps)
+        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> Schedules:
+            """The schedules of all groups, at their first step."""
+            # slots make a new class, which bare super() does not know
+            common = LRSchedulersContainer.Config.build(self, optimizers=optimizers, training_steps=training_steps)
+            container = Schedules(common.schedulers)
             for scheduler in container.schedulers if self.router_warmup_steps else ():
                 for i, group in enumerate(scheduler.optimizer.param_groups):
                     if group_name(group["param_names"]) != "router":
@@ -75,7 +93,7 @@ class Schedules(LRSchedulersContainer):
             return container
 
 
-def delayed(schedule: Any, delay_steps: int, warmup_steps: int, step: int) -> float:
+def delayed(schedule: Callable[[int], float], delay_steps: int, warmup_steps: int, step: int) -> float:
     """The schedule's factor at `step` (from 0): none before the delay, then a linear warmup up to it."""
     since = step - delay_steps
     return 0.0 if since < 0 else schedule(step) * min(1.0, (since + 1) / max(1, warmup_steps))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import TextIO, TypeAlias, cast
 
 import torch
+from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import logger
+from torchtitan.tools.profiler import Profiler
 from torchtitan.trainer import Trainer
 
 from lamella.display import TrainingProgress
+from lamella.jsons import Json
 from lamella.recipe.sections import RouterFit
 from lamella.recipe.training import Recipe, harmless_changes
 from lamella.run.folder import RunDir, State
@@ -27,13 +31,16 @@ from lamella.titan.flops import forward_flops_per_token
 from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
-from lamella.train.data import MixedSamples, spread
-from lamella.train.distil import DistilLoss, load_teacher
+from lamella.train.data import MixedSamples, SampleLoader, spread
+from lamella.train.distil import DistilLoss, Lesson, load_teacher
 from lamella.train.fit_router import fit_router
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import LamellaMetrics
 from lamella.train.skip import SkipNonFinite
 from lamella.train.watch import Watch
+
+Batch: TypeAlias = tuple[dict[str, Tensor], Tensor]
+"""({"input", "positions", "source"}, labels) of one micro-batch."""
 
 
 class TokenisedAlready(BaseTokenizer):
@@ -43,13 +50,13 @@ class TokenisedAlready(BaseTokenizer):
     class Config(BaseTokenizer.Config):
         pass
 
-    def __init__(self, config: Config, **_: Any):
+    def __init__(self, config: Config, **_: object):
         super().__init__()
 
-    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+    def encode(self, *args: object, **kwargs: object) -> list[int]:
         raise NotImplementedError
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
+    def decode(self, *args: object, **kwargs: object) -> str:
         raise NotImplementedError
 
     def get_vocab_size(self) -> int:
@@ -61,31 +68,25 @@ class LamellaTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        recipe: Any = None
-        heldout: Any = None  # MixedSamples, or None
-        teacher: Any = None  # LamellaDecoder.Config of a model beside the student, or None
-        stream: Any = None  # where people look, on rank 0
-        stop: Any = None  # StopRequest
+        recipe: Recipe
+        heldout: MixedSamples | None = None
+        teacher: LamellaDecoder.Config | None = None
+        """A model beside the student."""
+        stream: TextIO | None = None
+        """Where people look, on rank 0."""
+        stop: StopRequest | None = None
+        """Signals that ask the run to end."""
 
-        def to_dict(self) -> dict[str, Any]:
-            """For torchtitan's own record of the config, which is JSON."""
-            this: Any = self
-            plain = dataclasses.replace(
-                this,
-                recipe=None,
-                heldout=None,
-                teacher=None,
-                stream=None,
-                stop=None,
-                dataloader=BaseDataLoader.Config(),
-            )
-            return Trainer.Config.to_dict(plain)
+        def to_dict(self) -> Json:
+            """torchtitan's own record of the config, without what is no JSON."""
+            own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Trainer.Config)}
+            return Trainer.Config(**own | {"dataloader": BaseDataLoader.Config()}).to_dict()
 
     config: Config
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.recipe: Recipe = config.recipe
+        self.recipe = config.recipe
         self.run = RunDir(Path(config.dump_folder))
         self.is_rank0 = torch.distributed.get_rank() == 0
         self.last_step = min(self.recipe.steps, self.recipe.stop_at_step or self.recipe.steps)
@@ -95,11 +96,11 @@ class LamellaTrainer(Trainer):
         self.balance = Balance(self.model, self.recipe, self.mesh, tensor, self.stages)
         self.skips = SkipNonFinite(self.recipe.max_skips_in_a_row, self.device)
         self.optimizers.register_step_pre_hook(lambda *_: self._before_update())
-        self._hold_schedule_with_optimizer()
+        self.lr_schedulers.follow(self.skips)
         self.watch = Watch(self.model, self.run, self.recipe, self.device, self.mesh)
         self.heldout = self._open_heldout(config.heldout)
         self.teacher = self._open_teacher(config) if self.recipe.objective == "distil" else None
-        self.stop: StopRequest = config.stop or StopRequest()
+        self.stop = config.stop or StopRequest()
         self.stop.listen()
 
     @property
@@ -121,6 +122,7 @@ class LamellaTrainer(Trainer):
         return (0, 1) if batches is None else (batches.get_local_rank(), batches.size())
 
     def fit_router(self, fit: RouterFit) -> None:
+        """Set the router rows in closed form, from samples of the recipe's data."""
         meshes = [mesh for mesh in (self.mesh, self.parallel_dims.get_optional_mesh("tp")) if mesh is not None]
         per_batch = self.recipe.samples_per_micro_batch
         fit_router(self.model, fit, self.samples, *self.batch_place, per_batch, meshes)
@@ -142,24 +144,14 @@ class LamellaTrainer(Trainer):
                 config.parallelism,
             )  # fmt: skip
             assert_loaded(teacher)
-        model, its_config = (self.model, self.model_config) if teacher is None else (teacher, config.teacher)
-        self.metrics.num_flops_per_token += forward_flops_per_token(model, cast(Any, its_config), self.recipe.seq_len)
+        model = self.model if teacher is None else teacher
+        self.metrics.num_flops_per_token += forward_flops_per_token(model, model.config, self.recipe.seq_len)
         return teacher
 
     def _before_update(self) -> None:
         """After the backward passes of a step, before the optimizer."""
         skipped = self.skips.look(p for part in self.model_parts for p in part.parameters())
         self.balance.update(move=not skipped)
-
-    def _hold_schedule_with_optimizer(self) -> None:
-        """torchtitan's train_step moves the schedule after each optimizer step, taken or not."""
-        move = self.lr_schedulers.step
-
-        def move_unless_skipped() -> None:
-            if not self.skips.skipped:
-                move()
-
-        self.lr_schedulers.step = move_unless_skipped  # type: ignore[method-assign]
 
     def train(self) -> State:
         """Train to the last step, or until a signal asks to stop; returns the state of the run."""
@@ -178,7 +170,8 @@ class LamellaTrainer(Trainer):
         progress.close()
         return state
 
-    def train_steps(self, first_step: int, profiler: Any) -> State:
+    def train_steps(self, first_step: int, profiler: Profiler) -> State:
+        """Take steps until the run ends or is asked to; returns its state then."""
         data = self.watch.own_time.batches(self.batch_generator(self.dataloader), lambda: self.step)
         state: State = self.end_state()
         self.metrics.time_last_log = time.perf_counter()
@@ -196,7 +189,8 @@ class LamellaTrainer(Trainer):
                 self.shorten_timeouts()
         return state
 
-    def train_step(self, data_iterator: Any) -> None:
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """One optimizer step, on every rank; it is skipped where the gradient is not finite."""
         self.balance.aim(self.step)
         try:
             super().train_step(data_iterator)
@@ -210,14 +204,20 @@ class LamellaTrainer(Trainer):
                 self.run.event("skip", step=self.step, in_a_row=self.skips.in_a_row)
             self.skips.stop_if_hopeless(self.step)
 
-    def post_dataloading_process(self, input_dict: dict[str, Any], labels: torch.Tensor) -> Any:
-        self.balance.direct(input_dict.pop("source"))
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor | Lesson, dict[str, Tensor]]:
+        """(token ids [B, L], what the loss is given, what the model is told besides) of one micro-batch."""
+        source_B = input_dict.pop("source")
         inputs, labels, keywords = self._share_of(input_dict, labels)
+        lesson: Tensor | Lesson = labels
         if isinstance(self.loss_fn, DistilLoss):
-            self.loss_fn.teacher_BLV = self.teacher_logits(inputs, keywords)
-        return inputs, labels, keywords
+            lesson = Lesson(labels, self.teacher_logits(inputs, keywords))
+        if (targets_B := self.balance.choice_targets(source_B)) is not None:
+            keywords["choice_targets_B"] = targets_B
+        return inputs, lesson, keywords
 
-    def _share_of(self, input_dict: dict[str, Any], labels: torch.Tensor) -> Any:
+    def _share_of(self, input_dict: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Under context parallelism, the model takes whole samples and computes its part of them."""
         if self.model.context is None:
             return super().post_dataloading_process(input_dict, labels)
@@ -226,12 +226,12 @@ class LamellaTrainer(Trainer):
         return input_dict["input"], labels, {"positions": input_dict["positions"]}
 
     @torch.no_grad()
-    def teacher_logits(self, inputs: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
+    def teacher_logits(self, inputs: Tensor, keywords: dict[str, Tensor]) -> Tensor:
+        """[B, L, V] of the model beside the student, or of the dense model inside it."""
         with self.train_context():
             if self.teacher is not None:
                 return self.teacher(inputs, **keywords)
-            with self.model.dense():
-                return self.model(inputs, **keywords)
+            return self.model(inputs, **keywords, mode="dense")
 
     def restore(self) -> None:
         """Load the newest checkpoint or, in a fresh run, the model."""
@@ -248,7 +248,7 @@ class LamellaTrainer(Trainer):
 
     @property
     def samples(self) -> MixedSamples:
-        return cast(Any, self.config.dataloader).samples
+        return cast(SampleLoader.Config, self.config.dataloader).samples
 
     def data_epochs(self, step: int) -> dict[str, float]:
         """How often each source has been gone through after so many steps."""

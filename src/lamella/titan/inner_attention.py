@@ -1,0 +1,110 @@
+"""The attention kernels of the torchtitan home: sdpa under an explicit mask, FlexAttention, and varlen.
+
+Under context parallelism a rank has the queries of its own tokens; sdpa and flex first gather the keys and values of
+all tokens, in the order of `ContextShare.order`.
+
+Shapes: B batch, L tokens (l of this rank), N query heads, G key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.protocols.module import Module
+
+from lamella.errors import UserError
+from lamella.titan.context import all_keys
+from lamella.titan.masks import Masks
+
+
+class GathersKeys(Module):
+    """An inner attention that can see the keys and values of other ranks' tokens."""
+
+    key_group: dist.ProcessGroup | None = None
+    """The ranks that share out the tokens of each sample; None: all tokens are here."""
+
+    def share_keys(self, group: dist.ProcessGroup) -> None:
+        """From now on, gather keys and values over the ranks of `group`."""
+        self.key_group = group
+
+    def gathered(self, k_BlGH: Tensor, v_BlGH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, G, H] of all tokens."""
+        return (k_BlGH, v_BlGH) if self.key_group is None else all_keys(k_BlGH, v_BlGH, self.key_group)
+
+
+class DocumentAttention(GathersKeys):
+    """Scaled dot product attention under an explicit mask: runs, with its backward, on any device."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: Tensor,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """[B, l, N, H]: of this rank's queries."""
+        k_BLNH, v_BLNH = self.gathered(k_BLNH, v_BLNH)
+        q_BNLH, k_BNLH, v_BNLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+        y_BNLH = F.scaled_dot_product_attention(
+            q_BNLH, k_BNLH, v_BNLH, attn_mask=attention_masks, scale=scale, enable_gqa=enable_gqa
+        )
+        return y_BNLH.transpose(1, 2)
+
+
+class GatheringFlexAttention(GathersKeys, FlexAttention):
+    """torchtitan's FlexAttention, over the keys of all ranks."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FlexAttention.Config):
+        pass
+
+    def forward(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: Masks = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """[B, l, N, H]: of this rank's queries."""
+        k_BLNH, v_BLNH = self.gathered(k_BLNH, v_BLNH)
+        return super().forward(
+            q_BLNH, k_BLNH, v_BLNH, attention_masks=attention_masks, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def share_keys(inner: Module, group: dist.ProcessGroup) -> None:
+    """Let an inner attention see the keys of all ranks of `group`; UserError for varlen, whose kernels cannot."""
+    if not isinstance(inner, GathersKeys):
+        raise UserError("parallel.context needs attention: flex or sdpa; varlen kernels want whole samples")
+    inner.share_keys(group)
+
+
+def inner_attention(kind: str, sliding_window: int | None) -> Module.Config:
+    """The config of an inner attention.
+
+    Args:
+        kind: sdpa, flex or varlen.
+        sliding_window: tokens that a token sees, itself among them; sdpa and flex have it in their masks.
+    """
+    if kind == "sdpa":
+        return DocumentAttention.Config()
+    if kind == "flex":
+        return GatheringFlexAttention.Config()
+    return VarlenAttention.Config(window_size=(-1 if sliding_window is None else sliding_window - 1, 0))
