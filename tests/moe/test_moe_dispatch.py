@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.errors import UserError
 from lamella.moe.packed import Experts
-from lamella.moe.paths.choose import PATHS, apply_experts, auto_path
+from lamella.moe.paths.choose import PATHS, apply_experts, fitting_paths
 from lamella.moe.paths.dispatch import dispatch, pair_range, to_rows
 from lamella.moe.paths.grouped import split_halves
 from lamella.moe.paths.row_ops import HAS_TRITON
@@ -82,8 +82,8 @@ def test_paths_that_ask_the_host_are_told():
 def test_auto_on_a_gpu(dtype, width, path):
     with FakeTensorMode():
         x_TD = torch.empty(T, width, device="cuda", dtype=dtype)
-        assert auto_path(x_TD, Experts(*(torch.empty(1, 1, f, dtype=dtype) for _ in range(2)))) == path
-    assert auto_path(torch.empty(T, width), Experts(torch.empty(1, 1, f), torch.empty(1, 1, f))) == "tiled"
+        assert fitting_paths(x_TD, Experts(*(torch.empty(1, 1, f, dtype=dtype) for _ in range(2))))[0] == path
+    assert fitting_paths(torch.empty(T, width), Experts(torch.empty(1, 1, f), torch.empty(1, 1, f))) == ["tiled"]
 
 
 def test_grouped_compiles_to_one_graph(monkeypatch):

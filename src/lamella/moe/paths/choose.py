@@ -21,6 +21,7 @@ from lamella.moe.packed import Experts
 from lamella.moe.paths.decode import decode_path
 from lamella.moe.paths.fused import fused_fits, fused_path
 from lamella.moe.paths.grouped import grouped_fits, grouped_path
+from lamella.moe.paths.measured import PathFunction, fastest
 from lamella.moe.paths.tiled import tiled_path
 from lamella.moe.routing import Routing
 
@@ -28,21 +29,25 @@ from lamella.moe.routing import Routing
 def apply_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, path: ExpertPath = "auto"
 ) -> Tensor:
-    """[T, D] -> [T, D] by the named path; 'auto' chooses by device and shape."""
+    """[T, D] -> [T, D] by the named path; 'auto' takes the fastest that fits, see `fitting_paths`."""
     if path == "auto":
-        path = auto_path(x_TD, trainable if len(trainable.down_proj) else frozen)
+        fitting = fitting_paths(x_TD, trainable if len(trainable.down_proj) else frozen)
+        path = fastest(x_TD, routing, frozen, trainable, {name: PATHS[name] for name in fitting})
         if path == "tiled" and x_TD.shape[0] == 1 and not torch.is_grad_enabled():
             return decode_path(x_TD, routing, frozen, trainable)
     return PATHS[path](x_TD, routing, frozen, trainable)
 
 
-def auto_path(x_TD: Tensor, experts: Experts) -> ExpertPath:
-    """The fastest path that this device, dtype and these widths allow."""
+def fitting_paths(x_TD: Tensor, experts: Experts) -> list[ExpertPath]:
+    """The paths worth trying on this device with this dtype and these widths; the first is the best guess.
+
+    On a CPU `tiled` is the fastest at every size that was measured. On a GPU `lamella.moe.paths.measured` chooses.
+    """
     if x_TD.device.type == "cpu":
-        return "tiled"
-    if fused_fits(x_TD, experts):
-        return "fused"
-    return "grouped" if grouped_fits(x_TD, experts) else "batched"
+        return ["tiled"]
+    names: list[ExpertPath] = ["fused"] if fused_fits(x_TD, experts) else []
+    names += ["grouped"] if grouped_fits(x_TD, experts) else []
+    return names or ["batched"]
 
 
 def gated_ffn(x_ND: Tensor, gate_up_2fD: Tensor, down_Df: Tensor) -> Tensor:
@@ -97,4 +102,10 @@ def _combine(y_ND: Tensor, order_N: Tensor, routing: Routing) -> Tensor:
     return torch.bmm(routing.weights_TK.to(y_ND.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
 
-PATHS = {"loop": loop_path, "batched": batched_path, "grouped": grouped_path, "fused": fused_path, "tiled": tiled_path}
+PATHS: dict[ExpertPath, PathFunction] = {
+    "loop": loop_path,
+    "batched": batched_path,
+    "grouped": grouped_path,
+    "fused": fused_path,
+    "tiled": tiled_path,
+}
