@@ -25,8 +25,8 @@ FLAT = (0, 1, 2, 4, 8, 9, 13, 15)  # of 16 experts: what a top-8 may take
 
 
 def canvas(width: float, height: float) -> Axes:
-    """Axes of `width` x `height` units without anything around them; a unit is a tenth of an inch."""
-    figure = plt.figure(figsize=(width / 10, height / 10), facecolor=PAPER)
+    """Axes of `width` x `height` units without anything around them; 12 units are an inch."""
+    figure = plt.figure(figsize=(width / 12, height / 12), facecolor=PAPER)
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     ax.axis("off")
     return ax
@@ -98,7 +98,7 @@ def twin_routing() -> None:
     for i in range(8):
         cell(ax, 1 + i * 2.2, 24, 2.2, 13, FROZEN)
         say(ax, 2.1 + i * 2.2, 30.5, str(i + 1), fontsize=8)
-    say(ax, 9.8, 21.8, "slices: frozen,\ntheir sum is the FFN", fontsize=8, va="top")
+    say(ax, 9.8, 21.8, "the sum of the slices\nis the FFN", fontsize=8, va="top")
     arrow(ax, (20, 30.5), (25.5, 30.5))
     say(ax, 39, 40.6, "2  each slice gets a twin, and the router picks", ha="left", fontsize=9)
     pairs(ax, 39, 28, CHOSEN_A, "token “def”")
@@ -119,10 +119,10 @@ def twin_routing() -> None:
         cell(ax, 39 + i * 4, 1.4, 3.4, 3.4, FROZEN, on=i in FLAT)
     arrow(ax, (71.5, 5.2), (76.5, 5.2))
     say(ax, 77, 5.2, "parts 1 and 2 twice, 4 and 7 not at all:\nthe dense model is lost", ha="left", fontsize=8.5)
-    cell(ax, 1, 16.2, 2, 2, FROZEN)
-    say(ax, 4, 17.2, "slice, frozen", ha="left", fontsize=8)
-    cell(ax, 1, 13.2, 2, 2, TWIN)
-    say(ax, 4, 14.2, "twin, trained", ha="left", fontsize=8)
+    cell(ax, 1, 15.6, 2, 2, FROZEN)
+    say(ax, 4, 16.6, "slice, frozen", ha="left", fontsize=8)
+    cell(ax, 1, 12.7, 2, 2, TWIN)
+    say(ax, 4, 13.7, "twin, trained", ha="left", fontsize=8)
 
 
 def slices() -> None:
@@ -152,7 +152,7 @@ def slices() -> None:
         "A slice has F/8 neurons: its rows of\nW_gate and W_up, and its columns of\nW_down (orange).",
         "No neuron looks at another one, so the\noutputs of the 8 slices add up to y.",
     )
-    say(ax, 84, 19, "\n\n".join(words), ha="left", fontsize=8.5, linespacing=1.5)
+    say(ax, 83.5, 19, "\n\n".join(words), ha="left", fontsize=8, linespacing=1.5)
 
 
 def partition() -> None:
@@ -219,8 +219,8 @@ COLUMNS = (
 )
 # Rooms that look at a run from outside, each with what it knows and the column that it stands below.
 BESIDE = (
-    ("plan", "memory, time, cost:\nfrom recipe and architecture", 1),
-    ("run", "a run from outside:\nfrom recipe alone", 2),
+    ("plan", "memory, time, cost:\nrecipe, architecture", 1),
+    ("run", "a run from outside:\nrecipe alone", 2),
 )
 NO_TORCH = {"errors", "architecture", "recipe", "run", "plan"}
 

@@ -150,6 +150,7 @@ ON_TOP: tuple[tuple[str, list[str]], ...] = (
     ("launch/conversions/llama3-8b-partition.yaml", CALIBRATION),
     ("launch/conversions/attention.yaml", [*CALIBRATION[:1], "top_k=1"]),
     ("lamella evaluate", ["--tokens", "256", "--seq-len", "64"]),
+    ("tests/moe_logit_match.py", ["--tokens", "128", "--bf16-tokens", "64", "--seq-len", "64"]),
     ("lamella verify", ["--tokens", "256", "--bf16-tokens", "256"]),
 )
 
