@@ -87,8 +87,7 @@ def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def set_path(model: Any, path: str) -> Any:
-    for layer in model.attention_experts:
-        layer.path = path
+    model.computing.attention_path = path
     return model
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from lamella.architecture.families import CONVERTED_PREFIX, FAMILIES, ffn_layout
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
-from lamella.hf.models import load
+from lamella.hf.models import ConvertedForCausalLM, load
 from lamella.jsons import Json
 from lamella.run.folder import RunDir
 
@@ -83,13 +84,13 @@ def parse_device(device: str) -> str:
     return device
 
 
-def has_moe_layers(model: PreTrainedModel) -> bool:
+def has_moe_layers(model: PreTrainedModel) -> TypeGuard[ConvertedForCausalLM]:
     """Whether the model has MoE layers of lamella."""
     return bool(getattr(model, "moe_layers", None))
 
 
-def is_converted(model: PreTrainedModel) -> bool:
-    """Whether it has MoE layers of lamella, or attention experts."""
+def is_converted(model: PreTrainedModel) -> TypeGuard[ConvertedForCausalLM]:
+    """Whether the model has MoE layers of lamella, or attention experts."""
     return has_moe_layers(model) or bool(getattr(model, "attention_experts", None))
 
 

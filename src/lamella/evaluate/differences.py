@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lamella.architecture.layout import ffn_layout
@@ -66,13 +66,13 @@ def kl_divergence(reference_LV: Tensor, other_LV: Tensor) -> float:
 
 
 @torch.inference_mode()
-def logits_of(model: Any, windows: Iterable[Tensor]) -> list[Tensor]:
+def logits_of(model: PreTrainedModel, windows: Iterable[Tensor]) -> list[Tensor]:
     """Logits [L, V] of each window [L] of token ids, in the model's dtype and on its device."""
     return [model(ids_L[None].to(model.device), use_cache=False).logits[0] for ids_L in windows]
 
 
 @torch.inference_mode()
-def compare(references: list[Tensor], model: Any, windows: Iterable[Tensor]) -> Difference:
+def compare(references: list[Tensor], model: PreTrainedModel, windows: Iterable[Tensor]) -> Difference:
     """The model's logits on each window against reference logits [L, V]."""
     difference = Difference()
     for reference_LV, ids_L in zip(references, windows, strict=True):
@@ -81,7 +81,7 @@ def compare(references: list[Tensor], model: Any, windows: Iterable[Tensor]) -> 
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt_L: Tensor, count: int) -> tuple[list[int], Tensor]:
+def greedy(model: PreTrainedModel, prompt_L: Tensor, count: int) -> tuple[list[int], Tensor]:
     """`count` most likely tokens one after another, end-of-text included, and the logits [count, V] of each choice."""
     ids_1L, cache, tokens, logits = prompt_L[None].to(model.device), None, [], []
     for _ in range(count):
@@ -116,7 +116,7 @@ def _group(ffn: FFN, neurons: Tensor, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def reordered_ffns(model: Any, slices: int, layers: Iterable[int], seed: int) -> Iterator[None]:
+def reordered_ffns(model: PreTrainedModel, slices: int, layers: Iterable[int], seed: int) -> Iterator[None]:
     """Inside, the FFNs of these layers of a dense model are summed in another order; weights are shared, not copied."""
     generator = torch.Generator().manual_seed(seed)
     kept = {i: ffn_modules(decoder_layers(model)[i]) for i in layers}
@@ -130,7 +130,7 @@ def reordered_ffns(model: Any, slices: int, layers: Iterable[int], seed: int) ->
                 setattr(decoder_layers(model)[i], name, module)
 
 
-def _dense_ffn(model: Any, layer: int) -> FFN:
+def _dense_ffn(model: PreTrainedModel, layer: int) -> FFN:
     layout = ffn_layout(model.config.to_dict())
     parts = {part: model.get_parameter(name).detach() for part, name in layout.names(layer).items()}
     if layout.transposed:
@@ -140,7 +140,7 @@ def _dense_ffn(model: Any, layer: int) -> FFN:
 
 
 def compare_reordered(
-    references: list[Tensor], model: Any, slices: int, layers: list[int], windows: list[Tensor], seed: int
+    references: list[Tensor], model: PreTrainedModel, slices: int, layers: list[int], windows: list[Tensor], seed: int
 ) -> Difference:
     """A dense model against its own logits, its FFNs summed in another order: the floor of any such comparison."""
     with reordered_ffns(model, slices, layers, seed):

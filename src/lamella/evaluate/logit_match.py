@@ -22,11 +22,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError
@@ -42,7 +42,7 @@ from lamella.evaluate.checkpoints import (
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
-from lamella.hf.models import quiet_loading
+from lamella.hf.models import ConvertedForCausalLM, quiet_loading
 from lamella.installation import command
 from lamella.jsons import Json
 
@@ -141,9 +141,9 @@ def logit_match(
     checks: list[Check] = []
     for dtype, ids in windows.items():
         on_step(f"{dtype}: loading both models")
-        dense, moe = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
-        check_length(seq_len, dense, moe)
-        _check_is_the_dense_model(moe, moe_name)
+        dense, other = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
+        check_length(seq_len, dense, other)
+        moe = _must_be_the_dense_model(other, moe_name)
         check_same_text_interface(dense, moe)
         on_step(f"{dtype}: dense against transformers")
         checks.append(_sanity(dense, dense_name, dtype, ids[:1]))
@@ -151,21 +151,22 @@ def logit_match(
     return checks
 
 
-def _check_is_the_dense_model(moe: Any, name: str) -> None:
-    """UserError where its logits need not match in any mode."""
+def _must_be_the_dense_model(moe: PreTrainedModel, name: str) -> ConvertedForCausalLM:
+    """The model; UserError where its logits need not match in any mode."""
     if is_converted(moe):
         if not checked_modes(moe):
             raise UserError(
                 f"{name} has neither frozen slices nor all experts active with unit gates: its logits need not be the "
                 f"dense model's; compare the two by `lamella evaluate {name} --dense DIR`"
             )
-        return
+        return moe
     raise UserError(f"{name} is a dense model; pass a converted one; `{command('lamella convert')}` makes it")
 
 
-def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
+def _sanity(dense: PreTrainedModel, name: str, dtype: str, windows: list[Tensor]) -> Check:
     """What this package loaded, against the architecture's own class in transformers: the same bits."""
-    cls = getattr(transformers, dense.config.architectures[0])
+    (architecture,) = dense.config.architectures or ["no architecture"]
+    cls = getattr(transformers, architecture)
     with quiet_loading():
         plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
     figure = compare(logits_of(plain, windows), dense, windows).max_abs
@@ -173,7 +174,7 @@ def _sanity(dense: Any, name: str, dtype: str, windows: list[Tensor]) -> Check:
 
 
 def _dtype_checks(
-    dense: Any, moe: Any, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
+    dense: PreTrainedModel, moe: ConvertedForCausalLM, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
 ) -> Iterator[Check]:
     layers, parts = _summed_in_parts(moe, ffn_width(dense))
     on_step(f"{dtype}: logits of the dense model")
@@ -198,7 +199,7 @@ def _dtype_checks(
             yield _greedy_check(dtype, what, expected, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
 
 
-def checked_modes(moe: Any) -> list[str]:
+def checked_modes(moe: ConvertedForCausalLM) -> list[str]:
     """The modes in which this model must be the dense one.
 
     With slices "routed" only before training (rows of the router are zero), "random" only where every slice is drawn
@@ -219,20 +220,20 @@ def _all_chosen(config: MoEConfig | AttentionMoEConfig) -> bool:
     return config.num_experts_per_tok == config.num_experts and config.gate == "unit"
 
 
-def _attention_terms(moe: Any, num_tokens: int) -> int:
+def _attention_terms(moe: ConvertedForCausalLM, num_tokens: int) -> int:
     return num_tokens + moe.attention_experts[0].o_proj.weight.shape[1] if moe.attention_experts else 0
 
 
-def _summed_in_parts(moe: Any, ffn_width: int) -> tuple[list[int], int]:
+def _summed_in_parts(moe: ConvertedForCausalLM, ffn_width: int) -> tuple[list[int], int]:
     """(layers, parts of each whose outputs are added); of attention alone the number of its experts."""
     if not has_moe_layers(moe):
-        config = moe.attention_experts[0].config
-        return list(config.layers), config.num_experts
+        heads = moe.attention_experts[0].config
+        return list(heads.layers), heads.num_experts
     config = moe.moe_layers[0].config
     return list(config.moe_layers), config.num_frozen_experts or ffn_width // config.moe_intermediate_size
 
 
-def _as(moe: Any, what: str) -> AbstractContextManager:
+def _as(moe: ConvertedForCausalLM, what: str) -> AbstractContextManager:
     stack = ExitStack()
     stack.enter_context(mode(moe, what.partition(",")[0]))  # type: ignore[arg-type]
     if what == "random, no noise":

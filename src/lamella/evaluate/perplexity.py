@@ -12,18 +12,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.architecture.moe import Mode
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
 from lamella.data.sources import Split
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import check_length, check_same_text_interface, model_path, open_checkpoint
+from lamella.evaluate.checkpoints import (
+    check_length,
+    check_same_text_interface,
+    is_converted,
+    model_path,
+    open_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, samples: PackedSamples, tokenizer: Any, max_tokens: int | None = None
+    model: PreTrainedModel, samples: PackedSamples, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> Perplexity:
     """Token-weighted over the first windows of `samples`, at most `max_tokens` tokens of text (at least one window).
 
@@ -58,6 +63,7 @@ def perplexity(
         scored.append(labels_L[labels_L != IGNORE_INDEX])
     ids = torch.cat(scored)
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
     num_bytes, mean = len(text.encode()), nats / len(ids)
     bits_per_byte = nats / math.log(2) / max(num_bytes, 1)
     return Perplexity(mean, math.exp(mean), bits_per_byte, len(ids), num_bytes, time.perf_counter() - start)
@@ -112,10 +118,10 @@ def evaluate(
     path = model_path(folder)
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model: Any = open_checkpoint(path, dtype, device)
+    model = open_checkpoint(path, dtype, device)
     check_length(seq_len, model)
     if mode is not None:
-        if not hasattr(model, "set_mode"):
+        if not is_converted(model):
             raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
         model.set_mode(mode)
     results = {"model": perplexity(model, samples, tokenizer, max_tokens)}

@@ -10,15 +10,16 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.architecture.moe import Mode, RoutingKind
 from lamella.data.packing import PackedSamples
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import has_moe_layers
 from lamella.evaluate.perplexity import perplexity
+from lamella.hf.models import ConvertedForCausalLM
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class RoutingControls:
 
 
 def routing_controls(
-    model: Any,
+    model: PreTrainedModel,
     samples: PackedSamples,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
     dense_perplexity: float | None = None,
     seed: int = 0,
@@ -59,48 +60,24 @@ def routing_controls(
 
 
 @contextmanager
-def copies_without_noise(model: Any) -> Iterator[None]:
-    """Inside, every trainable expert is its frozen slice: the same tensor under both names, so nothing is copied."""
-    kept = []
+def copies_without_noise(model: ConvertedForCausalLM) -> Iterator[None]:
+    """Inside, every trainable expert computes as its frozen slice; nothing is copied."""
     for layer in model.moe_layers:
         if layer.config.num_frozen_experts != layer.config.num_trainable_experts:
             raise UserError("the slices and their copies do not pair up; this control needs one copy of each slice")
-        kept.append((layer.experts, layer.experts.trainable))
-    try:
-        for experts, _ in kept:
-            _set_trainable(experts, experts.frozen)
+    with model.computing.temporarily(dataclasses.replace(model.computing, exact_copies=True)):
         yield
-    finally:
-        for experts, trainable in kept:
-            _set_trainable(experts, trainable)
-
-
-def _set_trainable(experts: Any, tensors: Any) -> None:
-    for name, tensor in zip(tensors._fields, tensors, strict=True):
-        setattr(experts, f"trainable_{name}", tensor)
 
 
 @contextmanager
-def mode(model: Any, name: Mode) -> Iterator[None]:
+def mode(model: ConvertedForCausalLM, name: Mode) -> Iterator[None]:
     """Inside, every MoE layer is in this mode, and all attention experts."""
-    layers = [*model.moe_layers, *model.attention_experts]
-    before = [layer.mode for layer in layers]
-    model.set_mode(name)
-    try:
+    with model.computing.temporarily(dataclasses.replace(model.computing, mode=name)):
         yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.mode = old
 
 
 @contextmanager
-def routed_as(model: Any, routing: RoutingKind) -> Iterator[None]:
+def routed_as(model: ConvertedForCausalLM, routing: RoutingKind) -> Iterator[None]:
     """Inside, every MoE layer draws by this kind of routing (for mode "random": a router has other rows in each)."""
-    before = [layer.config for layer in model.moe_layers]
-    try:
-        for layer in model.moe_layers:
-            layer.config = dataclasses.replace(layer.config, routing=routing)
+    with model.computing.temporarily(dataclasses.replace(model.computing, drawn_as=routing)):
         yield
-    finally:
-        for layer, old in zip(model.moe_layers, before, strict=True):
-            layer.config = old

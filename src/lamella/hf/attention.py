@@ -8,16 +8,17 @@ mean in a dense layer; padding is not routed at all.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from lamella.architecture.moe import AttentionMoEConfig, Mode
+from lamella.architecture.moe import AttentionMoEConfig
 from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError
 from lamella.hf.cache import ragged_layer
+from lamella.hf.computing import Computing
 from lamella.moe.attention.heads import (
     AttentionWeights,
     Context,
@@ -29,8 +30,6 @@ from lamella.moe.attention.heads import (
 )
 from lamella.moe.attention.routed import attend_routed
 from lamella.moe.routing import Routing
-
-AttentionPath = Literal["routed", "masked"]
 
 
 class AttentionRouter(nn.Module):
@@ -51,11 +50,27 @@ class AttentionRouter(nn.Module):
             tensor.zero_()
 
 
+class DenseAttention(Protocol):
+    """What attention experts read of the module they replace; `q_norm`, `k_norm`, `sliding_window` are optional."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    layer_idx: int
+    head_dim: int
+    attention_dropout: float
+    config: PreTrainedConfig
+
+
 class AttentionExperts(nn.Module):
     """Takes the place of a dense attention module, whose parameters it takes over."""
 
-    def __init__(self, dense: Any, hidden_size: int, config: AttentionMoEConfig):
+    def __init__(
+        self, dense: DenseAttention, hidden_size: int, config: AttentionMoEConfig, computing: Computing | None = None
+    ):
         super().__init__()
+        self.computing = computing or Computing()
         self.config, self.layer_idx = config, dense.layer_idx
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = dense.q_proj, dense.k_proj, dense.v_proj, dense.o_proj
         self.q_norm, self.k_norm = getattr(dense, "q_norm", None), getattr(dense, "k_norm", None)
@@ -64,11 +79,8 @@ class AttentionExperts(nn.Module):
         # Mistral has the window in its config alone.
         self.window = getattr(dense, "sliding_window", getattr(dense.config, "sliding_window", None))
         self.model_config: PreTrainedConfig = dense.config
-        self.mode: Mode = "routed"
-        self.path: AttentionPath = "routed"
-        """"masked" computes the definition: every expert for every token. It keeps no keys."""
         self.last_routing: Routing | None = None
-        """The routing of the latest forward, padding included, for reports."""
+        """The routing of the latest forward, padding included, without its graph, for reports."""
 
     @property
     def weights(self) -> AttentionWeights:
@@ -81,7 +93,7 @@ class AttentionExperts(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **_: Any,
+        **_: object,
     ) -> tuple[Tensor, None]:
         """[B, L, D] -> [B, L, D]; no attention weights are given back."""
         self._check_mask(attention_mask)
@@ -91,7 +103,7 @@ class AttentionExperts(nn.Module):
         context = Context(cos_BLH, sin_BLH, mask_BLS, self.window)
         routing = self._route(hidden_states.flatten(0, 1))
         self.last_routing = routing.detached()
-        if self.path == "masked":
+        if self.computing.attention_path == "masked":
             if past_key_values is not None:
                 raise UserError("the path 'masked' keeps no keys; pass use_cache=False")
             return attend_masked(hidden_states, self.weights, routing, context), None
@@ -104,13 +116,13 @@ class AttentionExperts(nn.Module):
         return attend_routed(hidden_states, self.weights, routing, context, remember, dropout), None
 
     def _route(self, x_TD: Tensor) -> Routing:
-        if self.mode != "routed":
-            return fixed_attention_routing(len(x_TD), self.mode, self.config, x_TD.device)
+        if self.computing.mode != "routed":
+            return fixed_attention_routing(len(x_TD), self.computing.mode, self.config, x_TD.device)
         router = self.router
         scores_TE = attention_scores(x_TD, router.weight, self.config)
         return route_attention(scores_TE, router.selection_bias, self.config, router.gate_scale)
 
-    def _check_mask(self, mask: Any) -> None:
+    def _check_mask(self, mask: Tensor | None) -> None:
         implementation = self.model_config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise UserError(
@@ -128,7 +140,7 @@ def _as_bool(mask_B1LS: Tensor) -> Tensor:
     return mask_BLS if mask_BLS.dtype == torch.bool else mask_BLS == 0
 
 
-def install_attention_experts(model: PreTrainedModel, config: AttentionMoEConfig) -> None:
+def install_attention_experts(model: PreTrainedModel, config: AttentionMoEConfig, computing: Computing) -> None:
     """Replace `self_attn` in the layers that the config names; UserError where the model has none such."""
     layers = model.model.layers
     if outside := [index for index in config.layers if not 0 <= index < len(layers)]:
@@ -136,4 +148,4 @@ def install_attention_experts(model: PreTrainedModel, config: AttentionMoEConfig
     sizes = model.config
     check_experts(config.num_experts, sizes.num_attention_heads, sizes.num_key_value_heads)
     for index in config.layers:
-        layers[index].self_attn = AttentionExperts(layers[index].self_attn, sizes.hidden_size, config)
+        layers[index].self_attn = AttentionExperts(layers[index].self_attn, sizes.hidden_size, config, computing)

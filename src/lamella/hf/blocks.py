@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lamella.architecture.moe import DENSE_BIAS, ExpertPath, Mode, MoEConfig
+from lamella.architecture.moe import DENSE_BIAS, MoEConfig
 from lamella.architecture.sizes import expert_shapes
+from lamella.hf.computing import Computing
 from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora
 from lamella.moe.provider import ExpertProvider
 from lamella.moe.routing import Routing
@@ -56,8 +58,8 @@ class Shared(nn.Module):
 
     @property
     def weights(self) -> SharedExpert | TwoMatrixShared:
-        cls: Any = SharedExpert if hasattr(self, "gate_up_proj") else TwoMatrixShared
-        return cls(*(getattr(self, name) for name in cls._fields))
+        cls = SharedExpert if hasattr(self, "gate_up_proj") else TwoMatrixShared
+        return cls._make(getattr(self, name) for name in cls._fields)
 
 
 class Router(nn.Module):
@@ -75,41 +77,48 @@ class Router(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Takes the place of a decoder layer's FFN: [..., D] -> [..., D]."""
+    """Takes the place of a decoder layer's FFN. It maps [..., D] to [..., D]."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig):
+    def __init__(self, hidden_size: int, config: MoEConfig, computing: Computing | None = None):
         super().__init__()
         self.config = config
+        self.computing = computing or Computing()
         self.experts = PackedExperts(hidden_size, config)
         self.router = Router(hidden_size, config)
         width = config.shared_intermediate_size
         self.shared = Shared(hidden_size, width, config.gated) if width else None
         self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if config.output_bias else None
-        self.mode: Mode = "routed"
-        self.path: ExpertPath = "auto"
         self.last_routing: Routing | None = None
-        """The routing of the latest forward, for reports."""
+        """The routing of the latest forward, without its graph, for reports."""
 
     @property
     def weights(self) -> MoEWeights:
+        """What the layer computes with, as it is told to."""
         router, experts = self.router, self.experts
         shared = None if self.shared is None else self.shared.weights
+        frozen = experts.frozen if self.computing.exact_copies else None
+        provider = experts.provider if frozen is None else Resident(frozen, frozen)
         return MoEWeights(
-            router.weight, router.selection_bias, experts.provider, router.up_weight, router.gate_scale, shared,
+            router.weight, router.selection_bias, provider, router.up_weight, router.gate_scale, shared,
             self.output_bias, packed_lora(experts),
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD, routing, _ = moe_ffn(x_TD, self.weights, self.config, self.mode, self.path)
+        """[..., D] -> [..., D], as the model's `computing` says."""
+        x_TD, now, config = hidden_states.reshape(-1, hidden_states.shape[-1]), self.computing, self.config
+        if now.drawn_as is not None:
+            config = dataclasses.replace(config, routing=now.drawn_as)
+        y_TD, routing, _ = moe_ffn(x_TD, self.weights, config, now.mode, now.path)
         self.last_routing = routing.detached()
         return y_TD.view_as(hidden_states)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a causal model of any family that can be converted."""
     decoder = model.get_decoder()
-    return decoder.h if hasattr(decoder, "h") else decoder.layers
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def ffn_modules(layer: nn.Module) -> dict[str, nn.Module]:

@@ -40,9 +40,10 @@ from lamella.architecture.two_matrix import MASKS
 from lamella.errors import UserError, check_choice
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn
+from lamella.hf.computing import Computing
 
 
-class _ConvertedForCausalLM(PreTrainedModel):
+class ConvertedForCausalLM(PreTrainedModel):
     """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by `config.moe` and `config.attention_moe`."""
 
     # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
@@ -50,19 +51,21 @@ class _ConvertedForCausalLM(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
+        self.computing = Computing()
+        """What all its layers compute; `set_mode` and `set_expert_path` change it."""
         attention = getattr(config, "attention_moe", None)
         if config.moe is None and attention is None:
             raise UserError("config.json has neither an entry moe nor attention_moe; convert the model again")
         if config.moe is not None:
             moe = MoEConfig.from_dict(config.moe)
             for index in moe.moe_layers:
-                block = MoELayer(config.hidden_size, moe.for_layer(index))
+                block = MoELayer(config.hidden_size, moe.for_layer(index), self.computing)
                 replace_ffn(decoder_layers(self)[index], block.apply(self._init_weights))
         if attention is not None:
-            install_attention_experts(self, AttentionMoEConfig.from_dict(attention))
+            install_attention_experts(self, AttentionMoEConfig.from_dict(attention), self.computing)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # of transformers' own signature
         """As in transformers, which makes every loaded parameter trainable; the frozen experts are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -96,21 +99,20 @@ class _ConvertedForCausalLM(PreTrainedModel):
         return [m for m in self.modules() if isinstance(m, AttentionExperts)]
 
     def set_mode(self, mode: Mode) -> None:
-        """What every MoE layer computes from now on (see lamella.architecture.moe.Mode); for attention experts
-        "dense" and "learned" are all experts with weight 1, which is the dense attention."""
+        """Let every layer compute this mode from now on (see `lamella.architecture.moe.Mode`).
+
+        For attention experts "dense" and "learned" are all experts with weight 1, which is the dense attention.
+        """
         check_choice("mode", mode, get_args(Mode))
-        for layer in self.moe_layers:
-            layer.mode = mode
-        for attention in self.attention_experts:
-            attention.mode = mode
+        self.computing.mode = mode
 
     def set_expert_path(self, path: ExpertPath) -> None:
-        """How every MoE layer computes it (see lamella.moe.experts)."""
+        """Let every MoE layer compute by this path from now on (see `lamella.moe.paths.choose`)."""
         check_choice("expert path", path, get_args(ExpertPath))
         for layer in self.moe_layers:
             if path not in ("auto", "loop") and not layer.config.gated:
                 raise UserError(f"expert path is {path!r}, but experts of two matrices have 'loop' alone")
-            layer.path = path
+        self.computing.path = path
 
 
 class LamellaLlamaConfig(LlamaConfig):
@@ -149,32 +151,32 @@ class LamellaOPTConfig(OPTConfig):
     attention_moe: dict | None = None
 
 
-class LamellaLlamaForCausalLM(_ConvertedForCausalLM, LlamaForCausalLM):
+class LamellaLlamaForCausalLM(ConvertedForCausalLM, LlamaForCausalLM):
     config_class = LamellaLlamaConfig
 
 
-class LamellaMistralForCausalLM(_ConvertedForCausalLM, MistralForCausalLM):
+class LamellaMistralForCausalLM(ConvertedForCausalLM, MistralForCausalLM):
     config_class = LamellaMistralConfig
 
 
-class LamellaQwen2ForCausalLM(_ConvertedForCausalLM, Qwen2ForCausalLM):
+class LamellaQwen2ForCausalLM(ConvertedForCausalLM, Qwen2ForCausalLM):
     config_class = LamellaQwen2Config
 
 
-class LamellaQwen3ForCausalLM(_ConvertedForCausalLM, Qwen3ForCausalLM):
+class LamellaQwen3ForCausalLM(ConvertedForCausalLM, Qwen3ForCausalLM):
     config_class = LamellaQwen3Config
 
 
-class LamellaGPT2ForCausalLM(_ConvertedForCausalLM, GPT2LMHeadModel):
+class LamellaGPT2ForCausalLM(ConvertedForCausalLM, GPT2LMHeadModel):
     config_class = LamellaGPT2Config
 
 
-class LamellaOPTForCausalLM(_ConvertedForCausalLM, OPTForCausalLM):
+class LamellaOPTForCausalLM(ConvertedForCausalLM, OPTForCausalLM):
     config_class = LamellaOPTConfig
 
 
 # dense model_type -> the class of its converted form
-CONVERTED_MODELS: dict[str, type[_ConvertedForCausalLM]] = {
+CONVERTED_MODELS: dict[str, type[ConvertedForCausalLM]] = {
     "llama": LamellaLlamaForCausalLM,
     "mistral": LamellaMistralForCausalLM,
     "qwen2": LamellaQwen2ForCausalLM,

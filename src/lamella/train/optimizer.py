@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 from lamella.recipe.training import Recipe
@@ -57,7 +57,7 @@ def group_name(param_names: list[str]) -> str:
 class Schedules(LRSchedulersContainer):
     """torchtitan's warmup and decay, which groups other than the router's join after a router warmup."""
 
-    def __init__(self, schedulers: list[LRScheduler]):
+    def __init__(self, schedulers: list[LambdaLR]):
         self.schedulers = schedulers
         self.skips: SkipNonFinite | None = None
 

@@ -1,0 +1,36 @@
+"""What the layers of a converted model compute: one object per model, which all its layers hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lamella.architecture.moe import ExpertPath, Mode, RoutingKind
+
+AttentionPath: TypeAlias = Literal["routed", "masked"]
+
+
+@dataclass
+class Computing:
+    """How the layers of one model compute. The model sets it; transformers passes a layer nothing of its own."""
+
+    mode: Mode = "routed"
+    path: ExpertPath = "auto"
+    attention_path: AttentionPath = "routed"
+    """"masked" computes the definition of attention experts: every expert for every token. It keeps no keys."""
+    drawn_as: RoutingKind | None = None
+    """The kind of routing by which mode "random" draws experts; None: each layer's own."""
+    exact_copies: bool = False
+    """Whether each trainable expert computes as its frozen slice, which shows what routing alone does."""
+
+    @contextmanager
+    def temporarily(self, other: Computing) -> Iterator[None]:
+        """Inside, the layers compute as `other` says."""
+        before = dict(vars(self))
+        vars(self).update(vars(other))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
