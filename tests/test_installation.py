@@ -124,12 +124,16 @@ def test_libraries_that_do_not_fit_are_listed(tmp_path: Path, monkeypatch: pytes
     ]
 
 
-def test_an_error_of_unfit_libraries_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["lamella.cli", "lamella.worker"])
+def test_an_error_of_unfit_libraries_is_one_line(tmp_path: Path, module: str) -> None:
     """A torch that lacks what is imported from it, whose metadata says another version."""
     fake_environment(tmp_path)
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("")
-    done = lamella("verify", folder=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT / 'src'}")
+    words = ["verify"] if module == "lamella.cli" else ["launch/recipes/demo.yaml"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: torch 2.13.0 is installed; lamella needs torch==2.14.1")
     assert "Traceback" not in done.stderr

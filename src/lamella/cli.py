@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from lamella.errors import UserError
+from lamella.installation import command as typed
+from lamella.installation import shipped, unfit_libraries_told
 
 app = typer.Typer(
     help="Dense Llama checkpoints into fine-grained mixtures of experts: convert, verify, train, evaluate, export.",
@@ -37,25 +39,13 @@ def run_command(command: Callable[..., Any]) -> None:
 
 def _exit_cleanly(typer_app: typer.Typer) -> None:
     try:
-        typer_app()
+        with unfit_libraries_told():
+            typer_app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ImportError, AttributeError, TypeError) as error:
-        _exit_where_libraries_do_not_fit(error)
-        raise
-
-
-def _exit_where_libraries_do_not_fit(error: Exception) -> None:
-    """Say so, and exit with 2: another version of torch or torchtitan mostly shows as one of these errors."""
-    from lamella.installation import unfit_libraries
-
-    if unfit := unfit_libraries():
-        remedy = "install lamella again with pip, or call `uv sync` in a checkout"
-        print(f"error: {'; '.join(unfit)}; {remedy} ({type(error).__name__}: {error})", file=sys.stderr)
-        sys.exit(2)
 
 
 @app.command()
@@ -248,16 +238,15 @@ def recipes(
     ] = None,
 ) -> None:
     """Print the recipes that lamella brings; `convert`, `train` and `plan` take their names as well as files."""
-    from lamella.installation import command, shipped
     from lamella.recipe.files import read_recipe_text
 
     if name is not None:
         print(read_recipe_text(Path(name)), end="")
         return
     uses = {
-        "conversions/*.yaml": command("lamella convert NAME key=value ..."),
-        "recipes/*.yaml": command("lamella train NAME key=value ..."),
-        "slurm/*": f"{command('lamella recipes NAME')} > FILE && sbatch FILE RECIPE.yaml key=value ...",
+        "conversions/*.yaml": typed("lamella convert NAME key=value ..."),
+        "recipes/*.yaml": typed("lamella train NAME key=value ..."),
+        "slurm/*": f"{typed('lamella recipes NAME')} > FILE && sbatch FILE RECIPE.yaml key=value ...",
     }
     for pattern, use in uses.items():
         print(use, *(f"  {file}" for file in shipped(pattern)), sep="\n")

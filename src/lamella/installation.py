@@ -6,8 +6,12 @@ A checkout and an installed wheel hold the same `launch/` folder inside the pack
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+
+from lamella.errors import UserError
 
 LAUNCH = Path(__file__).parent / "launch"
 """Recipes of conversions and trainings, and the script for Slurm; in a checkout `launch` at the top is a link to it."""
@@ -58,3 +62,18 @@ def unfit_libraries() -> list[str]:
         if not requirement.specifier.contains(version, prereleases=True):
             lines.append(f"{requirement.name} {version} is installed; lamella needs {requirement}")
     return lines
+
+
+@contextmanager
+def unfit_libraries_told() -> Iterator[None]:
+    """Turn an error inside that a missing library or another version of it explains into one UserError.
+
+    Another version of torch or torchtitan mostly shows as one of these errors; all others pass as they are.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        if unfit := unfit_libraries():
+            remedy = "install lamella again with pip, or call `uv sync` in a checkout"
+            raise UserError(f"{'; '.join(unfit)}; {remedy} ({type(error).__name__}: {error})") from error
+        raise

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lamella.errors import UserError
+from lamella.installation import unfit_libraries_told
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import prepare_stages
 from lamella.run.folder import write_atomic
@@ -35,7 +36,8 @@ def main(words: list[str] | None = None) -> None:
         for recipe in stages:
             recipe.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
         alone_without_torchrun()
-        from lamella.train.stage import leave_group, train_stage
+        with unfit_libraries_told():
+            from lamella.train.stage import leave_group, train_stage
 
         for recipe in stages:
             if not train_stage(recipe, rank, stop):
