@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from measure import positive
-from titan_models import trainable_moe
 
 from lamella.run.effective import effective_time
 from lamella.run.folder import RunDir
+from support.models import trainable_moe
 
 EVERY_STEPS = 30
 KINDS = ("kill:rank=1", "signal:rank=1", "damage:rank=0; kill:rank=0", "kill-agent:rank=0")

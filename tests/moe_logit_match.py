@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_llama
 
 from lamella.checkpoint.embedded import embedded_model
 from lamella.cli import run_command, verify
@@ -22,6 +21,7 @@ from lamella.evaluate.logit_match import Check, logit_match
 from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
 from lamella.recipe.methods.upcycle import UpcycleOptions
+from support.models import save_llama
 
 TINY_TOKENS = {"float32": 512, "bfloat16": 512}
 

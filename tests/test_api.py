@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, save_tokenizer
-from tiny_models import tiny_checkpoint
 
 import lamella
 from lamella.conversion import command
 from lamella.errors import UserError
 from lamella.recipe.conversion import make_conversion
+from support.models import VOCAB, save_tokenizer, tiny_checkpoint
 
 RECIPES: dict[str, dict[str, Any]] = {
     "slice": {"slices": 4},

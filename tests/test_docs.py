@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from doc_commands import ROOT, SET_UP, blocks, check, commands, pages, run, run_python, to_run
-from tiny import save_llama
 
 from lamella.recipe.training import Recipe, make_recipe
+from support.doc_commands import ROOT, SET_UP, blocks, check, commands, pages, run, run_python, to_run
+from support.models import save_llama
 
 sys.path.insert(0, str(ROOT / "docs"))
 

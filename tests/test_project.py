@@ -31,7 +31,7 @@ def test_every_requirement_names_a_test_or_command_that_exists() -> None:
             assert re.search(rf"def {function}\b", (ROOT / path).read_text()), f"{path}::{function}"
 
 
-NAMED_TEST = re.compile(r"`(tests/\w+\.py)(?:::(\w+))?`")
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
 
 def collected(mark: str) -> list[str]:

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, VOCAB, save_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lamella.conversion import SliceOptions, convert
@@ -20,6 +19,7 @@ from lamella.evaluate.logit_match import Check, fp32_bounds
 from lamella.evaluate.perplexity import evaluate, perplexity, text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode, routed_as, routing_controls
 from lamella.hf.computing import Computing
+from support.models import EOS, VOCAB, save_llama
 
 
 @pytest.fixture(scope="module")

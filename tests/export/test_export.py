@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_model import LLAMA3_ROPE, VOCAB, F, S, save_trained
 from transformers import AutoModelForCausalLM
 
 from lamella.errors import UserError
 from lamella.export import TARGETS, export
 from lamella.export.check import MAX_LOGIT_DIFFERENCE, check_reloaded
 from lamella.hf.models import load
+from support.trained_model import LLAMA3_ROPE, VOCAB, F, S, save_trained
 
 CASES = {
     "llama": {},

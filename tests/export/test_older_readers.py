@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from trained_model import LLAMA3_ROPE, save_trained
 from transformers import AutoConfig
 
 from lamella.checkpoint.spelling import both_spellings
 from lamella.export import export
+from support.trained_model import LLAMA3_ROPE, save_trained
 
 ROOT = Path(__file__).parents[2]
 ROPES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from titan_models import FAMILIES, HEADS, PARTITIONED, load_titan, tiny_moe
 
 from lamella.cli import main
 from lamella.conversion import plan_conversion
@@ -29,6 +28,8 @@ from lamella.titan import attention as titan_attention
 from lamella.titan.flops import training_flops_per_token
 from lamella.train import distil
 from lamella.train.assemble import model_config
+from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
+from support.titan import load_titan
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -49,7 +50,7 @@ def llama3(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINABLE_FAMILIES)
 @pytest.mark.parametrize(
     ("changes", "heads"), [(None, None), (PARTITIONED, None), (None, HEADS)], ids=["sliced", "partitioned", "attention"]
 )

@@ -2,7 +2,7 @@
 
 `torchtitan.tools.utils` asks torch once, when imported, which accelerator there is, and takes "cuda" for none. Here it
 is answered "cpu" during that import and given `torch.cpu` with the few calls it lacks. Private names of torch are
-involved; tests/titan/test_titan_device.py covers them.
+involved; tests/titan/test_device.py covers them.
 """
 
 from __future__ import annotations

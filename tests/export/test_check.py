@@ -1,0 +1,92 @@
+"""What the check of an export reaches, and what stands beside the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+
+from lamella.errors import UserError
+from lamella.export import export
+from lamella.export.check import check_reloaded
+from lamella.export.spans import MIN_TOKENS, layer_windows, spans_to_check
+from support.models import save_tokenizer
+from support.trained_model import LLAMA3_ROPE, save_trained
+
+WINDOW = {"sliding_window": 192, "max_position_embeddings": 512}
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_the_check_reaches_past_the_window(tmp_path: Path) -> None:
+    source = save_trained(tmp_path / "moe", family="mistral", **WINDOW)
+    report = export(source, "dense", tmp_path / "dense")
+    assert report.covered == "224 tokens, and 64 tokens spread up to position 511"
+    change_config(tmp_path / "dense", sliding_window=None)
+    with pytest.raises(UserError, match="differs"):
+        check_reloaded(source, tmp_path / "dense", "dense")
+    # 128 tokens see nothing of it
+    assert check_reloaded(source, tmp_path / "dense", "dense", tokens=128).max_abs_logit_diff < 2e-5
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "llama3"])
+def test_the_check_reaches_past_the_scaling_threshold(tmp_path: Path, rope_type: str) -> None:
+    rope = LLAMA3_ROPE if rope_type == "llama3" else {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    source = save_trained(tmp_path / "moe", rope_parameters=rope, max_position_embeddings=512)
+    export(source, "glm4-moe", tmp_path / "glm")
+    lost = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    change_config(tmp_path / "glm", rope_parameters=lost, rope_scaling=None)
+    with pytest.raises(UserError, match="differs"):
+        check_reloaded(source, tmp_path / "glm")
+
+
+def test_a_length_that_costs_too_much_is_said() -> None:
+    config = MistralConfig(sliding_window=4096, max_position_embeddings=32768)
+    small, large = spans_to_check(config, 100_000_000), spans_to_check(config, 7_000_000_000)
+    assert (small.tokens, small.uncovered) == (4128, None)
+    assert large.tokens == pytest.approx(MIN_TOKENS, rel=0.2)
+    assert large.describe().endswith("not covered: the attention window of 4096 tokens")
+    assert large.last_position == 32767
+    assert spans_to_check(config, 7_000_000_000, tokens=4200).uncovered is None
+
+
+def test_windows_are_those_that_the_class_applies() -> None:
+    assert set(layer_windows(LlamaConfig(sliding_window=16))) == {None}
+    assert set(layer_windows(MistralConfig())) == {4096}
+    assert set(layer_windows(Qwen2Config(sliding_window=16))) == {None}
+    mixed = Qwen2Config(sliding_window=16, use_sliding_window=True, num_hidden_layers=4, max_window_layers=1)
+    assert layer_windows(mixed) == [None, 16, 16, 16]
+
+
+@pytest.mark.parametrize("target", ["glm4-moe", "dense"])
+def test_a_head_that_is_not_the_embedding_survives(tmp_path: Path, target: str) -> None:
+    """The config says tied, the file holds another head; both readers must take the file's."""
+    source = save_trained(tmp_path / "moe", tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    export(source, target, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_sidecars_survive(tmp_path: Path) -> None:
+    source = save_tokenizer(save_trained(tmp_path / "moe", vocab_size=258))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tools": "TOOLS {{ messages[0].content }}"}
+    tokenizer.save_pretrained(source)
+    (source / "LICENSE").write_text("free")
+    export(source, "glm4-moe", tmp_path / "glm")
+    assert (tmp_path / "glm/LICENSE").read_text() == "free"
+    messages = [{"role": "user", "content": "hello"}]
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "glm")
+    rendered = reloaded.apply_chat_template(messages, chat_template="tools", tokenize=False)
+    assert rendered == "TOOLS hello"

@@ -1,0 +1,99 @@
+"""Learning from the dense teacher, without a process group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.data.packing import IGNORE_INDEX
+from lamella.errors import UserError
+from lamella.recipe.sections import Distil
+from lamella.recipe.training import Recipe, make_recipe
+from lamella.titan.flops import forward_flops_per_token, training_flops_per_token
+from lamella.train import distil
+from lamella.train.assemble import model_config, teacher_config
+from lamella.train.distil import DistilLoss, Lesson, summed_kl
+from support.models import PARTITIONED, tiny_moe, trainable_moe
+from support.titan import load_titan
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kl_in_chunks_is_the_formula(temperature, monkeypatch):
+    monkeypatch.setattr(distil, "TOKENS_PER_CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = (torch.randn(10, 7, generator=generator) for _ in range(2))
+    student_NV.requires_grad_()
+    labels_N = torch.arange(10)
+    labels_N[3] = IGNORE_INDEX
+    kept = labels_N != IGNORE_INDEX
+    p, q = ((x[kept] / temperature).softmax(-1) for x in (teacher_NV, student_NV))
+    expected = temperature**2 * (p * (p.log() - q.log())).sum()
+    kl = summed_kl(student_NV, teacher_NV, labels_N, temperature)
+    assert torch.allclose(kl, expected, rtol=1e-5)  # fp32, another order of summation
+    (gradient,) = torch.autograd.grad(kl, student_NV)
+    (direct,) = torch.autograd.grad(expected, student_NV)
+    assert torch.allclose(gradient, direct, atol=1e-6)
+    assert gradient[3].eq(0).all()
+
+
+def test_the_loss_mixes_in_the_distance_to_the_teacher():
+    loss = DistilLoss.Config(distil=Distil(weight=0.25)).build()
+    pred, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    tokens = torch.tensor(10)
+    plain = loss(pred, labels, tokens)[0]
+    teacher = torch.randn(2, 5, 7)
+    kl = summed_kl(pred.flatten(0, 1), teacher.flatten(0, 1), labels.flatten(), 1.0) / 10
+    assert torch.allclose(loss(pred, Lesson(labels, teacher), tokens)[0], 0.25 * kl + 0.75 * plain)
+    assert torch.equal(loss(pred, labels, tokens)[0], plain)  # as the held-out loss is measured
+    assert torch.allclose(loss(pred, Lesson(labels, pred), tokens)[0], 0.75 * plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["twin", "flat"])
+def test_the_model_inside_is_the_frozen_slices_alone(routing, tmp_path):
+    tiny_moe("llama", tmp_path, routing=routing)
+    model = load_titan(tmp_path).train()
+    tokens = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(0))
+    routed = model(tokens)
+    dense = model(tokens, mode="dense")
+    counted = [layer.statistics.clone() for layer in model.moe_layers]
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            layer.experts.trainable_down_proj.add_(1)
+            layer.router.weight.add_(1)
+    assert torch.equal(model(tokens, mode="dense"), dense)
+    assert not torch.allclose(routed, dense, atol=1e-3)
+    for layer, counts in zip(model.moe_layers, counted, strict=True):
+        assert torch.equal(layer.statistics, counts)  # a teacher's forward counts nothing
+    assert not torch.allclose(model(tokens), routed, atol=1e-3)
+
+
+def test_a_teachers_flops_are_those_of_a_forward(tmp_path):
+    tiny_moe("qwen3", tmp_path)
+    config = model_config(make_recipe({"model": str(tmp_path), "seq_len": 16}))
+    model = load_titan(tmp_path)
+    config.trains = "nothing"
+    frozen = training_flops_per_token(model, config, 16)  # 4 per weight, 12 per attention product
+    attention = 3 * 4 * 16 * 16
+    assert forward_flops_per_token(model, config, 16) == (frozen - 12 * attention) / 2 + 4 * attention
+
+
+def test_what_cannot_teach_is_refused(tmp_path):
+    tiny_moe("llama", tmp_path / "twin")
+    tiny_moe("llama", tmp_path / "partitioned", moe_changes=PARTITIONED)
+    trainable_moe(tmp_path / "other")
+
+    def check(model, **settings):
+        recipe = make_recipe({"model": str(tmp_path / model), "seq_len": 16, "objective": "distil"} | settings)
+        return teacher_config(recipe, model_config(recipe))
+
+    assert check("twin") is None
+    with pytest.raises(UserError, match=r"trains: all changes it; set distil\.teacher"):
+        check("twin", trains="all")
+    with pytest.raises(UserError, match="not all of its neurons in frozen slices"):
+        check("partitioned")
+    beside = check("partitioned", distil={"teacher": str(tmp_path / "twin")})
+    assert beside.trains == "nothing"
+    with pytest.raises(UserError, match="has 257 token ids, the model 128"):
+        check("twin", distil={"teacher": str(tmp_path / "other")})
+    recipe = Recipe(model=str(tmp_path / "twin"), seq_len=16, distil=Distil(teacher="nowhere"))
+    assert teacher_config(recipe, model_config(recipe)) is None  # another objective has no teacher
