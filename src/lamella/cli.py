@@ -283,8 +283,12 @@ def plan(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory or a converted model.")],
-    to: Annotated[str, typer.Option(help="glm4-moe (stock Glm4MoeForCausalLM) or dense.")],
+    to: Annotated[str, typer.Option(help="glm4-moe, mixtral, dense, or auto: the class that fits the router.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a GGUF file: F32, F16, BF16, Q8_0, Q4_0.", show_default="the model's own")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A GGUF file whose tokenizer a GGUF file gets.")] = None,
     step: Annotated[
         int | None, typer.Option(help="Of a run directory's checkpoints.", show_default="the newest")
     ] = None,
@@ -298,7 +302,17 @@ def export(
     """Write a stock architecture, without custom code, or the dense model again."""
     from lamella.export.command import run
 
-    run(source, to, out, step=step, check=check, check_tokens=check_tokens, overwrite=overwrite)
+    run(
+        source,
+        to,
+        out,
+        step=step,
+        check=check,
+        check_tokens=check_tokens,
+        overwrite=overwrite,
+        dtype=dtype,
+        tokenizer=tokenizer,
+    )
 
 
 @app.command()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lamella.errors import UserError
-from lamella.export import TARGETS, export
+from lamella.export import export
 from lamella.export.check import MAX_LOGIT_DIFFERENCE, check_reloaded
 from lamella.hf.models import load
 from support.trained_model import LLAMA3_ROPE, VOCAB, F, S, save_trained
@@ -52,6 +52,87 @@ def test_glm4_moe_computes_the_same(tmp_path: Path, changes: dict) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "glm", output_loading_info=True)
     assert type(model).__module__.startswith("transformers.")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+NO_BIAS = {"selection_bias": False}
+SOFTMAX = {"gate": "softmax", "routing": "flat"}
+MIXTRAL = {
+    "flat": {"moe": SOFTMAX},
+    "twin": {"moe": {"gate": "softmax"}},
+    "scale 3, llama3 rope, tied": {
+        "moe": SOFTMAX | {"route_scale": 3.0, "num_experts_per_tok": 3},
+        "rope_parameters": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "mistral's window": {"family": "mistral", "sliding_window": 16, "moe": SOFTMAX},
+    "bf16": {"moe": SOFTMAX, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("changes", MIXTRAL.values(), ids=MIXTRAL)
+def test_mixtral_computes_the_same(tmp_path: Path, changes: dict) -> None:
+    source = save_trained(tmp_path / "moe", **NO_BIAS, **changes)
+    report = export(source, "auto", tmp_path / "out")
+    assert (report.target, report.architecture) == ("mixtral", "MixtralForCausalLM")
+    assert report.max_abs_logit_diff is not None
+    assert report.max_abs_logit_diff < 5e-5  # fp32 sums in another order
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+NO_MIXTRAL = {
+    "sigmoid": ({}, "gate is softmax, this model's is sigmoid; possible here: glm4-moe"),
+    "bias": ({"moe": SOFTMAX, "selection_bias": True}, "no selection bias"),
+    "not normalised": ({"moe": SOFTMAX | {"norm_topk_prob": False}}, "norm_topk_prob"),
+    "qwen2": ({"family": "qwen2", "moe": SOFTMAX}, "no biases"),
+    "qwen3": ({"family": "qwen3", "moe": SOFTMAX}, "no norm of queries and keys"),
+    "scale 3 in bf16": ({"moe": SOFTMAX | {"route_scale": 3.0}, "dtype": torch.bfloat16}, "would be rounded"),
+    "dense layer": ({"moe": SOFTMAX | {"moe_layers": (1, 2)}}, "all its layers have experts"),
+    "shared": (
+        {"moe": SOFTMAX | {"num_frozen_experts": 0, "num_experts_per_tok": 2, "shared_intermediate_size": 16}},
+        "no shared expert",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), NO_MIXTRAL.values(), ids=NO_MIXTRAL)
+def test_mixtral_refuses_what_it_cannot_hold(tmp_path: Path, changes: dict, message: str) -> None:
+    source = save_trained(tmp_path / "moe", **NO_BIAS | changes)
+    with pytest.raises(UserError, match="mixtral cannot hold") as error:
+        export(source, "mixtral", tmp_path / "out")
+    assert message in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["moe"]
+
+
+def test_auto_refuses_with_every_reason(tmp_path: Path) -> None:
+    source = save_trained(tmp_path / "moe", attention_bias=True)
+    with pytest.raises(UserError, match=r"no stock class.*glm4-moe: .*output projection.*mixtral: .*possible.*dense"):
+        export(source, "auto", tmp_path / "out")
+    with pytest.raises(UserError, match="dtype and tokenizer are for --to gguf"):
+        export(save_trained(tmp_path / "fits"), "auto", tmp_path / "out", dtype="Q8_0")
+
+
+def test_what_config_json_leaves_out_keeps_its_meaning(tmp_path: Path) -> None:
+    """The families' defaults differ: an epsilon left out is 1e-6 in Llama and 1e-5 in GLM4-MoE."""
+    source = save_trained(tmp_path / "moe", rms_norm_eps=1e-6)
+    config = json.loads((source / "config.json").read_text())
+    del config["rms_norm_eps"]
+    (source / "config.json").write_text(json.dumps(config))
+    export(source, "glm4-moe", tmp_path / "glm")
+    assert json.loads((tmp_path / "glm/config.json").read_text())["rms_norm_eps"] == 1e-6
+
+
+def test_the_card_says_what_it_is(tmp_path: Path) -> None:
+    source = save_trained(tmp_path / "moe")
+    manifest = {
+        "source": {"model": "a/b", "architecture": "LlamaForCausalLM", "licence": "mit"},
+        "recipe": {"slices": 4},
+    }
+    (source / "lamella.json").write_text(json.dumps(manifest))
+    export(source, "glm4-moe", tmp_path / "glm")
+    card = (tmp_path / "glm/README.md").read_text()
+    for words in ("license: mit", "Base model: a/b", "slices 4", "max |logit difference|", "all-zero shared expert"):
+        assert words in card
 
 
 def test_selection_bias_stays_fp32(tmp_path: Path) -> None:
@@ -151,7 +232,7 @@ def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_config_reads_in_plain_json(tmp_path: Path) -> None:
     source = save_trained(tmp_path / "moe", rope_parameters=LLAMA3_ROPE)
-    for target in TARGETS:
+    for target in ("glm4-moe", "dense"):
         export(source, target, tmp_path / target, check=False)
         config = json.loads((tmp_path / target / "config.json").read_text())
         assert "moe" not in config

@@ -39,7 +39,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16},
     "mistral's window, dense": {"family": "mistral", "sliding_window": 16},
 }
-TARGETS_OF = {"mistral's window, dense": ["dense"]}
+SOFTMAX = {"gate": "softmax", "routing": "flat"}
+MIXTRALS: dict[str, dict[str, Any]] = {
+    "mixtral, llama3 rope": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "mixtral, default theta": {},
+    "mixtral, mistral's window": {"family": "mistral", "sliding_window": 16},
+}
+MODELS |= {name: changes | {"moe": SOFTMAX, "selection_bias": False} for name, changes in MIXTRALS.items()}
+TARGETS_OF = {"mistral's window, dense": ["dense"]} | {name: ["mixtral"] for name in MIXTRALS}
 
 
 @pytest.fixture(scope="module")

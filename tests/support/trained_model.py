@@ -16,7 +16,9 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-def save_trained(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
+def save_trained(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, selection_bias: bool = True, **changes
+) -> Path:
     """A sliced model as training may leave it: every tensor random, routers and biases too."""
     torch.manual_seed(0)
     moe = {
@@ -35,6 +37,7 @@ def save_trained(folder: Path, family: str = "llama", dtype: torch.dtype = torch
     for layer in model.moe_layers:
         torch.nn.init.normal_(layer.router.weight, std=0.3)
         layer.router.selection_bias = torch.randn_like(layer.router.selection_bias, dtype=torch.float32) * 0.2
+        layer.router.selection_bias *= selection_bias
     for name, parameter in model.named_parameters():
         if name.endswith("proj.bias"):
             torch.nn.init.normal_(parameter, std=0.5)

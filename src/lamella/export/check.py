@@ -29,6 +29,12 @@ class Checked:
 
     max_abs_logit_diff: float
     spans: Spans
+    reader: str = "transformers"
+
+    def describe(self) -> str:
+        """For people, one line."""
+        found = f"max |logit difference| {self.max_abs_logit_diff:.1e} in {self.reader} (fp32)"
+        return f"{found}, {self.spans.describe()}"
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 
-from lamella.architecture.converted import dense_config, ffn_config
 from lamella.architecture.families import dense_tensors, family_of, may_be_stored
 from lamella.architecture.layout import FFNLayout, ffn_layout
 from lamella.checkpoint.pieces import JoinColumns, Piece, Stretch, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.checkpoint.transposed import matrices, transposed
-from lamella.errors import UserError
-from lamella.jsons import Json
+from lamella.export.model import ConvertedModel
 
 
-def plan_dense(config: Json, sources: dict[str, SourceTensor]) -> WritePlan:
-    """Tensors and config of the dense model within a converted one, whose tensors have been checked."""
-    dense, moe = dense_config(config), ffn_config(config)
-    if moe and not moe.num_frozen_experts:
-        raise UserError("this model has no frozen slices, so no dense FFN lies in it; give the model it was made of")
+def needs(model: ConvertedModel) -> list[str]:
+    """Why no dense model lies in this one."""
+    if model.ffn and not model.ffn.num_frozen_experts:
+        return ["this model has no frozen slices, so no dense FFN lies in it; give the model it was made of"]
+    return []
+
+
+def plan(model: ConvertedModel) -> WritePlan:
+    """Tensors and config of the dense model within a converted one."""
+    dense, moe, sources = model.dense, model.ffn, model.tensors
     layout = ffn_layout(dense)
     layers = moe.moe_layers if moe else ()
     joined = {name: how for layer in layers for name, how in joined_ffn(layout, layer, sources).items()}

@@ -1,0 +1,137 @@
+"""The model that is to be exported, as every target asks for it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lamella.architecture.converted import (
+    attention_prefix,
+    converted_family,
+    converted_tensors,
+    dense_config,
+    ffn_config,
+    ffn_prefix,
+)
+from lamella.architecture.families import may_be_stored
+from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
+from lamella.checkpoint.source import check_tensors, read_config, read_folder
+from lamella.checkpoint.tensors import DTYPES, SourceTensor
+from lamella.export.spans import layer_windows
+from lamella.jsons import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Families whose layers are Llama's: norms before attention and FFN, nothing scaled, all of each head rotated. Only
+# their attention's biases and norms differ, which the tensors tell.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+EXPERT_PARTS = (".mlp.experts.", ".mlp.router.", ".mlp.shared.", ".self_attn.router.")
+
+
+class AttentionExtras(NamedTuple):
+    """What the attention has beside its four matrices."""
+
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """A converted folder whose tensors have been held against its config; no weight is read."""
+
+    folder: Path
+    config: Json
+    tensors: dict[str, SourceTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> ConvertedModel:
+        """UserError where the folder is no converted model, or its tensors are not those of its config."""
+        config = read_config(folder)
+        converted_family(config)
+        tensors, dense = read_folder(folder), dense_config(config)
+        check_tensors(tensors, converted_tensors(config), str(folder), lambda name: may_be_stored(name, dense))
+        return cls(folder, config, tensors)
+
+    @property
+    def family(self) -> str:
+        """`model_type` of the dense model."""
+        return converted_family(self.config).name
+
+    @cached_property
+    def dense(self) -> Json:
+        """config.json of the dense model."""
+        return dense_config(self.config)
+
+    @cached_property
+    def dense_hf(self) -> PreTrainedConfig:
+        """The dense model's config as transformers reads it, with its defaults."""
+        from transformers import AutoConfig
+
+        values = copy.deepcopy(self.dense)  # transformers writes into the dicts that it is given
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    @cached_property
+    def ffn(self) -> MoEConfig | None:
+        """None where only attention is experts."""
+        return ffn_config(self.config)
+
+    @property
+    def moe(self) -> MoEConfig:
+        """Of a model whose FFNs are experts."""
+        assert self.ffn is not None
+        return self.ffn
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, by the embedding."""
+        return DTYPES[self.tensors[EMBEDDING].dtype]
+
+    @cached_property
+    def attention(self) -> AttentionExtras:
+        first = attention_prefix(0)
+        names = ("q_proj.bias", "o_proj.bias", "q_norm.weight")
+        return AttentionExtras(*(first + name in self.tensors for name in names))
+
+    @property
+    def head(self) -> SourceTensor:
+        """The output head; the embedding where they are tied."""
+        return self.tensors.get(HEAD, self.tensors[EMBEDDING])
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """Each layer's attention window, None where it cuts off nothing within the model's context."""
+        longest = self.dense_hf.max_position_embeddings
+        return [window if window and window < longest else None for window in layer_windows(self.dense_hf)]
+
+    @property
+    def rope_type(self) -> str:
+        return (self.dense_hf.rope_parameters or {}).get("rope_type", "default")
+
+    def has_selection_bias(self) -> bool:
+        """Whether the biases ever change which experts are chosen: they differ within a layer."""
+        for layer in self.moe.moe_layers:
+            bias = self.tensors[f"{ffn_prefix(layer)}router.selection_bias"]
+            values = bias.read(0, bias.numel)
+            if self.moe.routing == "twin":
+                values = torch.cat([values, -values])
+            if (values != values[0]).any():
+                return True
+        return False
+
+    def attention_is_dense(self) -> bool:
+        """No attention experts, or all of them chosen with weight exactly 1."""
+        entry = self.config.get("attention_moe")
+        if entry is None:
+            return True
+        attention = AttentionMoEConfig.from_dict(entry)
+        scales = [self.tensors.get(f"{attention_prefix(layer)}router.gate_scale") for layer in attention.layers]
+        weights_are_one = all(scale is not None and not scale.read(0, scale.numel).any() for scale in scales)
+        return weights_are_one and attention.num_experts_per_tok == attention.num_experts
