@@ -63,10 +63,10 @@ def write_model(folder: Path, sizes: dict[str, int], is_dense: bool = False, tie
     from safetensors.torch import save_file
 
     from lamella.architecture.names import hf_name
-    from lamella.plan.model import slices_of_every_layer
+    from lamella.recipe.methods.slice import SliceOptions, slice_sizes
 
     folder.mkdir()
-    moe = None if is_dense else slices_of_every_layer(sizes["intermediate_size"], sizes["num_hidden_layers"], SLICES)
+    moe = None if is_dense else slice_sizes(SliceOptions(slices=SLICES), {"model_type": "llama", **sizes})
     values = sizes | {
         "model_type": "llama" if moe is None else "lamella_llama", "max_position_embeddings": 2048,
         "tie_word_embeddings": tied, "dtype": "float32", "moe": None if moe is None else moe.to_dict(),

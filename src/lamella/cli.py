@@ -17,19 +17,33 @@ from lamella.installation import shipped, unfit_libraries_told
 app = typer.Typer(
     help="Dense Llama checkpoints into fine-grained mixtures of experts: convert, verify, train, evaluate, export.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# What several commands say alike.
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE.yaml] [key=value ...]",
+        help="A recipe, as a file or a name of `lamella recipes`, and settings that replace its own.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every tensor that would be written, and write nothing.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too.")]
+Device = Annotated[str, typer.Option(help="The model is computed here: cpu, cuda, or auto for a GPU if there is one.")]
+MODEL = "Convert this model: a folder, a .gguf file or a hub name."
+OUT = "Write the converted model to this folder."
+SEQ_LEN = "The text is cut into windows of this many tokens."
 
 
 def main() -> None:
-    """Entry point of `lamella`."""
+    """Be the entry point of `lamella`."""
     _exit_cleanly(app)
 
 
 def run_command(command: Callable[..., Any]) -> None:
-    """Entry point of a top-level script that is one command."""
+    """Be the entry point of a top-level script that is one command."""
     single = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
@@ -50,81 +64,90 @@ def _exit_cleanly(typer_app: typer.Typer) -> None:
 
 @app.command()
 def version() -> None:
-    """Print lamella's version."""
+    """Print the version of lamella."""
     from lamella import __version__
 
     print(__version__)
 
 
-def convert_by_slicing(
+@app.command(
+    epilog="Keys of a recipe that every method has: model, out, method. `lamella keys convert METHOD` lists the others "
+    "of slice, partition, upcycle or attention, with their defaults."
+)
+def convert(
+    words: Words = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder, .gguf file or hub name.", show_default="the embedded SmolLM2-135M")
+        str | None, typer.Option(help=MODEL, show_default="the recipe's, or the embedded SmolLM2-135M")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="artifacts/moe")] = None,
-    slices: Annotated[int, typer.Option(help="Parts that each FFN is cut into; must divide its width.")] = 8,
-    noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of each matrix.")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    layers: Annotated[str, typer.Option(help="all, every:N, or a list such as 0,3,5-9.")] = "all",
-    routing: Annotated[str, typer.Option(help="twin (one of each slice and its copy) or flat (any top-k).")] = "twin",
-    gate: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
-    top_k: Annotated[int | None, typer.Option(help="Experts per token.", show_default="the slices")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the source's")
+    out: Annotated[Path | None, typer.Option(help=OUT, show_default="the recipe's, or artifacts/moe")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Calibrate on the training part of this text, whatever the recipe's calibration.data is."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Cut a dense model's FFNs into frozen slices and trainable copies; the logits stay the dense model's."""
-    from lamella.conversion.command import run_slicing
+    """Convert a dense model into a mixture of experts, by the method that a recipe names.
 
-    options = {"slices": slices, "noise": noise, "seed": seed, "layers": layers, "routing": routing, "gate": gate}
-    run_slicing(model, out, options | {"top_k": top_k, "dtype": dtype}, overwrite=overwrite, dry_run=dry_run)
+    Without a recipe every FFN becomes 8 frozen slices and 8 trainable copies of them (method slice).
+    """
+    from lamella.recipe.conversion import read_conversion
+
+    words = [*(words or []), *([] if calibration is None else [f"calibration.data={calibration}"])]
+    recipe = read_conversion(words)  # refuses before torch is imported
+    from lamella.conversion.command import run_recipe, run_slicing
+    from lamella.recipe.methods.slice import SliceOptions
+
+    if words:
+        run_recipe(recipe, model, out, overwrite=overwrite, dry_run=dry_run)
+    else:
+        run_slicing(model, out, SliceOptions(), overwrite=overwrite, dry_run=dry_run)
 
 
 @app.command()
-def convert(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: method slice, 8 slices."),
-    ] = None,
-    model: Annotated[
+def keys(
+    kind: Annotated[
         str | None,
-        typer.Option(help="Folder, .gguf file or hub name.", show_default="the recipe's, or the embedded SmolLM2-135M"),
+        typer.Argument(metavar="[train | convert]", help="The kind of recipe; without it, all that can be listed."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to make.", show_default="the recipe's, or artifacts/moe")
+    method: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="Of a conversion: slice, partition, upcycle or attention.")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to calibrate on, as the recipe's `calibration.data`; its training part.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
 ) -> None:
-    """Make experts out of a dense model by any method, as a recipe says; see launch/conversions/."""
-    from lamella.conversion.command import run_recipe, run_slicing
+    """List every key that a recipe may have, with its type, its default and what it does."""
+    from lamella.recipe import keys as known
 
-    words = [*(words or []), *([] if calibration is None else [f"calibration.data={calibration}"])]
-    if words:
-        run_recipe(words, model, out, overwrite=overwrite, dry_run=dry_run)
-    else:
-        run_slicing(model, out, {}, overwrite=overwrite, dry_run=dry_run)
+    if kind is None:
+        print(known.overview())
+        return
+    print(known.describe(known.keys(kind, method)))
+    if kind == "convert" and method is None:
+        print(f"\nEach method has keys of its own:\n\n{known.overview()}")
 
 
 @app.command()
 def verify(
-    dense: Annotated[str | None, typer.Option(help="Dense model.", show_default="the embedded SmolLM2-135M")] = None,
-    moe: Annotated[
-        str | None, typer.Option(help="Converted model.", show_default="artifacts/moe, made if missing")
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model: a folder, a .gguf file or a hub name.", show_default="the embedded SmolLM2-135M"
+        ),
     ] = None,
-    data: Annotated[str, typer.Option(help="Text; its held-out part is used.")] = "python-docs",
-    tokens: Annotated[int, typer.Option(help="Tokens compared in float32.")] = 512,
-    bf16_tokens: Annotated[int, typer.Option(help="Tokens compared in bfloat16, which CPUs are slow at.")] = 256,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    ratios: Annotated[bool, typer.Option(help="Also measure what random routing does to the model.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+    moe: Annotated[
+        str | None,
+        typer.Option(help="The folder of the converted model.", show_default="artifacts/moe, made if missing"),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Compare on the held-out part of this text.")] = "python-docs",
+    tokens: Annotated[int, typer.Option(help="Compare this many tokens in float32.")] = 512,
+    bf16_tokens: Annotated[
+        int, typer.Option(help="Compare this many tokens in bfloat16, too, which CPUs are slow at.")
+    ] = 256,
+    seq_len: Annotated[int, typer.Option(help=SEQ_LEN)] = 256,
+    ratios: Annotated[bool, typer.Option(help="Also measure what random routing does to the perplexity.")] = True,
+    device: Device = "cpu",
+    json: JsonFile = None,
 ) -> None:
-    """Compare the logits of a dense model and its conversion, and what random routing does to it."""
+    """Compare a converted model's logits with those of the dense model that it was made of."""
     from lamella.evaluate.commands import verify as run
 
     sizes: dict[str, Any] = {"tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
@@ -134,39 +157,62 @@ def verify(
 
 @app.command()
 def evaluate(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model's folder, a run directory, or a hub name.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="The folder of a model, a run directory, or a hub name.")
+    ],
     data: Annotated[
-        str, typer.Option(help="stdlib-code, python-docs, a file or folder, or a `datasets` name.")
+        str,
+        typer.Option(help="Measure on this text: stdlib-code, python-docs, a file or folder, or a `datasets` name."),
     ] = "python-docs",
-    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
+    split: Annotated[str, typer.Option(help="Take this part of the text: heldout, train or all.")] = "heldout",
     dense: Annotated[
-        str | None, typer.Option(help="A dense model to measure beside it; 'embedded' is SmolLM2.")
+        str | None, typer.Option(help="Measure this dense model beside it; 'embedded' is SmolLM2-135M.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to score.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    mode: Annotated[str | None, typer.Option(help="routed, dense, learned or random.", show_default="routed")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the file's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+    tokens: Annotated[int, typer.Option(help="Score this many tokens of the text.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help=SEQ_LEN)] = 1024,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the router choose (routed), take the frozen slices alone (dense), their copies alone (learned), "
+            "or any at random (random).",
+            show_default="routed",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute in float32, bfloat16 or float16, or as the file is stored (auto).")
+    ] = "auto",
+    device: Device = "cpu",
+    json: JsonFile = None,
 ) -> None:
-    """Perplexity of a model on a text, with a dense model beside it."""
+    """Measure the perplexity of a model on a text, if asked for with a dense model beside it."""
     from lamella.evaluate.commands import evaluate_and_print
 
     options = {"data": data, "dense": dense, "split": None if split == "all" else split, "max_tokens": tokens}
     evaluate_and_print(folder, json, **options, seq_len=seq_len, mode=mode, dtype=dtype, device=device)
 
 
-@app.command()
+@app.command(
+    epilog="`lamella keys train` lists every key of a training recipe, with its default: model, out, data, steps, lr "
+    "and many more."
+)
 def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: the embedded demo."),
-    ] = None,
+    words: Words = None,
     nproc: Annotated[
-        int | None, typer.Option(help="Ranks on this machine.", show_default="GPUs; on CPU 3 for the demo, else 1")
+        int | None,
+        typer.Option(
+            help="Train with this many processes on this machine.",
+            show_default="the GPUs; on CPU 3 for the demo, else 1",
+        ),
     ] = None,
 ) -> None:
-    """Train a converted model: check the recipe, then start torchrun."""
+    """Train a converted model as a recipe says; called again, go on where the run was interrupted.
+
+    Without a recipe it trains the embedded model for a few steps.
+    """
+    from lamella.recipe.files import arguments
+    from lamella.recipe.stages import prepare_stages
+
+    prepare_stages(*arguments(words or []))  # refuses before anything that reads data is imported
     from lamella.data.sources import open_source
     from lamella.run.launch import default_nproc, launch
 
@@ -177,11 +223,11 @@ def train(
 
 @app.command(hidden=True, context_settings={"ignore_unknown_options": True})
 def slurm(
-    when: Annotated[str, typer.Argument(help="before or after an attempt.")],
-    number: Annotated[int, typer.Argument(help="Ranks of the job, or the exit code of srun.")],
+    when: Annotated[str, typer.Argument(help="Whether it is before or after an attempt.")],
+    number: Annotated[int, typer.Argument(help="Before it, the ranks of the job; after it, the exit code of srun.")],
     words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [key=value ...]")] = None,
 ) -> None:
-    """What launch/slurm/train.sbatch asks on the batch host: check the recipe, and whether to queue the job again."""
+    """Answer launch/slurm/train.sbatch on the batch host: whether the recipe is right, and whether to queue again."""
     from lamella.data.sources import open_source
     from lamella.run.slurm import after, before
 
@@ -196,45 +242,50 @@ def slurm(
     raise typer.Exit(code)
 
 
-data_app = typer.Typer(help="Training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
 @data_app.callback()
 def _data() -> None:
-    """Training data."""
+    """Prepare text for training."""
 
 
 @data_app.command("prepare")
 def data_prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="As in `data` of a recipe; SOURCE#FIELD names a record's field."),
+        typer.Argument(
+            metavar="SOURCE...", help="A text as in `data` of a recipe; SOURCE#FIELD reads that field of its records."
+        ),
     ],
-    model: Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer is used.")],
-    out: Annotated[Path, typer.Option(help="Folder to make, or to go on with after a kill.")],
+    model: Annotated[str, typer.Option(help="Take the tokenizer of this model, a folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="Write the shards to this folder, or go on with it after a kill.")],
     workers: Annotated[
-        int | None, typer.Option(help="Processes that tokenise.", show_default="the cores", min=1)
+        int | None, typer.Option(help="Tokenise with this many processes.", show_default="the cores", min=1)
     ] = None,
     shard_mb: Annotated[
-        int | None, typer.Option(help="MiB of text per shard, the most that a kill loses.", show_default="64", min=1)
+        int | None,
+        typer.Option(help="A shard holds this many MiB of text, the most that a kill loses.", show_default="64", min=1),
     ] = None,
-    on_bad_data: Annotated[str, typer.Option(help="Broken records: fail or skip. Blank ones are left out.")] = "fail",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    on_bad_data: Annotated[
+        str, typer.Option(help="Fail on a broken record, or skip it; blank ones are left out.")
+    ] = "fail",
+    overwrite: Overwrite = False,
 ) -> None:
-    """Tokenise text once, in parallel, into shards that training opens at any place; resumable."""
-    from lamella.data.command import run_prepare
+    """Tokenise text once, in parallel, into shards that training opens at any place; go on after a kill."""
     from lamella.data.readers import policy
 
-    run_prepare(
-        sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=policy(on_bad_data), overwrite=overwrite
-    )
+    chosen = policy(on_bad_data)  # refuses before anything large is imported
+    from lamella.data.command import run_prepare
+
+    run_prepare(sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=chosen, overwrite=overwrite)
 
 
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this file; without a name: all names.")
+        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe; without a name, all names.")
     ] = None,
 ) -> None:
     """Print the recipes that lamella brings; `convert`, `train` and `plan` take their names as well as files."""
@@ -252,54 +303,77 @@ def recipes(
         print(use, *(f"  {file}" for file in shipped(pattern)), sep="\n")
 
 
-@app.command()
+@app.command(
+    epilog="`lamella keys train` lists the keys of a training recipe, and `lamella keys convert METHOD` those that "
+    "--conversion takes."
+)
 def plan(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="Without a recipe: the embedded demo."),
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="H100, H200, A100, ...; cpu plans for ranks without GPUs.")] = "H100",
+    words: Words = None,
+    gpu: Annotated[
+        str, typer.Option(help="Plan for this GPU: H100, H200, A100, ...; cpu plans for ranks without GPUs.")
+    ] = "H100",
     ranks: Annotated[
         int | None,
-        typer.Option(help="Ranks of the run, one for each GPU.", show_default="8, or the most below that fit"),
+        typer.Option(help="Plan for this many ranks, one for each GPU.", show_default="8, or the most below that fit"),
     ] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one GPU.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="One GPU costs this much an hour.")] = None,
     tokens_per_second: Annotated[
-        float | None, typer.Option(help="Of all ranks, measured.", show_default="from the GPU's peak, at 30% MFU")
+        float | None,
+        typer.Option(
+            help="All ranks together were measured at this speed.", show_default="from the GPU's peak, at 30% MFU"
+        ),
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="A dense model (or its config.json) that is not converted yet.")
+        str | None,
+        typer.Option(
+            help="Plan as if this dense model (or config.json) had been converted; 8 slices if nothing else is said."
+        ),
     ] = None,
-    slices: Annotated[int | None, typer.Option(help="Into how many slices it would be converted.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+    slices: Annotated[int | None, typer.Option(help="Into this many slices; short for --conversion slices=N.")] = None,
+    conversion: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE.yaml | key=value",
+            help="By this recipe of a conversion, or with this key of one; may be given several times.",
+        ),
+    ] = None,
+    json: JsonFile = None,
 ) -> None:
-    """Memory per rank, time and cost of a training run or its stages, from recipe and config.json; starts nothing."""
+    """Compute memory per rank, time and cost of a training run, from its recipe and a config.json; start nothing."""
     from lamella.plan.command import run
 
+    said = [*(conversion or []), *([] if slices is None else [f"slices={slices}"])]
     options: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_second": tokens_per_second}
-    run(words or [], gpu_name=gpu, ranks=ranks, dense=dense, slices=slices, json_path=json, **options)
+    run(words or [], gpu_name=gpu, ranks=ranks, dense=dense, conversion=said, json_path=json, **options)
 
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory or a converted model.")],
-    to: Annotated[str, typer.Option(help="glm4-moe, mixtral, dense, or auto: the class that fits the router.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory, or the folder of a converted model.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="Write it as glm4-moe, mixtral or dense, or in the class that fits its router (auto).")
+    ],
+    out: Annotated[Path, typer.Option(help="Write the exported model to this folder.")],
     dtype: Annotated[
-        str | None, typer.Option(help="Of a GGUF file: F32, F16, BF16, Q8_0, Q4_0.", show_default="the model's own")
+        str | None,
+        typer.Option(
+            help="Store a GGUF file's weights as F32, F16, BF16, Q8_0 or Q4_0.", show_default="the model's own"
+        ),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A GGUF file whose tokenizer a GGUF file gets.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Give a GGUF file the tokenizer of this GGUF file.")] = None,
     step: Annotated[
-        int | None, typer.Option(help="Of a run directory's checkpoints.", show_default="the newest")
+        int | None, typer.Option(help="Take a run's checkpoint of this step.", show_default="the newest")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Reload in plain transformers and compare logits.")] = True,
+    check: Annotated[bool, typer.Option(help="Reload the result in plain transformers and compare the logits.")] = True,
     check_tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Length of the compared text.", show_default="past every window, in bounds"),
+        typer.Option(min=2, help="Compare on a text of this many tokens.", show_default="past every window, in bounds"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write a stock architecture, without custom code, or the dense model again."""
+    """Write a model in a stock architecture, which needs no code of lamella, or as a dense model again."""
     from lamella.export.command import run
 
     run(
@@ -317,11 +391,11 @@ def export(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("artifacts/demo"),
-    ranks: Annotated[int, typer.Option(help="Training processes.")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 12,
+    out: Annotated[Path, typer.Option(help="Write everything to this folder.")] = Path("artifacts/demo"),
+    ranks: Annotated[int, typer.Option(help="Train with this many processes.")] = 3,
+    steps: Annotated[int, typer.Option(help="Train for this many optimizer steps.")] = 12,
 ) -> None:
-    """Convert, compare, train, resume and export a real model; one table, report.json and a picture."""
+    """Show the whole way on a small real model: convert, compare, train, resume, export; every figure is measured."""
     from lamella.demo import run_demo
 
     run_demo(out, ranks=ranks, steps=steps)

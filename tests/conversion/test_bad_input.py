@@ -241,7 +241,7 @@ BAD_RECIPES = {
     "{method: partition, active: many}": "active: Input should be a valid integer.*not 'many'",
     "{method: partition, guard: {metric: kl, total: -1}}": "the guard's total is -1.0; for kl it is at least 0",
     "{method: partition, scale_factor: 2}": "scale_factor has no effect on gate 'unit'",
-    "{model: 3}": "model must be a path or a name, not 3",
+    "{model: 3}": "model: Input should be a valid string, not 3",
 }
 
 

@@ -18,7 +18,7 @@ from lamella.errors import UserError
 from lamella.export import export
 from lamella.hf.models import load
 from lamella.moe.noise import gaussian_noise
-from lamella.recipe.methods.slice import parse_layers
+from lamella.recipe.methods.common import parse_layers
 from support.models import CONFIGS, LLAMA3_ROPE, tiny_checkpoint
 from support.slicing import dense_ffn, moe_prefix, sliced_by_hand
 
@@ -308,7 +308,7 @@ def test_shards_and_index(tmp_path: Path, tokens: torch.Tensor) -> None:
     from lamella.checkpoint.write import write_json, write_tensors
 
     dense = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
-    _, plan = plan_conversion(dense, SliceOptions(slices=4))
+    plan = plan_conversion(dense, SliceOptions(slices=4)).listing
     (tmp_path / "moe").mkdir()
     small = dataclasses.replace(plan, max_shard_bytes=20_000)
     write_tensors(small, tmp_path / "moe")
@@ -377,10 +377,10 @@ def test_the_command_reports_what_it_made(tmp_path: Path, capsys: pytest.Capture
     from lamella.conversion.command import run_slicing as run
 
     dense, out = tiny_checkpoint(tmp_path / "dense"), tmp_path / "moe"
-    run(str(dense), out, {"slices": 4, "layers": "1"}, dry_run=True)
+    run(str(dense), out, SliceOptions(slices=4, layers="1"), dry_run=True)
     plan = capsys.readouterr().out
     assert not out.exists()
-    run(str(dense), out, {"slices": 4, "layers": "1"})
+    run(str(dense), out, SliceOptions(slices=4, layers="1"))
     assert "4 frozen slices and 4 trainable copies" in capsys.readouterr().out
     moe = read_all(out)
     listed = {line.split()[0]: line for line in plan.splitlines() if line.startswith("  ")}

@@ -21,6 +21,7 @@ from lamella.plan.memory import Memory
 from lamella.plan.model import make_model, read_model
 from lamella.plan.report import plan_text, plan_values
 from lamella.plan.start import starting_model
+from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
@@ -30,6 +31,8 @@ from lamella.train import distil
 from lamella.train.assemble import model_config
 from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
 from support.titan import load_titan
+
+SLICES = SliceOptions()
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -110,7 +113,9 @@ def test_shipped_recipes_fit_the_gpus_they_name(path, llama3, tmp_path, capsys):
 
 def test_what_shrinks_memory_shrinks_it(llama3):
     def peak(ranks=8, gpu="H100", **settings):
-        layout = make_layout(recipe(seq_len=8192, samples_per_step=64, **settings), read_model(llama3, 8), ranks, gpu)
+        layout = make_layout(
+            recipe(seq_len=8192, samples_per_step=64, **settings), read_model(llama3, SLICES), ranks, gpu
+        )
         return Memory(layout).peak().total_bytes
 
     whole = peak()
@@ -125,7 +130,7 @@ def test_what_shrinks_memory_shrinks_it(llama3):
 
 
 def test_measured_speed_takes_the_place_of_an_assumed_one(llama3):
-    layout = make_layout(recipe(steps=10), read_model(llama3, 8), 8, "H100")
+    layout = make_layout(recipe(steps=10), read_model(llama3, SLICES), 8, "H100")
     time = plan_values(layout, "H100", 1.0, measured_tokens_per_s=128.0)["time"]
     assert (time["seconds"], time["assumed_mfu"]) == (10.0, None)
 
@@ -141,7 +146,7 @@ def test_measured_speed_takes_the_place_of_an_assumed_one(llama3):
     ],
 )
 def test_warnings(settings, ranks, warning, llama3):
-    layout = make_layout(recipe(samples_per_step=56, **settings), read_model(llama3, 8), ranks, "H100")
+    layout = make_layout(recipe(samples_per_step=56, **settings), read_model(llama3, SLICES), ranks, "H100")
     found = plan_values(layout, "H100")["warnings"]
     assert any(warning in w for w in found) if warning else not found
 
@@ -151,8 +156,8 @@ def test_warnings(settings, ranks, warning, llama3):
     [
         (["model=nowhere"], "there is no nowhere/config.json"),
         (["model=run/hf/step-4"], "there is no run/hf/step-4/config.json"),
-        (["--dense", "LLAMA3"], "--dense and --slices belong together"),
-        (["--dense", "LLAMA3", "--slices", "9"], "9 slices do not divide"),
+        (["--slices", "4"], "name it with --dense"),
+        (["--dense", "LLAMA3", "--slices", "9"], "14336 is not divisible by 9 slices"),
         (["--dense", "LLAMA3", "--slices", "8", "--ranks", "0"], "it must be at least 1"),
         (["--dense", "LLAMA3", "--slices", "8", "parallel.context=9", "seq_len=1152"], "a multiple of 9 ranks"),
         (["stage=heal"], "the recipe has no stages"),
@@ -178,7 +183,7 @@ def test_stages_are_torchtitans(llama3):
 
     for stages in (2, 3, 5, 7, 16):
         settings = recipe(samples_per_step=32, samples_per_micro_batch=1, parallel={"pipeline": stages})
-        layout = make_layout(settings, read_model(llama3, 8), stages, "H100")
+        layout = make_layout(settings, read_model(llama3, SLICES), stages, "H100")
         theirs = _generate_llm_fqn_per_model_part(stages, layout.model.num_layers)
         for stage, names in zip(layout.stages(), theirs, strict=True):
             prefixes = tuple(f"{name}." for name in names)
@@ -206,17 +211,17 @@ def test_a_pipeline_is_planned_by_its_fullest_stage(llama3, tmp_path):
     assert values["ranks"]["shards_of_a_weight"] == 8
     assert values["time"]["pipeline_bubble"] == pytest.approx(1 / 9)  # 8 micro-batches, 2 stages
     settings = prepare_recipe(str(SHIPPED / "llama3-8b-pp.yaml"), [])
-    stages = make_layout(settings, read_model(llama3, 8), 16, "H100").stages()
+    stages = make_layout(settings, read_model(llama3, SLICES), 16, "H100").stages()
     assert values["memory_per_rank"]["peak_bytes"] == max(Memory(s).peak().total_bytes for s in stages)
     assert not any(w.startswith("does not fit") for w in values["warnings"])
     assert [s.micro_batches_in_flight for s in stages] == [2, 1]
     checkpoints = {Memory(s).checkpoint_bytes() for s in stages}
-    assert checkpoints == {Memory(make_layout(recipe(), read_model(llama3, 8), 8, "H100")).checkpoint_bytes()}
+    assert checkpoints == {Memory(make_layout(recipe(), read_model(llama3, SLICES), 8, "H100")).checkpoint_bytes()}
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["slices", "beside"])
 def test_a_teacher_is_counted(inside, llama3):
-    model, teacher = read_model(llama3, 8), None if inside else read_model(llama3)
+    model, teacher = read_model(llama3, SLICES), None if inside else read_model(llama3)
     plain = make_layout(recipe(), model, 8, "H100")
     taught = make_layout(recipe(objective="distil"), model, 8, "H100", teacher)
     with_teacher, without = ({m.name: m.total_bytes for m in Memory(x).moments()} for x in (taught, plain))
@@ -248,7 +253,7 @@ def test_a_default_model_is_planned_before_it_is_made(words, tmp_path, monkeypat
 
 def test_the_embedded_model_is_planned_as_training_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = make_model(plan_conversion()[1].config, "the conversion")
+    made = make_model(plan_conversion().listing.config, "the conversion")
     assert starting_model(recipe()).model == made
 
 
@@ -356,7 +361,7 @@ def test_the_result_of_a_run_is_planned_before_it_is_written_out(tmp_path):
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_the_copy_of_an_asynchronous_save_is_counted_in_main_memory(offload, llama3):
     def memory(gpu, **settings):
-        return Memory(make_layout(recipe(**settings), read_model(llama3, 8), 8, gpu))
+        return Memory(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, gpu))
 
     settings = {"checkpoint_async": True, "offload": offload}
     on_gpu, plain = memory("H100", **settings), memory("H100", offload=offload)
@@ -368,7 +373,7 @@ def test_the_copy_of_an_asynchronous_save_is_counted_in_main_memory(offload, lla
 
 def test_on_cpu_the_copy_of_an_asynchronous_save_is_in_the_peak(llama3):
     def memory(**settings):
-        return Memory(make_layout(recipe(**settings), read_model(llama3, 8), 8, "cpu", read_model(llama3)))
+        return Memory(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, "cpu", read_model(llama3)))
 
     plain, saving = memory(objective="distil"), memory(objective="distil", checkpoint_async=True)
     state = sum(saving.state.values())
@@ -380,7 +385,9 @@ def test_on_cpu_the_copy_of_an_asynchronous_save_is_in_the_peak(llama3):
 @pytest.mark.parametrize("gpu", ["cpu", "H100"])
 def test_checkpoint_staging_has_a_line_of_its_own(gpu, llama3):
     def lines(**settings):
-        return plan_text(plan_values(make_layout(recipe(**settings), read_model(llama3, 8), 8, gpu), gpu)).splitlines()
+        return plan_text(
+            plan_values(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, gpu), gpu)
+        ).splitlines()
 
     (line,) = [line for line in lines(checkpoint_async=True) if "checkpoint staging" in line]
     assert line.endswith(" GiB")

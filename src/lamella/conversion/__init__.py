@@ -6,52 +6,24 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from lamella.checkpoint.plan import WritePlan
-from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import appearing_folder, check_output, write_tensors
+from lamella.conversion.plan import ConversionPlan, Workspace
 from lamella.conversion.sidecars import write_sidecars
-from lamella.conversion.slice import plan_slices
-from lamella.conversion.upcycle import plan_upcycle
-from lamella.conversion.work import Work
-from lamella.recipe.methods.slice import Options, SliceOptions
+from lamella.jsons import Json
+from lamella.recipe.methods import METHODS
+from lamella.recipe.methods.common import MethodOptions
+from lamella.recipe.methods.slice import SliceOptions
+
+if TYPE_CHECKING:
+    from lamella.calibrate import CalibrationStep
+    from lamella.calibrate.guard import Verdict
 
 DEFAULT_OUT = Path("artifacts/moe")
-
-
-def _plan_partition(source: Checkpoint, options: Any, work: Work) -> WritePlan:
-    from lamella.conversion.partition.calibrated import (
-        plan_calibrated,  # imports transformers, which slicing does without
-    )
-
-    return plan_calibrated(source, options, work)
-
-
-def _plan_attention(source: Checkpoint, options: Any, work: Work) -> WritePlan:
-    from lamella.conversion.attention.plan import plan_attention
-
-    return plan_attention(source, options, work)
-
-
-def _open_for_attention(model: str | Path | None) -> Checkpoint:
-    from lamella.conversion.attention.plan import open_dense_or_converted
-
-    return open_dense_or_converted(model)
-
-
-class Method(NamedTuple):
-    plan: Callable[[Checkpoint, Any, Work], WritePlan]
-    open: Callable[[str | Path | None], Checkpoint] = Checkpoint.open
-
-
-METHODS = {
-    "slice": Method(lambda source, options, work: plan_slices(source, options)),
-    "partition": Method(_plan_partition),
-    "upcycle": Method(lambda source, options, work: plan_upcycle(source, options)),
-    "attention": Method(_plan_attention, _open_for_attention),
-}
 
 
 @dataclass(frozen=True)
@@ -62,32 +34,29 @@ class ConversionReport:
     """Peak resident memory of the whole process, interpreter and libraries included."""
     bytes_written: int
     """Bytes of weights."""
-    moe: dict[str, Any]
+    moe: Json
     """The `moe` entry of the new config, or its `attention_moe`."""
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
     """What the method found: a guard's verdicts."""
 
 
-def plan_conversion(
-    model: str | Path | None = None, options: Options | None = None, work: Work | None = None
-) -> tuple[Checkpoint, WritePlan]:
-    """Open a dense model (see `Checkpoint.open`) and plan its conversion; without `work` it reads headers only."""
+def plan_conversion(model: str | Path | None = None, options: MethodOptions | None = None) -> ConversionPlan:
+    """Open a model (see `Checkpoint.open`) and list what its conversion will write; reads headers only."""
     options = options or SliceOptions()
-    method = METHODS[options.method]
-    source = method.open(model)
-    return source, method.plan(source, options, work or Work(None))
+    module, _, name = METHODS[options.method].plan.partition(":")
+    return getattr(import_module(module), name)(model, options)
 
 
 def convert(
     model: str | Path | None = None,
     out: str | Path = DEFAULT_OUT,
-    options: Options | None = None,
+    options: MethodOptions | None = None,
     *,
     overwrite: bool = False,
     on_plan: Callable[[WritePlan], None] = lambda _: None,
     on_bytes: Callable[[int], None] = lambda _: None,
-    on_progress: Callable[[Any], None] = lambda _: None,
-    on_verdict: Callable[[Any], None] = lambda _: None,
+    on_progress: Callable[[CalibrationStep], None] = lambda _: None,
+    on_verdict: Callable[[Verdict], None] = lambda _: None,
 ) -> ConversionReport:
     """Convert a dense model into a folder that transformers' Auto classes load.
 
@@ -98,17 +67,17 @@ def convert(
         options: of the method, whose name they carry; None: slices.
         on_plan: called with the plan before anything is written into `out`.
         on_bytes: called from several threads with the number of bytes just written.
-        on_progress, on_verdict: see `Work`.
+        on_progress, on_verdict: see `Workspace`.
 
     Raises:
         UserError: bad input, before anything is written; or the disk became full, and nothing is kept.
     """
     options, out, began = options or SliceOptions(), Path(out), time.perf_counter()
     check_output(out, overwrite)  # before a model is downloaded
-    work = Work(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict)
-    source, sizes = plan_conversion(model, options)
-    check_output(out, overwrite, sizes.total_bytes, {tensor.path for tensor in source.tensors.values()})
-    plan = METHODS[options.method].plan(source, options, work)
+    planned = plan_conversion(model, options)
+    source = planned.source
+    check_output(out, overwrite, planned.listing.total_bytes, {tensor.path for tensor in source.tensors.values()})
+    plan = planned.decided(Workspace(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict))
     on_plan(plan)
     with appearing_folder(out) as folder:
         source.copy_sidecars(folder)

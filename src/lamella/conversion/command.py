@@ -21,42 +21,41 @@ from lamella.checkpoint.write import check_output
 from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
 from lamella.conversion.sidecars import holds_conversion
 from lamella.installation import command as typed
-from lamella.recipe.methods.slice import Options
+from lamella.recipe.conversion import ConversionRecipe
+from lamella.recipe.methods.common import MethodOptions
 
 
 def run_slicing(
-    model: str | None, out: Path | None, options: dict[str, Any], *, overwrite: bool = False, dry_run: bool = False
+    model: str | None, out: Path | None, options: SliceOptions, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Slice, or with `dry_run` print the plan. UserError before anything is written.
 
     `out` None is the default folder, which other commands make too: holding this very conversion, it is kept.
     """
-    chosen = SliceOptions(**options)
     if out is None:
         out = DEFAULT_OUT
-        if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), chosen):
+        if not (overwrite or dry_run) and holds_conversion(out, Checkpoint.open(model), options):
             print(f"{out} holds this conversion already. Next: {_verify(model, out)}")
             return
-    run(model, out, chosen, overwrite=overwrite, dry_run=dry_run)
+    run(model, out, options, overwrite=overwrite, dry_run=dry_run)
 
 
 def run_recipe(
-    words: list[str], model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
+    recipe: ConversionRecipe, model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
-    """Convert by a recipe: `words` are an optional YAML file and then key=value settings."""
-    from lamella.recipe.conversion import load_conversion
-
-    path = words[0] if words and "=" not in words[0] else None
-    recipe = load_conversion(path, words if path is None else words[1:])
+    """Convert by a recipe; `model` and `out` take the place of its own."""
     chosen = out or (Path(recipe.out) if recipe.out else DEFAULT_OUT)
     run(model or recipe.model, chosen, recipe.options, overwrite=overwrite, dry_run=dry_run)
 
 
-def run(model: str | None, out: Path, options: Options, *, overwrite: bool, dry_run: bool) -> None:
+def run(model: str | None, out: Path, options: MethodOptions, *, overwrite: bool, dry_run: bool) -> None:
     if dry_run:
-        source, plan = plan_conversion(model, options)
-        check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in source.tensors.values()})
-        print(f"{plan.describe()}\n{_summary(source, plan, options)}: nothing was written to {out}")
+        plan = plan_conversion(model, options)
+        source, listing = plan.source, plan.listing
+        check_output(out, overwrite, listing.total_bytes, {tensor.path for tensor in source.tensors.values()})
+        print(f"{listing.describe()}\n{_summary(source, listing, options)}: nothing was written to {out}")
+        if plan.remark:
+            print(f"Until it is converted: {plan.remark}.")
         return
     with progress_bar("Converting") as display:
         report = convert(
@@ -115,7 +114,7 @@ def _print_verdict(verdict: Any) -> None:
     print(f"layer {verdict.layer}: {verdict.before:.4g} -> {verdict.after:.4g}, {end}", flush=True)
 
 
-def _summary(source: Checkpoint, plan: WritePlan, options: Options) -> str:
+def _summary(source: Checkpoint, plan: WritePlan, options: MethodOptions) -> str:
     entry = plan.config[options.entry]
     layers = f"{len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers} layers"
     return f"{source.name}, {layers} with {_experts(entry)}, gate {entry['gate']}"
@@ -130,7 +129,7 @@ def _experts(moe: dict[str, Any]) -> str:
     return f"{moe['num_trainable_experts']} experts, {moe['num_experts_per_tok']} of them active{shared}"
 
 
-def _result(report: ConversionReport, options: Options) -> str:
+def _result(report: ConversionReport, options: MethodOptions) -> str:
     speed = report.bytes_written / 1e9 / report.wall_s
     return (
         f"Made {report.out} by method {options.method}: {_experts(report.moe)} per layer, "
@@ -139,7 +138,7 @@ def _result(report: ConversionReport, options: Options) -> str:
     )
 
 
-def _next(model: str | None, report: ConversionReport, options: Options) -> str:
+def _next(model: str | None, report: ConversionReport, options: MethodOptions) -> str:
     """The command that says how good the conversion is."""
     if options.method == "slice":
         return _verify(model, report.out)

@@ -11,7 +11,7 @@ from lamella.checkpoint.plan import OutputTensor
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.checkpoint.transposed import transposed
-from lamella.recipe.methods.slice import DTYPE_NAMES
+from lamella.recipe.methods.common import DTYPE_NAMES
 
 
 def with_ffns_replaced(

@@ -11,7 +11,7 @@ from lamella.architecture.layout import ffn_layout
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint, read_json
 from lamella.checkpoint.write import write_json
-from lamella.recipe.methods.slice import Options
+from lamella.recipe.methods.common import MethodOptions
 
 MANIFEST = "lamella.json"
 
@@ -43,7 +43,9 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 
-def write_sidecars(folder: Path, source: Checkpoint, plan: WritePlan, options: Options, hashes: dict[str, str]) -> None:
+def write_sidecars(
+    folder: Path, source: Checkpoint, plan: WritePlan, options: MethodOptions, hashes: dict[str, str]
+) -> None:
     """config.json, lamella.json, README.md and modeling_lamella.py."""
     write_json(folder / "config.json", plan.config)
     write_json(folder / MANIFEST, manifest(source, plan, options, hashes))
@@ -57,13 +59,13 @@ def write_remote_code(folder: Path, family: Family) -> None:
     (folder / f"{REMOTE_CODE}.py").write_text(code, encoding="utf-8")
 
 
-def manifest(source: Checkpoint, plan: WritePlan, options: Options, hashes: dict[str, str]) -> dict:
+def manifest(source: Checkpoint, plan: WritePlan, options: MethodOptions, hashes: dict[str, str]) -> dict:
     """No time and no output path: equal inputs give equal files."""
     tensors = {t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": hashes[t.name]} for t in plan.tensors}
     return provenance(source, options) | plan.notes | {"tensors": tensors}
 
 
-def provenance(source: Checkpoint, options: Options) -> dict:
+def provenance(source: Checkpoint, options: MethodOptions) -> dict:
     """What a conversion is made of: two that agree in it have the same tensors."""
     files = {tensor.path.name: tensor.path.stat().st_size for tensor in source.tensors.values()}
     return {
@@ -78,7 +80,7 @@ def provenance(source: Checkpoint, options: Options) -> dict:
     }
 
 
-def holds_conversion(folder: Path, source: Checkpoint, options: Options) -> bool:
+def holds_conversion(folder: Path, source: Checkpoint, options: MethodOptions) -> bool:
     """Whether the folder's manifest says that it is this conversion of this model."""
     if not (folder / MANIFEST).is_file():
         return False
@@ -86,7 +88,7 @@ def holds_conversion(folder: Path, source: Checkpoint, options: Options) -> bool
     return all(found.get(key) == value for key, value in provenance(source, options).items())
 
 
-def model_card(source: Checkpoint, plan: WritePlan, options: Options) -> str:
+def model_card(source: Checkpoint, plan: WritePlan, options: MethodOptions) -> str:
     entry = plan.config[options.entry]
     layers = (
         f"- Layers with experts: {len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers}; "

@@ -6,54 +6,36 @@ At conversion the router sends every token to the frozen slices with weight 1, s
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
 from lamella.architecture.families import ffn_layout
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
-from lamella.architecture.sizes import check_slices
 from lamella.checkpoint.pieces import Piece, SplitColumns, Stretch, Stretches, Values
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.conversion.noise import Noise
+from lamella.conversion.plan import ConversionPlan
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.errors import UserError
-from lamella.recipe.methods.slice import SliceOptions, parse_layers
+from lamella.recipe.methods.slice import SliceOptions, slice_sizes
 
 
-def plan_slices(source: Checkpoint, options: SliceOptions) -> WritePlan:
-    """All tensors and the config of the converted model. UserError where options and model do not fit."""
-    moe, layout = moe_config(source.config, options), ffn_layout(source.config)
+def plan_slices(model: str | Path | None, options: SliceOptions) -> ConversionPlan:
+    """All tensors and the config of the sliced model. UserError where options and model do not fit."""
+    source = Checkpoint.open(model)
+    moe, layout = slice_sizes(options, source.config), ffn_layout(source.config)
 
     def experts(layer: int, parts: dict[str, SourceTensor]) -> list[OutputTensor]:
-        return _sliced_layer(parts, layout.prefix(layer), moe, options)
+        return _layer(parts, layout.prefix(layer), moe, options)
 
     tensors = with_ffns_replaced(source, layout, moe.moe_layers, experts, options.dtype)
-    return WritePlan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
+    config = converted_config(source.config, source.family, options.dtype, moe=moe.to_dict())
+    return ConversionPlan(source, WritePlan(tensors, config))
 
 
-def moe_config(dense: dict[str, Any], options: SliceOptions) -> MoEConfig:
-    top_k = options.slices if options.top_k is None else options.top_k
-    layout = ffn_layout(dense)
-    return MoEConfig(
-        num_frozen_experts=options.slices,
-        num_trainable_experts=options.slices,
-        moe_intermediate_size=check_slices(layout.ffn_width, options.slices),
-        num_experts_per_tok=top_k,
-        moe_layers=parse_layers(options.layers, layout.num_layers),
-        routing=options.routing,
-        gate=options.gate,
-        route_scale=float(top_k),
-        output_bias=layout.down_bias is not None,
-        gated=layout.gate is not None,
-        activation=layout.activation,
-    )
-
-
-def _sliced_layer(
-    parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options: SliceOptions
-) -> list[OutputTensor]:
+def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options: SliceOptions) -> list[OutputTensor]:
     gate, up = parts.get("gate", parts["up"]), parts["up"]
     if gate.dtype != up.dtype and options.dtype is None:
         raise UserError(f"{gate.name} is {gate.dtype} but {up.name} is {up.dtype}; choose one for all with --dtype")

@@ -18,54 +18,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
-from lamella.architecture.layout import FFNLayout, ffn_layout
+from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
-from lamella.architecture.sizes import check_slices
 from lamella.checkpoint.gather import Given
 from lamella.checkpoint.pieces import Piece, Sink, Stretch, Stretches, Values, checked
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.conversion.noise import Noise, noise_std
+from lamella.conversion.plan import ConversionPlan
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.moe.noise import gaussian_noise, noise_generator
-from lamella.recipe.methods.slice import parse_layers
-from lamella.recipe.methods.upcycle import UpcycleOptions
+from lamella.recipe.methods.upcycle import UpcycleOptions, upcycle_sizes
 
 
-def plan_upcycle(source: Checkpoint, options: UpcycleOptions) -> WritePlan:
+def plan_upcycle(model: str | Path | None, options: UpcycleOptions) -> ConversionPlan:
     """All tensors and the config of the upcycled model. UserError where options and model do not fit."""
-    layout = ffn_layout(source.config)
-    moe = moe_config(layout, options)
+    source = Checkpoint.open(model)
+    moe, layout = upcycle_sizes(options, source.config), ffn_layout(source.config)
 
     def copies(layer: int, parts: dict[str, SourceTensor]) -> list[OutputTensor]:
         return _layer(parts, layout.prefix(layer), moe, options)
 
     tensors = with_ffns_replaced(source, layout, moe.moe_layers, copies, options.dtype)
-    return WritePlan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
-
-
-def moe_config(layout: FFNLayout, options: UpcycleOptions) -> MoEConfig:
-    G = options.granularity
-    return MoEConfig(
-        num_frozen_experts=0,
-        num_trainable_experts=options.experts * G,
-        moe_intermediate_size=check_slices(layout.ffn_width, G),
-        num_experts_per_tok=options.top_k * G,
-        moe_layers=parse_layers(options.layers, layout.num_layers),
-        routing="flat",
-        gate=options.gate,
-        route_scale=float(G),
-        shared_intermediate_size=layout.ffn_width if options.identity else 0,
-        output_bias=layout.down_bias is not None,
-        gated=layout.gate is not None,
-        activation=layout.activation,
-    )
+    config = converted_config(source.config, source.family, options.dtype, moe=moe.to_dict())
+    return ConversionPlan(source, WritePlan(tensors, config))
 
 
 def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options: UpcycleOptions) -> list[OutputTensor]:

@@ -14,6 +14,7 @@ from lamella.plan.layout import Layout
 from lamella.plan.model import Model, read_model
 from lamella.plan.report import plan_text, plan_values
 from lamella.plan.start import starting_model, with_deltas
+from lamella.recipe.conversion import read_conversion
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import prepare_stages
 from lamella.recipe.training import Recipe
@@ -29,26 +30,29 @@ def run(
     price_per_hour: float | None = None,
     tokens_per_second: float | None = None,
     dense: str | None = None,
-    slices: int | None = None,
+    conversion: Sequence[str] = (),
     json_path: Path | None = None,
 ) -> None:
     """Print the plan of a recipe, of several stages each, and write it where `json_path` says.
 
     Args:
         ranks: None: see `most_ranks`.
+        dense: a dense model (or its config.json) in place of the recipe's, as if it had been converted.
+        conversion: how: words as `lamella convert` takes them.
 
     Raises:
         UserError: a bad recipe, no config.json, ranks or degrees that do not fit, an unknown GPU.
     """
-    if (dense is None) != (slices is None):
-        raise UserError("--dense and --slices belong together: a dense model, and how it would be converted")
+    if dense is None and conversion:
+        raise UserError("--slices and --conversion say how a dense model would be converted: name it with --dense")
+    options = None if dense is None else read_conversion(conversion).options
     path, settings = arguments(words)
     recipes = prepare_stages(path, settings)
     every = prepare_stages(path, [word for word in settings if not word.startswith("stage=")])
     ranks = most_ranks(recipes) if ranks is None else ranks
     plans, texts = {}, {}
     for recipe in recipes:
-        start = starting_model(recipe, every[: every.index(recipe)], dense, slices)
+        start = starting_model(recipe, every[: every.index(recipe)], dense, options)
         layout = make_layout(recipe, start.model, ranks, gpu_name, _teacher(recipe, dense), start.name)
         stage, values = Path(recipe.out).name, plan_values(layout, gpu_name, price_per_hour, tokens_per_second)
         plans[stage], texts[stage] = values, f"model             {start.name}\n{plan_text(values)}"

@@ -15,6 +15,8 @@ from pathlib import Path
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError, did_you_mean
 from lamella.jsons import Json
+from lamella.recipe.methods import sizes_of
+from lamella.recipe.methods.common import MethodOptions
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -138,25 +140,27 @@ def _experts(D: int, moe: MoEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "moe.output_bias", (D,)
 
 
-def read_model(path: str | Path, slices: int | None = None) -> Model:
+def read_model(path: str | Path, options: MethodOptions | None = None) -> Model:
     """The model of a folder, or of a config.json.
 
     Args:
-        slices: for a dense model: as `convert_by_slicing.py --slices` would make it.
+        options: of a conversion: the model that it would make of this one.
 
     Raises:
-        UserError: no config.json; a family that cannot be trained; slices of a model that has experts already.
+        UserError: no config.json; a family that cannot be trained; a conversion of a model that has experts already.
     """
     file = Path(path) if Path(path).suffix == ".json" else Path(path) / "config.json"
     if not file.is_file():
         raise UserError(
             f"there is no {file}; convert the model first, or give its dense config: --dense FOLDER --slices 8"
         )
-    return make_model(json.loads(file.read_text()), str(file), slices)
+    return make_model(json.loads(file.read_text()), str(file), options)
 
 
-def make_model(values: Json, name: str, slices: int | None = None) -> Model:
+def make_model(values: Json, name: str, options: MethodOptions | None = None) -> Model:
     """The model of what a config.json holds, called `name` in errors; else as `read_model`."""
+    if options is not None:
+        values = _converted(values, name, options)
     family = str(values.get("model_type", "")).removeprefix("lamella_")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} cannot be trained{did_you_mean(family, FAMILIES)}")
@@ -165,10 +169,6 @@ def make_model(values: Json, name: str, slices: int | None = None) -> Model:
     ))  # fmt: skip
     moe = None if values.get("moe") is None else MoEConfig.from_dict(values["moe"])
     heads = values.get("attention_moe")
-    if slices is not None:
-        if moe is not None:
-            raise UserError(f"{name} is a converted model already; leave --slices out")
-        moe = slices_of_every_layer(F, layers, slices)
     return Model(
         family=family,
         D=D,
@@ -194,8 +194,8 @@ def _needed(values: Json, key: str, name: str) -> int:
     return values[key]
 
 
-def slices_of_every_layer(F: int, num_layers: int, slices: int) -> MoEConfig:
-    """What `convert_by_slicing.py` makes of every layer by default."""
-    if slices < 1 or F % slices:
-        raise UserError(f"{slices} slices do not divide the FFN's {F} neurons; choose a divisor")
-    return MoEConfig(slices, slices, F // slices, slices, tuple(range(num_layers)), route_scale=float(slices))
+def _converted(values: Json, name: str, options: MethodOptions) -> Json:
+    """The config.json with the entry that a conversion adds."""
+    if values.get(options.entry) is not None:
+        raise UserError(f"{name} is a converted model already; leave --dense out, and name it as model=FOLDER")
+    return values | {options.entry: sizes_of(options, values).to_dict()}

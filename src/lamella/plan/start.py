@@ -11,11 +11,13 @@ from typing import NamedTuple
 from lamella.architecture.embedded import embedded_config
 from lamella.plan.model import Model, make_model, read_model
 from lamella.recipe.files import parse_yaml
+from lamella.recipe.methods.common import MethodOptions
+from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.result import CONFIG, MODEL, result_of
 from lamella.recipe.training import Recipe, make_recipe
 
-EMBEDDED_SLICES = 8
-"""Of the conversion that training makes by itself."""
+EMBEDDED = SliceOptions()
+"""The conversion that training makes by itself."""
 
 
 class Start(NamedTuple):
@@ -25,23 +27,26 @@ class Start(NamedTuple):
 
 
 def starting_model(
-    recipe: Recipe, earlier: Sequence[Recipe] = (), dense: str | None = None, slices: int | None = None
+    recipe: Recipe,
+    earlier: Sequence[Recipe] = (),
+    dense: str | None = None,
+    options: MethodOptions | None = None,
 ) -> Start:
     """The model of a recipe.
 
     Args:
         earlier: the stages before it; its model is the last one's result.
-        dense, slices: a dense model and how it would be converted, in place of the first stage's model.
+        dense, options: a dense model and how it would be converted, in place of the first stage's model.
 
     Raises:
         UserError: no config.json, or see `read_model`.
     """
     if earlier and (dense is not None or not _has_config(recipe.model)):
         *before, last = earlier
-        start = starting_model(last, before, dense, slices)
+        start = starting_model(last, before, dense, options)
         return start._replace(model=with_deltas(start.model, last))
     if dense is not None:
-        return Start(read_model(dense, slices), dense)
+        return Start(read_model(dense, options), dense)
     if _has_config(recipe.model):
         return Start(read_model(recipe.model), recipe.model)
     return _not_made_yet(recipe.model)
@@ -54,9 +59,9 @@ def _not_made_yet(name: str) -> Start:
         recipe = make_recipe(parse_yaml(config.read_text(), str(config)))
         return Start(with_deltas(read_model(result.out / MODEL), recipe), name)
     if name == Recipe.model_fields["model"].default:
-        model = make_model(embedded_config(), "the embedded model", EMBEDDED_SLICES)
+        model = make_model(embedded_config(), "the embedded model", EMBEDDED)
         return Start(
-            model, f"{name}, not made yet: the embedded model in {EMBEDDED_SLICES} slices, as training makes it"
+            model, f"{name}, not made yet: the embedded model in {EMBEDDED.slices} slices, as training makes it"
         )
     return Start(read_model(name), name)
 

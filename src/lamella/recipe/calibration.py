@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from lamella.errors import UserError, check_choice
+from lamella.recipe.check import Options
 
 Metric = Literal["perplexity", "kl"]
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
+class CalibrationOptions(Options):
     """Which text the layers are shown."""
 
     data: str = "python-docs"
-    """A source as in `lamella.data.sources`."""
+    """The layers are shown the training part of this text, a source as in `data` of a training recipe."""
     num_tokens: int = 16384
-    """Rounded down to whole windows."""
+    """So many tokens of it are used, rounded down to whole windows."""
     sequence_length: int = 512
+    """The text is cut into windows of this many tokens."""
     seed: int = 0
+    """The windows are chosen by this seed."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str]:
+        found = []
         if self.seed < 0:
-            raise UserError(f"the calibration's seed is {self.seed}; it must be 0 or a positive number")
+            found.append(f"the calibration's seed is {self.seed}; it must be 0 or a positive number")
         if self.sequence_length < 2:
-            raise UserError(f"the calibration windows have {self.sequence_length} tokens; they need at least 2")
-        if self.num_tokens < self.sequence_length:
-            raise UserError(
+            found.append(f"the calibration windows have {self.sequence_length} tokens; they need at least 2")
+        elif self.num_tokens < self.sequence_length:
+            found.append(
                 f"{self.num_tokens} calibration tokens do not fill a window of {self.sequence_length}; "
                 "raise the tokens or shorten the window"
             )
+        return found
 
     @property
     def num_windows(self) -> int:
@@ -38,28 +42,28 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Budgets. `perplexity`: a ratio to the dense model's. `kl`: nats per token, KL(dense || converted)."""
+class Guard(Options):
+    """Budgets: a layer that exceeds one stays dense."""
 
     metric: Metric = "perplexity"
+    """The model is tested after each layer by its perplexity, a ratio to the dense model's, or by kl, the
+    KL(dense || converted) in nats per token."""
     per_layer: float = 1.05
-    """The metric after a layer over the one before it, or for kl the difference."""
+    """The metric after a layer may be at most this times the one before it; for kl it may be this much larger."""
     total: float = 1.5
-    """The metric after a layer."""
+    """The metric after any layer may be at most this."""
     tokens: int = 2048
-    """Calibration tokens that every test scores."""
+    """Each test scores this many calibration tokens."""
 
-    def __post_init__(self) -> None:
-        check_choice("the guard's metric", self.metric, get_args(Metric))
+    def problems(self) -> list[str]:
         least = 1.0 if self.metric == "perplexity" else 0.0
-        for name in ("per_layer", "total"):
-            if not getattr(self, name) >= least:
-                raise UserError(
-                    f"the guard's {name} is {getattr(self, name)}; for {self.metric} it is at least {least}"
-                )
+        return [
+            f"the guard's {name} is {getattr(self, name)}; for {self.metric} it is at least {least}"
+            for name in ("per_layer", "total")
+            if not getattr(self, name) >= least
+        ]
 
 
-def check_balance(target: float | None) -> None:
-    """UserError for what no MaxVio can be; None is no target."""
-    if target is not None and not target > 0:
-        raise UserError(f"balance is {target}; it must be a MaxVio above 0")
+def balance_problems(target: float | None) -> list[str]:
+    """What is wrong with a target for MaxVio; None is no target."""
+    return [] if target is None or target > 0 else [f"balance is {target}; it must be a MaxVio above 0"]

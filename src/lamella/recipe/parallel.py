@@ -9,27 +9,27 @@ from __future__ import annotations
 from pydantic import PositiveInt
 
 from lamella.errors import UserError
-from lamella.recipe.sections import Strict
+from lamella.recipe.check import Strict
 
 
 class Parallel(Strict):
     """Degrees of parallelism besides FSDP, which takes the ranks that are left over."""
 
     replicate: PositiveInt = 1
-    """Copies of the sharded model (HSDP): weights are gathered inside a copy, gradients summed over the copies. One
-    copy per node keeps the gathering off the slow network."""
+    """The sharded model is held this many times (HSDP): weights are gathered inside a copy, gradients summed over the
+    copies. One copy per node keeps the gathering off the slow network."""
     expert: PositiveInt = 1
-    """Ranks that share out each layer's experts and exchange tokens instead of gathering experts. A slice and its twin
-    lie on one rank. Must divide the number of slices and of trainable experts."""
+    """This many ranks share out each layer's experts and exchange tokens instead of gathering experts. A slice and its
+    twin lie on one rank. It must divide the number of slices and of trainable experts."""
     context: PositiveInt = 1
-    """Ranks that share out the tokens of each sample, for long samples. Twice it must divide seq_len."""
-
+    """This many ranks share out the tokens of each sample, for long samples. Twice it must divide seq_len."""
     tensor: PositiveInt = 1
-    """Ranks that share out attention heads, dense FFNs and vocabulary, and between these the tokens. Must divide heads,
-    key/value heads and `expert`, which shares out the experts over the same ranks; not together with `pipeline`."""
+    """This many ranks share out attention heads, dense FFNs and vocabulary, and between these the tokens. It must
+    divide heads, key/value heads and `expert`, which shares out the experts over the same ranks; it does not go
+    together with `pipeline`."""
     pipeline: PositiveInt = 1
-    """Ranks that share out the layers and hand activations on (schedule 1F1B). Wants at least as many micro-batches in
-    a step as it has stages, and a model without tied embeddings."""
+    """This many ranks share out the layers and hand activations on (schedule 1F1B). It wants at least as many
+    micro-batches in a step as it has stages, and a model without tied embeddings."""
 
     @property
     def ranks_per_sample(self) -> int:

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
+from pydantic import Field, PositiveInt, model_serializer, model_validator
 
-
-class Strict(BaseModel):
-    """Refuses keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+from lamella.recipe.check import Problems, Strict
 
 
 def ramp(step: int, start: float, target: float, hold_steps: int, ramp_steps: int) -> float:
@@ -28,9 +24,12 @@ class Portion(Strict):
     """An entry of `data`: a source, alone (`python-docs`) or with a weight (`{source: python-docs, weight: 0.25}`)."""
 
     source: str
+    """This text is read: a source as said under `data`."""
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """The source gives this share of every step's samples, over the sum of all weights; null, on every source, gives
+    each the samples that it has."""
     stream: bool = False
-    """Read and tokenise it while training, in its own order, in place of tokenising first what the run can use."""
+    """The source is read and tokenised while training, in its own order, in place of being tokenised before."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,11 +49,13 @@ class TwinShare(Strict):
     """The bias holds the twins at a share of the tokens; with a ramp from none, which is the dense model exactly."""
 
     start: float = Field(default=0.0, ge=0, le=1)
+    """The twins get this share of the tokens at first; 0 is the dense model exactly."""
     hold_steps: int = Field(default=0, ge=0)
-    """Steps at the start's share before the ramp."""
+    """For this many steps the share stays at `start`."""
     ramp_steps: int = Field(default=0, ge=0)
-    """Steps of the ramp, until the target is reached."""
+    """Over the next this many steps the share goes to `target` in a straight line."""
     target: float = Field(default=0.5, ge=0, le=1)
+    """The twins get this share of the tokens in the end."""
 
     def at(self, step: int) -> float:
         """The share wanted while optimizer step `step` (from 1) computes."""
@@ -66,8 +67,11 @@ class TopKSchedule(Strict):
     arXiv 2112.14397). The output keeps its scale; see `lamella.moe.routing.with_top_k`."""
 
     start: PositiveInt
+    """Each token is computed by this many experts at first."""
     hold_steps: int = Field(default=0, ge=0)
+    """For this many steps the number stays at `start`."""
     ramp_steps: PositiveInt
+    """Over the next this many steps the number goes to the model's own."""
 
     def at(self, step: int, top_k: int) -> int:
         """Experts per token in optimizer step `step` (from 1) of a layer whose own number is `top_k`."""
@@ -78,14 +82,14 @@ class Sides(Strict):
     """Which sources are for the frozen slices, and which for the twins."""
 
     to_slices: list[str] = Field(default=[], validate_default=False)
-    """Names of sources, as in `data`, whose tokens are to be computed by the frozen slices: the old domain."""
+    """The tokens of these sources, named as in `data`, are to be computed by the frozen slices: the old domain."""
     to_twins: list[str] = Field(default=[], validate_default=False)
-    """Likewise by the twins: the new domain."""
+    """The tokens of these sources are to be computed by the twins: the new domain."""
 
     @model_validator(mode="after")
     def _disjoint(self) -> Self:
         if both := set(self.to_slices) & set(self.to_twins):
-            raise ValueError(f"{', '.join(sorted(both))} cannot be for both slices and twins")
+            raise Problems([f"{', '.join(sorted(both))} cannot be for both slices and twins"])
         return self
 
 
@@ -98,11 +102,12 @@ class RoutingLoss(Sides):
     """
 
     coefficient: float = Field(default=0.1, gt=0)
+    """The cross-entropy on the choices is added to the loss with this factor."""
 
     @model_validator(mode="after")
     def _possible(self) -> RoutingLoss:
         if not self.to_slices and not self.to_twins:
-            raise ValueError("routing_loss names no source: set to_slices, to_twins or both")
+            raise Problems(["routing_loss names no source: set to_slices, to_twins or both"])
         return self
 
 
@@ -111,13 +116,14 @@ class RouterFit(Sides):
     see `lamella.train.fit_router`."""
 
     samples: PositiveInt = 64
-    """Of each side, from its training text."""
+    """The rows are fitted to this many samples of each side, from its training text."""
     ridge: float = Field(default=0.01, gt=0)
+    """The regression is regularised by this strength."""
 
     @model_validator(mode="after")
     def _possible(self) -> RouterFit:
         if not self.to_slices or not self.to_twins:
-            raise ValueError("router_fit needs sources on both sides: set to_slices and to_twins")
+            raise Problems(["router_fit needs sources on both sides: set to_slices and to_twins"])
         return self
 
 
@@ -125,6 +131,7 @@ class LoRA(Strict):
     """Low-rank deltas on the frozen experts, never merged into them: the dense model stays what it was."""
 
     rank: PositiveInt = 16
+    """The deltas of a matrix are a product of two of this rank."""
     alpha: float = Field(default=32.0, gt=0)
     """The deltas are scaled by alpha / rank."""
 
@@ -134,7 +141,10 @@ class Distil(Strict):
     cross-entropy, per token (Hinton et al. 2015, arXiv 1503.02531)."""
 
     weight: float = Field(default=0.5, gt=0, le=1)
+    """The KL divergence to the teacher has this weight, the cross-entropy of the text the rest."""
     temperature: float = Field(default=1.0, gt=0)
+    """The logits of teacher and student are divided by it in the KL divergence."""
     teacher: str | None = None
-    """Folder of a dense or converted model with the same tokenizer, held beside the student. None: the dense model
-    inside it, its frozen slices, which takes no memory but needs that nothing else of the dense model trains."""
+    """The teacher is the dense or converted model of this folder, with the same tokenizer, held beside the student.
+    null: the dense model inside the student, its frozen slices, which takes no memory but needs that nothing else of
+    the dense model trains."""

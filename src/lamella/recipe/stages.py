@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from lamella.errors import UserError, did_you_mean
 from lamella.installation import LAUNCH
+from lamella.recipe.check import Strict
 from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
 from lamella.recipe.result import result_folder
 from lamella.recipe.training import Recipe, make_recipe
@@ -27,6 +30,14 @@ from lamella.recipe.training import Recipe, make_recipe
 DEMO_RECIPE = LAUNCH / "recipes" / "demo.yaml"
 # One value for the whole recipe: a stage has its place and its model from the order of the stages.
 WHOLE = ("model", "out")
+
+
+class Stage(Strict):
+    """What a recipe of several stages has besides the keys of one run."""
+
+    stages: list[dict[str, Any]] = Field(default=[])
+    """The run is trained in these stages, one after another, each a section with a `name` and the keys that differ
+    there; `stage=NAME` on the command line selects one."""
 
 
 def make_stages(values: dict[str, Any], words: Sequence[str] = ()) -> list[Recipe]:

@@ -8,146 +8,158 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from lamella.architecture.moe import ExpertPath
 from lamella.errors import UserError, did_you_mean
+from lamella.recipe.check import Harmless, Problems, Strict, checked, harmless_keys, refuse
 from lamella.recipe.parallel import Parallel
-from lamella.recipe.sections import (
-    Distil,
-    LoRA,
-    Portion,
-    RouterFit,
-    RoutingLoss,
-    Strict,
-    TopKSchedule,
-    TwinShare,
-)
+from lamella.recipe.sections import Distil, LoRA, Portion, RouterFit, RoutingLoss, TopKSchedule, TwinShare
 
 
 class Recipe(Strict):
     """What to train, on what, how long, and where it is written."""
 
     model: str = "artifacts/moe"
-    """Folder of a converted model (or of a dense one, with trains: all)."""
-    out: str = "artifacts/run"
-    """The run directory."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: an existing run directory of the same recipe and model is continued. never: it is an error."""
+    """The converted model of this folder is trained (or a dense one, with trains: all)."""
+    out: Harmless[str] = "artifacts/run"
+    """The run directory, with checkpoints and metrics, is made here."""
+    resume: Harmless[Literal["auto", "never"]] = "auto"
+    """An existing run directory of the same recipe and model is continued (auto) or is an error (never)."""
 
     data: list[Portion] = Field(default=[Portion(source="python-docs"), Portion(source="stdlib-code")])
-    """Text to train on: stdlib-code, python-docs, a file or folder, one that `lamella data prepare` made, or a
-    `datasets` name. Records with `messages` in place of `text` are conversations, of which the answers are learned.
-    Without weights each source has its share of the samples, and an epoch holds all of them once.
-    With weights (on all entries) each has its weight over their sum of every step's samples: with replay, so much of
-    the old text is mixed into the new: [{source: new, weight: 0.75}, {source: old, weight: 0.25}].
-    With stream: true a source is read while the run goes on, in its own order. Any other one is tokenised before the
-    first step; of a `datasets` name, as much as the run can use."""
+    """The model is trained on these texts: stdlib-code, python-docs, a file or folder, one that `lamella data prepare`
+    made, or a `datasets` name. Records with `messages` in place of `text` are conversations, of which the answers are
+    learned. Without weights each source has its share of the samples, and an epoch holds all of them once. With weights
+    (on all entries) each has its weight over their sum of every step's samples: with replay, so much of the old text is
+    mixed into the new: [{source: new, weight: 0.75}, {source: old, weight: 0.25}]. With stream: true a source is read
+    while the run goes on, in its own order. Any other one is tokenised before the first step; of a `datasets` name, as
+    much as the run can use."""
     heldout_data: list[Portion] | None = None
-    """Text of the held-out loss; None is the held-out part of `data`."""
+    """The held-out loss is measured on these texts; null takes the held-out part of `data`."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
-    """When a source has given all its samples. repeat: again, in another order. stop: the run has as many steps as the
-    data last for, and its schedules end there. error: a run that needs more than there is does not start."""
-    on_bad_data: Literal["fail", "skip"] = "fail"
-    """Corrupt or vanished data, broken records. skip: a sample of them has nothing to predict, a record is left out."""
+    """When a source has given all its samples, they come again in another order (repeat); or the run has as many steps
+    as the data last for, and its schedules end there (stop); or a run that needs more does not start (error)."""
+    on_bad_data: Harmless[Literal["fail", "skip"]] = "fail"
+    """Corrupt or vanished data and broken records end the run (fail), or are left out (skip): a sample of them has
+    nothing to predict."""
     seq_len: PositiveInt = 2048
-    """Tokens per sample."""
+    """A sample has this many tokens."""
     samples_per_step: PositiveInt = 8
-    """Samples of one optimizer step, over all ranks and micro-batches."""
+    """An optimizer step takes this many samples, over all ranks and micro-batches."""
     samples_per_micro_batch: PositiveInt = 1
-    """Samples that one rank computes at once; the rest of its share is accumulated."""
+    """A rank computes this many samples at once; the rest of its share is accumulated."""
     steps: PositiveInt = 1000
-    stop_at_step: PositiveInt | None = None
-    """Save and stop there, for a later call to continue; schedules still follow `steps`."""
+    """The run has this many optimizer steps."""
+    stop_at_step: Harmless[PositiveInt | None] = None
+    """The run saves and stops after this step, for a later call to continue; schedules still follow `steps`."""
     seed: int = Field(default=0, ge=0)
+    """The order of the samples and the start of the router are drawn from this seed."""
 
     objective: Literal["pretrain", "distil", "sft"] = "pretrain"
-    """pretrain: the next token of text. distil: the teacher's prediction of it too. sft: answers in conversations."""
+    """The model learns the next token of text (pretrain), the teacher's prediction of it too (distil), or the answers
+    in conversations (sft)."""
     distil: Distil = Distil()
-    """objective: distil; {weight, temperature, teacher}."""
+    """With objective: distil, how the teacher is followed."""
     trains: Literal["experts", "experts+router", "all"] = "experts+router"
-    """The frozen experts never train. all: attention, norms, embeddings and dense layers too."""
+    """These weights train. The frozen experts never do; all: attention, norms, embeddings and dense layers too."""
     lora: LoRA | None = None
-    """Low-rank deltas on the frozen experts, {rank, alpha}; they train beside what `trains` names. A model that has
-    them already trains them on."""
+    """Low-rank deltas on the frozen experts train beside what `trains` names. A model that has them already trains them
+    on."""
     lr: float = Field(default=3e-4, gt=0)
-    """Of the experts."""
+    """The experts have this learning rate."""
     router_lr_scale: float = Field(default=5.0, gt=0)
-    """Learning rate of the router over that of the experts."""
+    """The router's learning rate is the experts' times this."""
     lora_lr_scale: float = Field(default=1.0, gt=0)
-    """Likewise of the low-rank deltas."""
+    """The low-rank deltas' learning rate is the experts' times this."""
     rest_lr_scale: float = Field(default=1.0, gt=0)
-    """With trains: all, likewise of attention, norms, embeddings and dense layers."""
+    """With trains: all, the learning rate of attention, norms, embeddings and dense layers is the experts' times
+    this."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of the experts' matrices; norms and biases have none."""
+    """The experts' matrices have this weight decay; norms and biases have none."""
     router_weight_decay: float = Field(default=0.0, ge=0)
+    """The router's matrices have this weight decay."""
     rest_weight_decay: float | None = Field(default=None, ge=0)
-    """With trains: all, of the other matrices; None is that of the experts."""
+    """With trains: all, the other matrices have this weight decay; null is that of the experts."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's mean of the gradients decays by this factor a step."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's mean of the squared gradients decays by this factor a step."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """A longer gradient is shortened to this norm."""
     warmup_steps: int = Field(default=0, ge=0)
+    """The learning rate rises from 0 over this many steps."""
     router_warmup_steps: int = Field(default=0, ge=0)
-    """So long the router alone trains, at its own rate; only then do the others begin, with a warmup of their own."""
+    """For this many steps the router alone trains, at its own rate; only then do the others begin, with a warmup of
+    their own."""
     decay: Literal["linear", "sqrt", "cosine"] = "cosine"
+    """The learning rate falls along this curve."""
     decay_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Part of the steps, at the end, over which the rate decays; None decays from the end of the warmup on."""
+    """The rate decays over this part of the steps, at the end; null decays from the end of the warmup on."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The decay ends at this part of the learning rate."""
 
     twin_share: Literal["free"] | TwinShare = "free"
-    """Twin routing. free: the router decides alone. Else a section {start, hold_steps, ramp_steps, target}."""
+    """Twin routing: the router decides alone which tokens the twins get (free), or a bias holds their share."""
     routing_loss: RoutingLoss | None = None
-    """Twin routing: sends the tokens of named sources to the frozen slices, or to the twins."""
+    """Twin routing: a loss sends the tokens of named sources to the frozen slices, or to the twins."""
     router_fit: RouterFit | None = None
-    """Twin routing: router rows in closed form before the first step, {to_slices, to_twins, samples}."""
+    """Twin routing: the router's rows are fitted in closed form before the first step."""
     balancing: Literal["bias", "quantile", "aux", "none"] = "bias"
-    """Flat routing. bias: a selection bias follows the load by steps of `bias_rate` (arXiv 2408.15664). quantile: it
-    is set so that each expert would have had its share of the last step's tokens. aux: the auxiliary loss of Switch
-    Transformer."""
+    """Flat routing: the experts' loads are evened out. bias: a selection bias follows the load by steps of `bias_rate`
+    (arXiv 2408.15664). quantile: it is set so that each expert would have had its share of the last step's tokens. aux:
+    the auxiliary loss of Switch Transformer."""
     bias_rate: float = Field(default=1e-3, ge=0)
-    """balancing: bias."""
+    """With balancing: bias, the selection bias moves by this much a step."""
     aux_coefficient: float = Field(default=0.01, gt=0)
-    """balancing: aux; factor on the loss of each layer."""
+    """With balancing: aux, the loss of each layer has this factor."""
     top_k_schedule: TopKSchedule | None = None
-    """Flat routing: more (or fewer) experts per token at first, {start, hold_steps, ramp_steps}."""
+    """Flat routing: more (or fewer) experts compute each token at first."""
     router_init_std: float = Field(default=0.02, ge=0)
-    """Router rows are drawn with it when the model's are zero, as they are after conversion."""
+    """Router rows are drawn with this standard deviation when the model's are zero, as they are after conversion."""
 
-    heldout_every_steps: PositiveInt = 100
+    heldout_every_steps: Harmless[PositiveInt] = 100
+    """The held-out loss is measured every this many steps."""
     heldout_samples: int = Field(default=16, ge=0)
-    """Samples of the held-out loss, the same each time; 0 measures none."""
-    log_every_steps: PositiveInt = 1
-    save_every_steps: PositiveInt = 500
-    keep_checkpoints: int = Field(default=2, ge=0)
-    """The newest ones; 0 keeps all."""
-    checkpoint_async: bool = False
-    """Write checkpoints while the next steps are computed; a copy of the state waits in main memory meanwhile."""
+    """The held-out loss is of this many samples, the same each time; 0 measures none."""
+    log_every_steps: Harmless[PositiveInt] = 1
+    """A line of metrics is written every this many steps."""
+    save_every_steps: Harmless[PositiveInt] = 500
+    """A checkpoint is written every this many steps."""
+    keep_checkpoints: Harmless[int] = Field(default=2, ge=0)
+    """This many of the newest checkpoints are kept; 0 keeps all."""
+    checkpoint_async: Harmless[bool] = False
+    """Checkpoints are written while the next steps are computed; a copy of the state waits in main memory meanwhile."""
     checkpoint_folder: str | None = None
-    """Folder or URL (s3://bucket/run, any that fsspec has a driver for) of this run's own; None is `out`/checkpoints.
-    A run whose `out` was lost continues from here."""
-    max_skips_in_a_row: PositiveInt = 10
+    """Checkpoints are kept in this folder or URL of the run's own (s3://bucket/run, any that fsspec has a driver for);
+    null is `out`/checkpoints. A run whose `out` was lost continues from here."""
+    max_skips_in_a_row: Harmless[PositiveInt] = 10
     """Steps with a non-finite gradient change nothing; after so many in a row the run stops."""
-    max_restarts_without_progress: int = Field(default=3, ge=0)
+    max_restarts_without_progress: Harmless[int] = Field(default=3, ge=0)
     """`lamella train` starts again after a failure that may pass, so often until there is a new checkpoint."""
-    tensorboard: bool = True
+    tensorboard: Harmless[bool] = True
+    """The metrics are written for TensorBoard, too."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; weights, sums over ranks and optimizer are float32. auto: bfloat16 where there is a GPU."""
+    """The model is computed in this precision; weights, sums over ranks and optimizer are float32. auto: bfloat16 where
+    there is a GPU."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """auto: flex where there is a GPU, sdpa elsewhere."""
+    """Attention is computed by this implementation; auto: flex where there is a GPU, sdpa elsewhere."""
     expert_path: ExpertPath = "auto"
+    """Experts are computed by this implementation; auto takes the fastest measured for the shapes at hand."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """The backward pass computes activations again instead of keeping them: none, some, or all of a layer's."""
     frozen_weights: Literal["auto", "sharded", "replicated"] = "auto"
     """replicated: every rank holds all that does not train, and none of it is gathered during a step. Worth its memory
     where ranks are joined by a slow network. auto: replicated without a GPU in float32, else sharded."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: parameters, gradients and optimizer wait in main memory (GPU runs only)."""
-    parallel: Parallel = Parallel()
-    """Parallelism besides FSDP over all ranks; see `lamella.recipe.parallel`."""
-    threads_per_rank: int = Field(default=0, ge=0)
-    """Threads of one rank's computation; 0 shares the machine's cores among the local ranks."""
+    parallel: Harmless[Parallel] = Parallel()
+    """The ranks are laid out by these degrees of parallelism, besides FSDP over all of them."""
+    threads_per_rank: Harmless[int] = Field(default=0, ge=0)
+    """A rank computes with this many threads; 0 shares the machine's cores among the local ranks."""
     torchtitan: dict[str, Any] = Field(default={})
-    """Any other option of torchtitan's Trainer.Config, nested."""
+    """Any other option of torchtitan's Trainer.Config is set here, nested as there."""
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
@@ -178,7 +190,7 @@ class Recipe(Strict):
                 elif key == "router_fit" and name in streams:
                     problems.append(f"router_fit needs samples from all over {name!r}; leave out its stream: true")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise Problems(problems)
         return self
 
     def check_world_size(self, num_ranks: int) -> None:
@@ -220,12 +232,8 @@ def _mixture_problems(key: str, portions: list[Portion] | None) -> list[str]:
     return []
 
 
-# Another value of these is no other run: they change what is kept and shown, and where it is computed, not what.
-HARMLESS = frozenset(
-    {"out", "resume", "stop_at_step", "heldout_every_steps", "log_every_steps", "save_every_steps", "keep_checkpoints",
-     "checkpoint_async", "max_skips_in_a_row", "max_restarts_without_progress", "tensorboard", "threads_per_rank",
-     "parallel", "on_bad_data"}
-)  # fmt: skip
+HARMLESS = harmless_keys(Recipe)
+"""Another value of these is no other run."""
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -242,40 +250,10 @@ def harmless_changes(old: Recipe, new: Recipe) -> list[str]:
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """Check plain values; UserError with one line for each problem."""
+    """The recipe of plain values; UserError with one line for each problem."""
     if "stages" in values:
         raise UserError("the recipe has stages; here a recipe of one run is needed: select one with stage=NAME")
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError("the recipe has errors:\n" + "\n".join(_lines(error))) from None
-
-
-SECTIONS: dict[str, type[Strict]] = {
-    "data": Portion,
-    "heldout_data": Portion,
-    "distil": Distil,
-    "lora": LoRA,
-    "twin_share": TwinShare,
-    "routing_loss": RoutingLoss,
-    "router_fit": RouterFit,
-    "top_k_schedule": TopKSchedule,
-    "parallel": Parallel,
-}
-
-
-def _lines(error: ValidationError) -> list[str]:
-    lines = []
-    tags = ("literal[", *(section.__name__ for section in SECTIONS.values()))
-    for problem in error.errors():
-        # The tag of a union's branch stands in the location of its errors; it is no key.
-        where = [str(part) for part in problem["loc"] if not str(part).startswith(tags)]
-        key = ".".join(where)
-        if problem["type"] == "extra_forbidden":
-            known = (SECTIONS[where[0]] if len(where) > 1 else Recipe).model_fields
-            lines.append(f"  unknown key {key!r}{did_you_mean(where[-1], known)}")
-        elif problem["type"] == "value_error" and not problem["loc"][1:]:
-            lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
-        else:
-            lines.append(f"  {key}: {problem['msg'].removeprefix('Value error, ')}, not {problem['input']!r}")
-    return lines
+    recipe, lines = checked(Recipe, values, ("stages",))
+    refuse(lines)
+    assert recipe is not None
+    return recipe

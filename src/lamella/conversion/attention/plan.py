@@ -6,23 +6,26 @@ and the dense attention stays in the file.
 
 from __future__ import annotations
 
-import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lamella.architecture.converted import (
+    FLOAT32,
     attention_prefix,
     converted_config,
     converted_family,
     converted_tensors,
     dense_config,
+    router_tensors,
 )
 from lamella.architecture.families import CONVERTED_PREFIX, may_be_stored
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.checkpoint.gather import Given
-from lamella.checkpoint.pieces import Stretches
+from lamella.checkpoint.pieces import Piece, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import (
     Checkpoint,
@@ -32,10 +35,10 @@ from lamella.checkpoint.source import (
     read_config,
     read_folder,
 )
-from lamella.conversion.attention.router import start_routers
-from lamella.conversion.work import Work
+from lamella.conversion.attention.router import RouterStartValues, start_routers
+from lamella.conversion.plan import ConversionPlan, Undecided, Workspace
 from lamella.errors import UserError
-from lamella.recipe.methods.attention import AttentionOptions, attention_config
+from lamella.recipe.methods.attention import AttentionOptions, attention_sizes
 
 
 def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
@@ -60,27 +63,45 @@ def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
     )
 
 
-def plan_attention(source: Checkpoint, options: AttentionOptions, work: Work) -> WritePlan:
+def plan_attention(model: str | Path | None, options: AttentionOptions) -> ConversionPlan:
     """The source's tensors, each layer's router behind them, and the new config.
 
     Raises:
-        UserError: experts that do not fit the heads; for the router "ridge" no tokenizer or too little text.
+        UserError: experts that do not fit the heads; when it is decided, for the router "ridge", no tokenizer or too
+            little text.
     """
-    config = attention_config(source.config, source.family, options)
-    sizes_only = work.folder is None
-    chosen = dataclasses.replace(options, router="zero", balance=None) if sizes_only else options
+    source = open_dense_or_converted(model)
+    config = attention_sizes(options, source.config)
+
+    def decide(work: Workspace) -> WritePlan:
+        starts = start_routers(source, config, options, work.on_progress)
+        return _plan(source, config, {layer: _pieces(start, config) for layer, start in starts.items()})
+
+    undecided: dict[int, Mapping[str, Piece]] = {layer: defaultdict(Undecided) for layer in config.layers}
+    return ConversionPlan(source, _plan(source, config, undecided), decide)
+
+
+def _plan(source: Checkpoint, config: AttentionMoEConfig, pieces: Mapping[int, Mapping[str, Piece]]) -> WritePlan:
+    """The plan with these pieces of the routers, by layer and by their names in it."""
     tensors = [OutputTensor(t.name, t.dtype, t.shape, Stretches.copy(t)) for t in source.tensors.values()]
-    for layer, start in start_routers(source, config, chosen, work.on_progress).items():
-        prefix = f"{attention_prefix(layer)}router."
-        own = {"weight": start.weight_ED, "selection_bias": start.bias_E}
-        if config.gate == "unit":
-            own["gate_scale"] = torch.zeros(config.num_experts)
-        dtype = source.tensors[f"{attention_prefix(layer)}q_proj.weight"].dtype
+    shapes = router_tensors(source.config["hidden_size"], config)
+    for layer, made in pieces.items():
+        prefix = attention_prefix(layer)
+        dtype = source.tensors[f"{prefix}q_proj.weight"].dtype
         tensors += [
-            OutputTensor(prefix + name, "F32" if name == "selection_bias" else dtype, tuple(value.shape), Given(value))
-            for name, value in own.items()
+            OutputTensor(name, "F32" if own in FLOAT32 else dtype, shape, made[own])
+            for name, shape in shapes.items()
+            if name.startswith(prefix) and (own := name.removeprefix(prefix))
         ]
     return WritePlan(tensors, attention_model_config(source, config))
+
+
+def _pieces(start: RouterStartValues, config: AttentionMoEConfig) -> dict[str, Piece]:
+    return {
+        "router.weight": Given(start.weight_ED),
+        "router.selection_bias": Given(start.bias_E),
+        "router.gate_scale": Given(torch.zeros(config.num_experts)),
+    }
 
 
 def attention_model_config(source: Checkpoint, config: AttentionMoEConfig) -> dict[str, Any]:

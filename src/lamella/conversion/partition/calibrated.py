@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamella.architecture.layout import ffn_layout
+from lamella.architecture.moe import MoEConfig
 from lamella.calibrate import calibrate, calibration_tokens
 from lamella.calibrate.guard import Verdict, guarded
 from lamella.calibrate.layerwise import LayerwiseModel
@@ -18,29 +20,44 @@ from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.conversion.partition.decide import Decision, converted_layer, decide
-from lamella.conversion.partition.plan import plan_partition
-from lamella.conversion.work import Work
-from lamella.errors import UserError
-from lamella.recipe.methods.partition import Axes, PartitionOptions
+from lamella.conversion.partition.plan import decided_plan, list_tensors
+from lamella.conversion.plan import ConversionPlan, Workspace
+from lamella.recipe.methods.partition import Axes, PartitionOptions, partition_sizes
 
 
-def plan_calibrated(source: Checkpoint, options: PartitionOptions, work: Work) -> WritePlan:
-    """Decide every chosen layer and plan the model. UserError for bad options, before anything is computed."""
-    layout = ffn_layout(source.config)
-    layers = options.chosen_layers(layout.num_layers)
-    options.check(layout.ffn_width)
-    if options.router == "analytic" and layout.gate is None:
-        raise UserError("router 'analytic' is made of gate projections, which this family has none of; use 'ridge'")
-    if work.folder is None:
-        axes = sizes_only(options)
-        return plan_partition(source, axes, _decide_all(source, axes, layers, work).decisions)
-    decided = _decide_all(source, options, layers, work)
+def plan_partition(model: str | Path | None, options: PartitionOptions) -> ConversionPlan:
+    """The plan of a partition: every chosen layer is decided when the plan is, and tested if a guard is asked for.
+
+    Raises:
+        UserError: options that do not fit the model, before anything is computed.
+    """
+    source = Checkpoint.open(model)
+    sizes = partition_sizes(options, source.config)
+
+    def decide_layers(work: Workspace) -> WritePlan:
+        return _decide(source, options, sizes, work)
+
+    return ConversionPlan(source, list_tensors(source, options, sizes), decide_layers, _remark(options))
+
+
+def _remark(options: PartitionOptions) -> str:
+    """What is not known before the layers are decided."""
+    remarks = []
+    if options.fixed_shared is None:
+        remarks.append("shared: search chooses a number of shared parts for each layer, listed as none")
+    if options.guard is not None:
+        remarks.append("the guard may leave layers dense, listed as converted")
+    return "; ".join(remarks)
+
+
+def _decide(source: Checkpoint, options: PartitionOptions, sizes: MoEConfig, work: Workspace) -> WritePlan:
+    decided = _decide_all(source, options, sizes.moe_layers, work)
     decisions, notes = decided.decisions, {}
     if options.guard is not None:
         verdicts = _test(source, options, decided, work)
         decisions = {verdict.layer: decisions[verdict.layer] for verdict in verdicts if verdict.kept}
         notes = {"guard": [verdict._asdict() for verdict in verdicts]}
-    plan = plan_partition(source, options, decisions, options.dtype, decided.refitted)
+    plan = decided_plan(source, options, sizes, decisions, decided.refitted)
     return dataclasses.replace(plan, notes=notes, scratch=work.folder if options.needs_sample else None)
 
 
@@ -55,20 +72,7 @@ class Decided(NamedTuple):
         return decision if down is None else decision._replace(down_DF=down.read(0, down.numel).view(down.shape))
 
 
-def sizes_only(options: PartitionOptions) -> PartitionOptions:
-    """Options that give tensors of the same sizes without a look at the weights (the shared count may differ)."""
-    return dataclasses.replace(
-        options,
-        neurons="contiguous",
-        router="zero",
-        shared=options.fixed_shared or 0,
-        balance=None,
-        output="plain",
-        guard=None,
-    )
-
-
-def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Work) -> Decided:
+def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Workspace) -> Decided:
     axes = options.axes()
 
     def on_layer(layer: int, sample: LayerSample) -> dict[str, Tensor]:
@@ -78,7 +82,6 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
     if not axes.needs_sample:
         model = LayerwiseModel(source)
         return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
-    assert work.folder is not None
     sequential, layout = options.sequential and not axes.all_active, ffn_layout(source.config)
     refitted = 0 if axes.all_active or axes.output != "refit" else layout.hidden_size * layout.ffn_width
     results = calibrate(
@@ -99,7 +102,7 @@ def replacement(axes: Axes) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tens
     return lambda ffn, tensors: converted_layer(ffn, Decision(**tensors), axes)
 
 
-def _test(source: Checkpoint, options: PartitionOptions, decided: Decided, work: Work) -> list[Verdict]:
+def _test(source: Checkpoint, options: PartitionOptions, decided: Decided, work: Workspace) -> list[Verdict]:
     assert options.guard is not None
     num_tokens = max(options.guard.tokens, options.calibration.sequence_length)
     tokens = calibration_tokens(source, dataclasses.replace(options.calibration, num_tokens=num_tokens))

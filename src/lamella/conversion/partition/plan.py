@@ -7,38 +7,45 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
-from lamella.architecture.layout import FFNLayout, ffn_layout
+from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
 from lamella.checkpoint.gather import GatherColumns, GatherElements, GatherRows, Given
 from lamella.checkpoint.pieces import Piece
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
-from lamella.conversion.partition.decide import Decision, layer_config, layer_fields
+from lamella.conversion.partition.decide import Decision, layer_fields
+from lamella.conversion.plan import Undecided
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.errors import UserError
-from lamella.recipe.methods.partition import Axes
+from lamella.recipe.methods.partition import Axes, PartitionOptions
 
 
-def plan_partition(
+def list_tensors(source: Checkpoint, options: PartitionOptions, moe: MoEConfig) -> WritePlan:
+    """The plan before any layer is decided: `moe` as of `partition_sizes`."""
+    return _plan(source, options, moe, lambda layer, parts: defaultdict(Undecided))
+
+
+def decided_plan(
     source: Checkpoint,
-    axes: Axes,
+    options: PartitionOptions,
+    sizes: MoEConfig,
     decisions: Mapping[int, Decision],
-    dtype: str | None = None,
-    refitted: Mapping[int, SourceTensor] | None = None,
+    refitted: Mapping[int, SourceTensor],
 ) -> WritePlan:
     """All tensors and the config of the partitioned model.
 
     Args:
+        sizes: what was listed.
         decisions: by layer; layers that are not in it stay dense.
-        dtype: "float32", "bfloat16", "float16", or None for that of the source.
         refitted: by layer, down projections [D, F] in the place of the dense ones.
 
     Raises:
@@ -46,51 +53,59 @@ def plan_partition(
     """
     if not decisions:
         raise UserError("every layer would stay dense: nothing to convert; raise the guard's budgets, or name layers")
+    moe = decided_sizes(options, sizes, decisions)
+
+    def pieces(layer: int, parts: dict[str, SourceTensor]) -> dict[str, Piece]:
+        parts = parts | {"down": refitted.get(layer, parts["down"])}
+        return _pieces(parts, decisions[layer])
+
+    return _plan(source, options, moe, pieces)
+
+
+def _plan(
+    source: Checkpoint,
+    options: PartitionOptions,
+    moe: MoEConfig,
+    pieces: Callable[[int, dict[str, SourceTensor]], Mapping[str, Piece]],
+) -> WritePlan:
     layout = ffn_layout(source.config)
-    moe = moe_config(axes, decisions, layout)
 
     def experts(layer: int, parts: dict[str, SourceTensor]) -> list[OutputTensor]:
-        stored = stored_dtype(parts["down"].dtype, dtype)
-        parts = parts | {"down": (refitted or {}).get(layer, parts["down"])}
-        return _layer(parts, layout.prefix(layer), decisions[layer], moe.for_layer(layer), stored)
+        stored, made = stored_dtype(parts["down"].dtype, options.dtype), pieces(layer, parts)
+        return [
+            OutputTensor(layout.prefix(layer) + name, "F32" if name in FLOAT32 else stored, shape, made[name])
+            for name, shape in moe_tensors(layout.hidden_size, moe.for_layer(layer)).items()
+        ]
 
-    tensors = with_ffns_replaced(source, layout, decisions, experts, dtype)
-    return WritePlan(tensors, converted_config(source.config, source.family, dtype, moe=moe.to_dict()))
+    tensors = with_ffns_replaced(source, layout, moe.moe_layers, experts, options.dtype)
+    return WritePlan(tensors, converted_config(source.config, source.family, options.dtype, moe=moe.to_dict()))
 
 
-def moe_config(axes: Axes, decisions: Mapping[int, Decision], layout: FFNLayout) -> MoEConfig:
-    """The config of the most common layer, and what differs from it."""
+def decided_sizes(axes: Axes, sizes: MoEConfig, decisions: Mapping[int, Decision]) -> MoEConfig:
+    """The sizes with the most common layer's counts, and what differs from it in others."""
     fields = {layer: layer_fields(decision, axes) for layer, decision in decisions.items()}
-    common: dict[str, Any] = max(fields.values(), key=[*fields.values()].count)
-    any_layer = next(layer for layer, own in fields.items() if own == common)
-    config = layer_config(decisions[any_layer], axes, layout.gate is not None, layout.activation)
+    common = max(fields.values(), key=[*fields.values()].count)
     differing = {
         layer: {key: value for key, value in own.items() if value != common[key]}
         for layer, own in fields.items()
         if own != common
     }
-    values = config.to_dict() | {"moe_layers": sorted(decisions), "per_layer": differing}
-    return MoEConfig.from_dict(values)
+    return dataclasses.replace(sizes, moe_layers=tuple(sorted(decisions)), per_layer=differing, **common)
 
 
-def _layer(
-    parts: dict[str, SourceTensor], prefix: str, decision: Decision, moe: MoEConfig, stored: str
-) -> list[OutputTensor]:
+def _pieces(parts: dict[str, SourceTensor], decision: Decision) -> dict[str, Piece]:
+    """How each tensor of a layer is made, by its name in the layer."""
     pieces = {f"experts.trainable_{name}": piece for name, piece in _experts(parts, decision.experts_Ef, decision)}
     if len(decision.shared_n):
         pieces |= {f"shared.{name}": piece for name, piece in _experts(parts, decision.shared_n[None], decision)}
     given = {
         "router.weight": decision.router_ED,
         "router.up_weight": decision.router_up_ED,
-        "router.gate_scale": torch.zeros(moe.num_experts),
+        "router.gate_scale": torch.zeros(len(decision.experts_Ef)),
         "router.selection_bias": decision.selection_bias_E,
         "output_bias": decision.output_bias_D,
     }
-    pieces |= {name: Given(value) for name, value in given.items() if value is not None}
-    return [
-        OutputTensor(prefix + name, "F32" if name in FLOAT32 else stored, shape, pieces[name])
-        for name, shape in moe_tensors(parts["up"].width, moe).items()
-    ]
+    return pieces | {name: Given(value) for name, value in given.items() if value is not None}
 
 
 def _experts(parts: dict[str, SourceTensor], ids_Ef: Tensor, decision: Decision) -> Iterator[tuple[str, Piece]]:

@@ -1,17 +1,17 @@
-"""How attention becomes experts, as a person says it, and what that adds to a checkpoint."""
+"""Method "attention": what a recipe may say about it, and the sizes that come of it. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from lamella.architecture.families import Family
+from lamella.architecture.converted import CONVERTED_PREFIX
+from lamella.architecture.families import FAMILIES
 from lamella.architecture.moe import AttentionMoEConfig, GateKind
 from lamella.architecture.sizes import check_experts
-from lamella.errors import UserError, check_choice
-from lamella.recipe.calibration import CalibrationOptions, check_balance
-from lamella.recipe.methods.slice import parse_layers
+from lamella.errors import UserError
+from lamella.recipe.calibration import CalibrationOptions, balance_problems
+from lamella.recipe.methods.common import MethodOptions, parse_layers
 
 # "zero": every expert ties, the first top-k of them are chosen. "random": rows of std RANDOM_STD. "ridge": regression
 # of the attention's input onto the norm of what each expert contributes, on calibration text.
@@ -21,42 +21,44 @@ WITH_ATTENTION_EXPERTS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
-    """How to route attention; the `recipe` of the manifest."""
+class AttentionOptions(MethodOptions):
+    """Make routed experts of the attention heads of a dense or converted model."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "attention"
     entry: ClassVar[str] = "attention_moe"
 
     layers: str = "all"
-    """As in SliceOptions."""
+    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
     experts: int | None = None
-    """A multiple of the key/value heads that divides the query heads; None: as many as key/value heads."""
+    """The query heads are divided among this many experts, a multiple of the key/value heads that divides the query
+    heads; null takes the number of key/value heads."""
     top_k: int | None = None
-    """Experts per token; None: all of them, which with the gate "unit" is the dense attention."""
+    """Each token is attended to by this many experts; null takes all, which with gate unit is the dense attention."""
     gate: GateKind = "unit"
+    """A chosen expert is weighed by 1 + u sigmoid(logit) with u = 0 at the start (unit), or by its sigmoid or softmax
+    score over the sum of the chosen ones."""
     router: RouterStart | None = None
-    """None: "zero" where all experts are chosen, else "ridge", or with another gate than "unit" "random"."""
+    """The router starts from zero rows, from random ones, or from a ridge regression onto each expert's norm; null
+    takes zero where all experts are chosen, else ridge, or random with another gate than unit."""
     route_scale: float | None = None
-    """Factor on normalised weights; None: top-k, so that equal weights are 1. Gate "unit" has none."""
+    """The weights of gates sigmoid and softmax are multiplied by it; null takes top_k, so that equal weights are 1."""
     seed: int = 0
-    """Of the router "random"."""
+    """The rows of router random are drawn from this seed."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    """Text for the router "ridge"."""
+    """The text that router ridge is fitted on; `calibration: SOURCE` alone names it."""
     balance: float | None = None
-    """For the router "ridge": move the selection biases until MaxVio on the calibration tokens is at most this; None:
-    leave them."""
+    """Router ridge moves its selection biases until MaxVio on the calibration tokens is at most this; null leaves
+    them."""
 
-    def __post_init__(self) -> None:
-        check_choice("gate", self.gate, get_args(GateKind))
-        check_choice("router", self.router, (*get_args(RouterStart), None))
+    def problems(self) -> list[str]:
+        found = []
         if self.router == "ridge" and self.gate != "unit":
-            raise UserError(f"router 'ridge' predicts norms, which gate {self.gate!r} does not weigh; use gate 'unit'")
+            found.append(f"router 'ridge' predicts norms, which gate {self.gate!r} does not weigh; use gate 'unit'")
         if self.gate == "unit" and self.route_scale is not None:
-            raise UserError("gate 'unit' has no route_scale; leave it out")
+            found.append("gate 'unit' has no route_scale; leave it out")
         if self.balance is not None and (self.router not in ("ridge", None) or self.gate != "unit"):
-            raise UserError("balance needs calibration text, which only router 'ridge' reads; use it, with gate 'unit'")
-        check_balance(self.balance)
+            found.append("balance needs calibration text, which only router 'ridge' reads; use it, with gate 'unit'")
+        return found + balance_problems(self.balance)
 
     def router_start(self, num_experts: int, num_chosen: int) -> RouterStart:
         if self.router is not None:
@@ -64,9 +66,6 @@ class AttentionOptions:
         if num_chosen == num_experts:
             return "zero"
         return "ridge" if self.gate == "unit" else "random"
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def describe(self, entry: dict[str, Any]) -> str:
         """Lines of the model card, given the `attention_moe` entry of the new config."""
@@ -77,12 +76,13 @@ class AttentionOptions:
   routed to it, and its cache holds only these."""
 
 
-def attention_config(config: dict[str, Any], family: Family, options: AttentionOptions) -> AttentionMoEConfig:
-    """The `attention_moe` entry for a model, given its dense or converted config.json.
+def attention_sizes(options: AttentionOptions, config: dict[str, Any]) -> AttentionMoEConfig:
+    """The `attention_moe` entry that routed attention adds to a dense or converted config.json.
 
     Raises:
         UserError: a family without attention experts, layers that are not there, experts that do not fit the heads.
     """
+    family = FAMILIES[config["model_type"].removeprefix(CONVERTED_PREFIX)]
     if family.name not in WITH_ATTENTION_EXPERTS:
         known = ", ".join(WITH_ATTENTION_EXPERTS)
         raise UserError(f"the attention of {family.name} cannot become experts; that of {known} can")

@@ -1,18 +1,23 @@
-"""What a conversion by partition is made of, as a person says it: a recipe's keys are these fields."""
+"""Method "partition": what a recipe may say about it, and the sizes that come of it. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
+from lamella.architecture.layout import ffn_layout
+from lamella.architecture.moe import GateKind, MoEConfig
 from lamella.architecture.sizes import Parts, check_parts
 from lamella.errors import UserError, check_choice
-from lamella.recipe.calibration import CalibrationOptions, Guard, check_balance
-from lamella.recipe.methods.slice import DTYPE_NAMES, parse_layers
+from lamella.recipe.calibration import CalibrationOptions, Guard, balance_problems
+from lamella.recipe.check import Options
+from lamella.recipe.methods.common import DtypeName, MethodOptions, parse_layers
 
 GateName = Literal["unit", "normalised", "softmax"]
 OutputName = Literal["refit", "bias", "align", "plain"]
+# As config.json has them.
+GATES: dict[GateName, GateKind] = {"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}
 
 
 class Choice(NamedTuple):
@@ -49,40 +54,44 @@ ROUTERS = {
 
 
 @dataclass(frozen=True)
-class Axes:
+class Axes(Options):
     """How to make experts out of a layer's neurons; every axis is independent of the others."""
 
     neurons: str = "coadapted"
-    """Partition of the neurons; see PARTITIONS."""
+    """The neurons are divided into parts by contiguous, random, kmeans, coactivation, gradient-max, gradient-sharing
+    or coadapted."""
     parts: int = 16
-    """G: parts of equal width that the FFN is cut into."""
+    """The FFN is cut into this many parts of equal width, G."""
     active: int = 8
-    """A: parts that each token passes, shared ones included."""
+    """Each token passes this many parts, A, shared ones included."""
     shared: int | Literal["search"] | None = None
-    """s: parts that every token passes; None: half of the active ones. "search" takes, layer by layer, the count that
-    reconstructs best, and is that many times slower."""
+    """Every token passes this many parts, s; null takes half of the active ones. search takes, layer by layer, the
+    count that reconstructs best, and is that many times slower."""
     router: str = "ridge"
-    """Router rows at the start; see ROUTERS."""
+    """The router starts from zero, random, kmeans, analytic or ridge (regression onto what each expert adds)."""
     gate: GateName = "unit"
-    """unit: 1 + u sigmoid(logit) with u = 0 at the start. normalised: sigmoid scores over their sum. softmax: over all
-    experts, then over their sum."""
+    """A chosen expert is weighed by 1 + u sigmoid(logit) with u = 0 at the start (unit), by sigmoid scores over their
+    sum (normalised), or by a softmax over all experts, over the chosen ones' sum (softmax)."""
     scale_factor: float | None = None
-    """Factor on normalised and softmax weights; None: the number of chosen experts, so that they are about 1."""
+    """The weights of normalised and softmax are multiplied by it; null takes the number of chosen experts, so that
+    they are about 1."""
     balance: float | None = 0.01
-    """Move the selection biases until MaxVio on the calibration tokens is at most this; None: leave them."""
+    """The selection biases are moved until MaxVio on the calibration tokens is at most this; null leaves them."""
     output: OutputName = "refit"
-    """What makes up for the experts that are not chosen. refit: the down projections, by ridge regression onto what is
-    missing (lamella.conversion.partition.refit), and a bias. bias: its mean alone. align: each channel's mean and
-    variance are brought to the dense layer's. plain: nothing. With all parts active nothing is missing."""
+    """This makes up for the experts that are not chosen. refit: new down projections, by ridge regression onto what is
+    missing, and a bias. bias: the mean of what is missing. align: each channel gets the dense layer's mean and
+    variance. plain: nothing. With all parts active nothing is missing."""
 
-    def __post_init__(self) -> None:
-        check_choice("neurons", self.neurons, PARTITIONS)
-        check_choice("router", self.router, ROUTERS)
-        check_choice("gate", self.gate, get_args(GateName))
-        check_choice("output", self.output, get_args(OutputName))
+    def problems(self) -> list[str]:
+        found = []
+        for name, known in (("neurons", PARTITIONS), ("router", ROUTERS)):
+            try:
+                check_choice(name, getattr(self, name), known)
+            except UserError as error:
+                found.append(str(error))
         if self.gate == "unit" and self.scale_factor is not None:
-            raise UserError("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
-        check_balance(self.balance)
+            found.append("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
+        return found + balance_problems(self.balance)
 
     @property
     def all_active(self) -> bool:
@@ -110,39 +119,44 @@ class Axes:
             return 0 if self.all_active else None
         return self.active // 2 if self.shared is None else self.shared
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    @property
+    def adds_bias(self) -> bool:
+        """Whether what is missing of the output becomes a bias."""
+        return self.output != "plain" and not self.all_active
 
 
 @dataclass(frozen=True)
-class PartitionOptions(Axes):
-    """The axes of `Axes`, and on what and with what text."""
+class PartitionOptions(Axes, MethodOptions):
+    """Divide the neurons of every FFN among experts, of which each token passes some."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "partition"
     entry: ClassVar[str] = "moe"
 
     layers: str = "all"
-    """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""
+    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
     first_dense: int = 0
-    """The first layers stay dense, this many."""
+    """This many of the first layers stay dense."""
     last_dense: int = 0
+    """This many of the last layers stay dense."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """The text that the layers are shown; `calibration: SOURCE` alone names it."""
     sequential: bool = True
-    """Calibrate each layer on what it sees behind the converted ones, not behind the dense ones: its router and balance
-    are then fitted to what they get (also behind one that the guard puts back). No difference with all parts active."""
+    """Each layer is calibrated on what it sees behind the converted ones, not behind the dense ones: its router and
+    balance are then fitted to what they get (also behind one that the guard puts back). With all parts active it makes
+    no difference."""
     guard: Guard | None = None
-    """Test the model after each layer, and put a layer back that exceeds its budget."""
+    """The model is tested after each layer, and a layer that exceeds its budget is put back; null tests nothing."""
     seed: int = 0
-    dtype: str | None = None
-    """"float32", "bfloat16" or "float16"; None: that of the source, tensor by tensor."""
+    """Whatever a partition or a router draws is drawn from this seed."""
+    dtype: DtypeName | None = None
+    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("dtype", self.dtype, (*DTYPE_NAMES, None))
+    def problems(self) -> list[str]:
+        found = super().problems()
         for name in ("first_dense", "last_dense"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or a number of layers")
+                found.append(f"{name} is {getattr(self, name)}; it must be 0 or a number of layers")
+        return found
 
     def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
         """Ascending; UserError if none is left."""
@@ -158,11 +172,8 @@ class PartitionOptions(Axes):
     def axes(self) -> Axes:
         return Axes(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Axes)})
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def describe(self, moe: dict[str, Any]) -> str:
-        scaled = self.scale_factor is not None and self.scale_factor != moe["num_experts_per_tok"]
+    def describe(self, entry: dict[str, Any]) -> str:
+        scaled = self.scale_factor is not None and self.scale_factor != entry["num_experts_per_tok"]
         even = self.gate == "unit" or self.router == "zero"
         if not self.all_active:
             share = f"{self.active / self.parts:.0%}"
@@ -179,3 +190,34 @@ class PartitionOptions(Axes):
 - Recipe: method `partition`, neurons by `{self.neurons}`, {self.parts} parts of which {self.active} are active
   (shared: {self.shared}), router `{self.router}`, gate `{self.gate}`, seed {self.seed}.
 - {parity}"""
+
+
+def partition_sizes(options: PartitionOptions, config: dict[str, Any]) -> MoEConfig:
+    """The `moe` entry that a partition adds to a dense config.json, before anything is calibrated: as if no layer were
+    put back and, where the shared parts are searched for, as if there were none.
+
+    Raises:
+        UserError: layers that are not there, parts that do not fit the FFN, a router that needs a gate projection.
+    """
+    layout = ffn_layout(config)
+    layers = options.chosen_layers(layout.num_layers)
+    options.check(layout.ffn_width)
+    if options.router == "analytic" and layout.gate is None:
+        raise UserError("router 'analytic' is made of gate projections, which this family has none of; use 'ridge'")
+    width, shared = layout.ffn_width // options.parts, options.fixed_shared or 0
+    chosen = options.active - shared
+    return MoEConfig(
+        num_frozen_experts=0,
+        num_trainable_experts=options.parts - shared,
+        moe_intermediate_size=width,
+        num_experts_per_tok=chosen,
+        moe_layers=layers,
+        routing="flat",
+        gate=GATES[options.gate],
+        route_scale=float(chosen) if options.scale_factor is None else options.scale_factor,
+        router="analytic" if options.router == "analytic" else "linear",
+        shared_intermediate_size=shared * width,
+        output_bias=options.adds_bias or layout.down_bias is not None,
+        gated=layout.gate is not None,
+        activation=layout.activation,
+    )

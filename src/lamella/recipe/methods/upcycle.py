@@ -1,61 +1,57 @@
-"""What a conversion by upcycling may say. Imports no torch."""
+"""Method "upcycle": what a recipe may say about it, and the sizes that come of it. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
-from lamella.errors import UserError, check_choice
-from lamella.recipe.methods.slice import DTYPE_NAMES, SliceGate
+from lamella.architecture.layout import ffn_layout
+from lamella.architecture.moe import MoEConfig
+from lamella.architecture.sizes import check_slices
+from lamella.recipe.methods.common import DtypeName, MethodOptions, SliceGate, noise_problems, parse_layers
 
 
 @dataclass(frozen=True)
-class UpcycleOptions:
-    """How many copies of the FFN, and how they differ; the `recipe` of the manifest."""
+class UpcycleOptions(MethodOptions):
+    """Repeat every FFN, whole or in shards, for more parameters; a router learns to tell the copies apart."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic where a recipe is checked
     method: ClassVar[str] = "upcycle"
     entry: ClassVar[str] = "moe"
 
     experts: int = 8
-    """C: copies of the FFN."""
+    """Each FFN is copied this many times."""
     granularity: int = 1
-    """G: shards that each copy is cut into; must divide the FFN's width."""
+    """Each copy is cut into this many shards, which must divide the FFN's width."""
     top_k: int = 2
-    """Copies that a token passes; in shards, top_k * granularity experts."""
+    """Each token is computed by this many copies: in shards, by top_k * granularity experts."""
     gate: SliceGate = "softmax"
+    """This function makes scores of the router's logits: sigmoid, each alone, or softmax, over all of them."""
     noise: float = 0.0
-    """Standard deviation of what is added to the copies, in units of the dense matrix's own."""
+    """The copies get normal noise of this standard deviation, in units of each dense matrix's own."""
     redraw: float = 0.0
-    """Share of each expert's neurons that are drawn anew; 0.5 in the paper."""
+    """This share of each expert's neurons is drawn anew (drop-upcycling, arXiv 2502.19261, with 0.5)."""
     identity: bool = False
     """The dense FFN stays as a shared expert, and the copies add 0 at the start."""
     router_std: float = 0.02
-    """Of the router's rows, which decide among equal copies at the start."""
+    """The router's rows, which decide among equal copies at the start, are drawn with this standard deviation."""
     seed: int = 0
+    """Noise, redrawn neurons and router rows are drawn from this seed."""
     layers: str = "all"
-    """"all", "every:N" (layers 0, N, 2N, ...), or a list such as "0,3,5-9"."""
-    dtype: str | None = None
-    """"float32", "bfloat16" or "float16"; None: that of the source, tensor by tensor."""
+    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
+    dtype: DtypeName | None = None
+    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
-    def __post_init__(self) -> None:
-        check_choice("gate", self.gate, get_args(SliceGate))
-        check_choice("dtype", self.dtype, (*DTYPE_NAMES, None))
+    def problems(self) -> list[str]:
+        found = noise_problems(self.noise)
         if not 1 <= self.top_k <= self.experts:
-            raise UserError(f"top_k is {self.top_k}; it must be 1 to the {self.experts} copies")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise UserError(f"noise is {self.noise}; it must be 0 or a positive number")
+            found.append(f"top_k is {self.top_k}; it must be 1 to the {self.experts} copies")
         if not 0 <= self.redraw <= 1:
-            raise UserError(f"redraw is {self.redraw}; it must be a share from 0 to 1")
+            found.append(f"redraw is {self.redraw}; it must be a share from 0 to 1")
         if not self.router_std > 0:
-            raise UserError(f"router_std is {self.router_std}; equal rows could not tell the copies apart, raise it")
+            found.append(f"router_std is {self.router_std}; equal rows could not tell the copies apart, raise it")
+        return found
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def describe(self, moe: dict[str, Any]) -> str:
+    def describe(self, entry: dict[str, Any]) -> str:
         exact = self.identity or not (self.noise or self.redraw)
         parity = (
             "At the start the copies add up to the dense FFN: the logits are the dense model's."
@@ -66,3 +62,22 @@ class UpcycleOptions:
 - Recipe: method `upcycle`, {self.experts} copies of each FFN in {self.granularity} shards, noise {self.noise},
   redrawn {self.redraw}, seed {self.seed}.
 - {parity}"""
+
+
+def upcycle_sizes(options: UpcycleOptions, config: dict[str, Any]) -> MoEConfig:
+    """The `moe` entry that upcycling adds to a dense config.json. UserError where they do not fit each other."""
+    G, layout = options.granularity, ffn_layout(config)
+    return MoEConfig(
+        num_frozen_experts=0,
+        num_trainable_experts=options.experts * G,
+        moe_intermediate_size=check_slices(layout.ffn_width, G),
+        num_experts_per_tok=options.top_k * G,
+        moe_layers=parse_layers(options.layers, layout.num_layers),
+        routing="flat",
+        gate=options.gate,
+        route_scale=float(G),
+        shared_intermediate_size=layout.ffn_width if options.identity else 0,
+        output_bias=layout.down_bias is not None,
+        gated=layout.gate is not None,
+        activation=layout.activation,
+    )
