@@ -5,54 +5,21 @@ Run: uv run python docs/reference.py reference/commands.md      (prints a page; 
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import importlib
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
-from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from lamella import cli
-from lamella.recipe.conversion import OPTIONS, options_type
-from lamella.recipe.training import HARMLESS, SECTIONS, Recipe
-
-Schema = dict[str, Any]
-OWN = {
-    "model": ("name or path, or none", "none", "Folder, .gguf file or hub name. None: the embedded SmolLM2-135M."),
-    "out": ("path, or none", "artifacts/moe", "The folder to make."),
-    "method": ("", "slice", "Which way to make experts; the sections below are the methods."),
-}
-
-
-def field_docs(kind: type) -> dict[str, str]:
-    """The string below each field of a class, those of its bases included."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        if not hasattr(base, "__annotations__") or base.__module__.startswith("pydantic"):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, after in zip(body.body, [*body.body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                text = after.value if isinstance(after, ast.Expr) else None
-                found = text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else ""
-                docs[statement.target.id] = inspect.cleandoc(found)
-    return docs
-
-
-def summary(kind: type) -> str:
-    """The class's docstring as prose."""
-    return prose(inspect.cleandoc(kind.__doc__ or ""))
+from lamella.by_slicing import convert_by_slicing
+from lamella.recipe.keys import Key, keys
+from lamella.recipe.methods import METHODS
 
 
 def prose(text: str) -> str:
@@ -61,75 +28,27 @@ def prose(text: str) -> str:
     return re.sub(r"`([^`]*)\\([|*])([^`]*)`", r"`\1\2\3`", text)
 
 
-def type_words(schema: Schema) -> str:
-    """A JSON schema as words for people."""
-    if "anyOf" in schema:
-        return ", or ".join(dict.fromkeys(type_words(part) for part in schema["anyOf"]))
-    if "enum" in schema or "const" in schema:
-        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
-    if "$ref" in schema or "allOf" in schema:
-        reference = schema.get("$ref") or schema["allOf"][0]["$ref"]
-        return f"section [{section_name(reference)}](#{section_name(reference).lower()})"
-    if schema.get("type") == "array":
-        return f"list of {type_words(schema.get('items', {}))}"
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-    words |= {"null": "none", "object": "section"}
-    return words.get(str(schema.get("type")), "anything") + bounds(schema)
-
-
-def bounds(schema: Schema) -> str:
-    """' from 0 to 1' and the like."""
-    said = []
-    for key, words in (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"),
-                       ("exclusiveMaximum", "below")):  # fmt: skip
-        if key in schema:
-            said.append(f"{words} {schema[key]:g}")
-    return f" ({', '.join(said)})" if said else ""
-
-
-def section_name(reference: str) -> str:
-    return reference.rpartition("/")[2]
-
-
-def value_words(value: Any) -> str:
-    """A default as YAML on one line."""
-    if value is dataclasses.MISSING:
-        return "must be given"
-    if value is None:
-        return "none"
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-    return f"`{text}`"
-
-
-def key_table(schema: Schema, docs: dict[str, str], harmless: frozenset[str] | None = None) -> str:
-    """A table of one section's keys. `harmless`: keys that may change in a run that has begun; None leaves that out."""
-    mark = harmless is not None
-    lines = ["| key | value | default | what it does |" + (" may change |" if mark else "")]
-    lines.append("|---|---|---|---|" + ("---|" if mark else ""))
-    for key, part in schema.get("properties", {}).items():
-        default = value_words(part.get("default", dataclasses.MISSING if key in schema.get("required", ()) else {}))
-        row = f"| `{key}` | {type_words(part)} | {default} | {prose(docs.get(key, ''))} |"
-        lines.append(row + (f" {'yes' if key in harmless else ''} |" if harmless is not None else ""))
+def key_table(keys: list[Key], marks: bool = False) -> str:
+    """A table of keys; `marks` adds whether a run that has begun can go on with another value."""
+    lines = ["| key | value | default | what it does |" + (" may change |" if marks else "")]
+    lines.append("|---|---|---|---|" + ("---|" if marks else ""))
+    for key in keys:
+        default = f"`{key.default}`" if key.default else ""
+        row = f"| `{key.name}` | {key.type.replace(' | ', ', ')} | {default} | {prose(key.text)} |"
+        lines.append(row + (f" {'yes' if key.harmless else ''} |" if marks else ""))
     return "\n".join(lines)
 
 
 def training_page() -> str:
     """Every key of a training recipe and of its sections."""
-    schema = Recipe.model_json_schema()
     parts = [
         "# Training recipes",
         "A training recipe is a YAML file. `key=value` words on the command line change it; `a.b=value` reaches into a "
-        "section. An unknown key is an error. This page is made from the code.",
+        "section. An unknown key is an error. `lamella keys train` prints this page in a terminal; both are made from "
+        "the code.",
         "*May change*: a run that has begun can go on with another value of such a key. Another value of any other key "
         "is another run, and needs another `out`.",
-        key_table(schema, field_docs(Recipe), frozenset(HARMLESS)),
-    ]
-    named = {kind.__name__: kind for kind in SECTIONS.values()}
-    for name, part in schema["$defs"].items():
-        if name in named:
-            keys = ", ".join(f"`{key}`" for key, kind in SECTIONS.items() if kind is named[name])
-            parts += [f"## {name}", f"Under {keys}. {summary(named[name])}", key_table(part, field_docs(named[name]))]
-    parts += [
+        key_table(keys("train"), marks=True),
         "## Stages",
         "`stages` is a list of sections, each with a `name` and any of the keys above but `model` and `out`. They run "
         "one after the other, each from the result of the one before. See [train in stages](../how-to/stages.md).",
@@ -139,37 +58,20 @@ def training_page() -> str:
 
 def conversion_page() -> str:
     """Every key of every method of conversion."""
-    methods = ", ".join(f"`{method}`" for method in OPTIONS)
-    own = [f"| `{key}` | {value or methods} | `{default}` | {told} |" for key, (value, default, told) in OWN.items()]
     parts = [
         "# Conversion recipes",
         "A conversion recipe is a YAML file, or `key=value` words after `lamella convert`, or both. An unknown key is "
-        "an error. This page is made from the code.",
-        "\n".join(["| key | value | default | what it does |", "|---|---|---|---|", *own]),
+        "an error. `lamella keys convert METHOD` prints a method's keys in a terminal; both are made from the code.",
+        key_table(keys("convert")),
     ]
-    sections: dict[str, tuple[type, Schema]] = {}
-    for method in OPTIONS:
-        kind = options_type(method)
-        schema = TypeAdapter(kind).json_schema()
-        parts += [f"## Method `{method}` {{ #{method} }}", summary(kind), key_table(schema, field_docs(kind))]
-        for name, part in schema.get("$defs", {}).items():
-            sections[name] = (find_class(kind, name), part)
-    for name, (section, part) in sections.items():
-        parts += [f"## {name}", summary(section), key_table(part, field_docs(section))]
+    for name, method in METHODS.items():
+        parts += [f"## Method `{name}` {{ #{name} }}", prose(inspect.getdoc(method.options) or "")]
+        parts.append(key_table(keys("convert", name)))
     return "\n\n".join(parts) + "\n"
 
 
-def find_class(kind: type, name: str) -> type:
-    """A class by its name, from the modules of a class and of its bases."""
-    for base in kind.__mro__:
-        found = getattr(importlib.import_module(base.__module__), name, None)
-        if isinstance(found, type):
-            return found
-    raise LookupError(f"{name} is not in the modules of {kind}")
-
-
 SCRIPTS: dict[str, Callable[..., Any]] = {
-    "convert_by_slicing.py": cli.convert_by_slicing,
+    "convert_by_slicing.py": convert_by_slicing,
     "tests/moe_logit_match.py": cli.verify,
 }
 OPTION_TYPES = {int: "whole number", float: "number", str: "text", bool: "", Path: "path"}

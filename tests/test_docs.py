@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lamella.recipe.keys import keys
+from lamella.recipe.methods import METHODS
 from lamella.recipe.training import Recipe, make_recipe
 from support.doc_commands import ROOT, SET_UP, blocks, check, commands, pages, run, run_python, to_run
 from support.models import save_llama
@@ -115,30 +118,20 @@ def test_the_reference_has_every_command_and_option() -> None:
                 assert parameter.help, f"{words} {parameter.name} has no help"
 
 
-def keys_of(page: str) -> dict[str, tuple[str, str]]:
-    """key -> (its section's title, what the page says about it) of every table."""
-    found, title = {}, ""
-    for line in page.splitlines():
-        title = line.strip("# ") if line.startswith("#") else title
-        if match := re.match(r"\| `(\w+)` \|", line):
-            found[f"{title}.{match[1]}"] = (title, line.split(" | ")[3].strip(" |"))
-    return found
-
-
 def test_the_reference_has_every_key_of_a_training_recipe() -> None:
-    keys = keys_of(reference.training_page())
-    assert {f"Training recipes.{key}" for key in Recipe.model_fields} <= keys.keys()
-    for kind in reference.SECTIONS.values():
-        assert {f"{kind.__name__}.{key}" for key in kind.model_fields} <= keys.keys()
+    page = reference.training_page()
+    assert set(Recipe.model_fields) <= {key.name for key in keys("train")}
+    for key in keys("train"):
+        assert f"\n| `{key.name}` |" in page
 
 
 def test_the_reference_has_every_key_of_a_conversion_recipe() -> None:
-    from dataclasses import fields
-
-    keys = keys_of(reference.conversion_page())
-    for method in reference.OPTIONS:
-        for field in fields(reference.options_type(method)):
-            assert f"Method `{method}` {{ #{method} }}.{field.name}" in keys
+    page = reference.conversion_page()
+    for method, row in METHODS.items():
+        section = page.partition(f"## Method `{method}`")[2].partition("\n## ")[0]
+        assert {field.name for field in fields(row.options)} <= {key.name for key in keys("convert", method)}
+        for key in keys("convert", method):
+            assert f"\n| `{key.name}` |" in section
 
 
 NAMED_PATH = re.compile(r"`((?:src|tests|launch|benchmarks|scripts|docs)/[\w./*-]+)`|\]\((?!https?:|#)([\w./-]+)")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lamella.calibrate import CalibrationStep
 
 
 def convert(
@@ -13,7 +16,7 @@ def convert(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
-    on_progress: Callable[[Any], None] = lambda _: None,
+    on_progress: Callable[[CalibrationStep], None] = lambda _: None,
     **recipe: Any,
 ) -> tuple[Any, Any]:
     """Convert a dense model and load the result; both generate at once.
@@ -25,8 +28,7 @@ def convert(
         out: folder to keep; None keeps none.
         overwrite: replace the checkpoint in `out`.
         on_progress: told of each step of a calibration (`lamella.calibrate.CalibrationStep`).
-        recipe: the keys of a conversion recipe: `method` and the fields of its options
-            (lamella.recipe.conversion.OPTIONS).
+        recipe: the keys of a conversion recipe: `method` and the method's own (`lamella keys convert METHOD`).
 
     Returns:
         (transformers model in evaluation mode, in the checkpoint's dtype; its tokenizer). `model.lamella_report` is the

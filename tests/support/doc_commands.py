@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from lamella import cli
+from lamella.by_slicing import convert_by_slicing
 from lamella.recipe.conversion import load_conversion
 from lamella.run.launch import arguments, prepare_stages
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "docs/quick-start.md", "docs/how-to/convert.md")
 SET_UP = ("pip install uv", "uv sync")
 SHELL = ("cat", "tail")
-SCRIPTS = {"convert_by_slicing.py": cli.convert_by_slicing, "tests/moe_logit_match.py": cli.verify}
+SCRIPTS = {"convert_by_slicing.py": convert_by_slicing, "tests/moe_logit_match.py": cli.verify}
 DENSE = "path/to/Llama-3.1-8B"
 TOOLS = {"ruff": "check format", "mypy": "", "mkdocs": "build serve", "tensorboard": ""}
 

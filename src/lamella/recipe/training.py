@@ -136,7 +136,7 @@ class Recipe(Strict):
     max_skips_in_a_row: Harmless[PositiveInt] = 10
     """Steps with a non-finite gradient change nothing; after so many in a row the run stops."""
     max_restarts_without_progress: Harmless[int] = Field(default=3, ge=0)
-    """`lamella train` starts again after a failure that may pass, so often until there is a new checkpoint."""
+    """After a failure that may pass, `lamella train` starts again, so often until there is a new checkpoint."""
     tensorboard: Harmless[bool] = True
     """The metrics are written for TensorBoard, too."""
 
@@ -150,10 +150,11 @@ class Recipe(Strict):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """The backward pass computes activations again instead of keeping them: none, some, or all of a layer's."""
     frozen_weights: Literal["auto", "sharded", "replicated"] = "auto"
-    """replicated: every rank holds all that does not train, and none of it is gathered during a step. Worth its memory
-    where ranks are joined by a slow network. auto: replicated without a GPU in float32, else sharded."""
+    """What does not train is shared out like the rest (sharded), or every rank holds all of it and none is gathered
+    during a step (replicated), which is worth its memory where ranks are joined by a slow network. auto: replicated
+    without a GPU in float32, else sharded."""
     offload: Literal["none", "cpu"] = "none"
-    """cpu: parameters, gradients and optimizer wait in main memory (GPU runs only)."""
+    """Parameters, gradients and optimizer wait on the GPU (none), or in main memory (cpu; GPU runs only)."""
     parallel: Harmless[Parallel] = Parallel()
     """The ranks are laid out by these degrees of parallelism, besides FSDP over all of them."""
     threads_per_rank: Harmless[int] = Field(default=0, ge=0)
