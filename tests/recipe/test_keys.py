@@ -23,7 +23,7 @@ ALL = [("train", None), ("convert", None), *(("convert", method) for method in M
 
 @pytest.mark.parametrize(("kind", "method"), ALL)
 def test_every_key_has_a_type_and_a_sentence(kind: str, method: str | None) -> None:
-    for key in keys(kind, method):  # type: ignore[arg-type]
+    for key in keys(kind, method):
         assert key.type, key.name
         assert key.text.endswith("."), key.name
         assert key.text[0].isupper(), key.name
@@ -34,7 +34,7 @@ def test_keys_are_readable_in_80_columns(kind: str, method: str | None) -> None:
     done = CliRunner().invoke(app, ["keys", kind, *([method] if method else [])])
     assert done.exit_code == 0
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
-    for key in keys(kind, method):  # type: ignore[arg-type]
+    for key in keys(kind, method):
         assert f"\n{key.name}: " in f"\n{done.stdout}"
 
 
@@ -43,7 +43,7 @@ def test_defaults_are_what_a_recipe_without_the_key_has(kind: str, method: str |
     """A recipe that writes every default out is the one that writes none."""
     import yaml
 
-    listed = {key.name: yaml.safe_load(key.default) for key in keys(kind, method) if key.default}  # type: ignore[arg-type]
+    listed = {key.name: yaml.safe_load(key.default) for key in keys(kind, method) if key.default}
     said = {name: value for name, value in listed.items() if "." not in name and name != "stages"}
     if kind == "train":
         assert make_recipe(said) == make_recipe({})

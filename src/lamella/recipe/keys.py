@@ -47,10 +47,11 @@ class Key(NamedTuple):
     """Whether a training run goes on when another value is given."""
 
 
-def keys(kind: Kind, method: str | None = None) -> list[Key]:
+def keys(kind: str, method: str | None = None) -> list[Key]:
     """All keys of a training recipe, of every conversion, or of one method's, in the order of the code.
 
     Args:
+        kind: "train" or "convert".
         method: of a conversion; None: the keys that do not depend on the method.
 
     Raises:
@@ -103,7 +104,6 @@ def _keys(section: type[Any], prefix: str = "") -> Iterator[Key]:
                 yield key._replace(harmless=name in harmless)
 
 
-@cache
 def docstrings(section: type[Any]) -> dict[str, str]:
     """Field -> the string literal below it, its line breaks taken out; those of base classes too."""
     found: dict[str, str] = {}
