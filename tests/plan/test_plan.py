@@ -101,7 +101,7 @@ def test_shipped_recipes_fit_the_gpus_they_name(path, llama3, tmp_path, capsys):
     out = tmp_path / "plan.json"
     ranks = 16 if path.stem.endswith(("hsdp", "pp")) else 8
     words = [str(path)] + (["stage=pretrain"] if path.stem.endswith("stages") else [])
-    run(words, ranks=ranks, price_per_hour=2.0, dense=str(llama3), slices=8, json_path=out)
+    run(words, ranks=ranks, price_per_hour=2.0, dense=str(llama3), conversion=["slices=8"], json_path=out)
     values = json.loads(out.read_text())
     assert not [w for w in values["warnings"] if w.startswith("does not fit")]
     assert values["batch"]["tokens_per_step"] == 524_288
@@ -206,7 +206,7 @@ def test_constants_of_training_are_the_plans():
 
 def test_a_pipeline_is_planned_by_its_fullest_stage(llama3, tmp_path):
     out = tmp_path / "plan.json"
-    run([str(SHIPPED / "llama3-8b-pp.yaml")], ranks=16, dense=str(llama3), slices=8, json_path=out)
+    run([str(SHIPPED / "llama3-8b-pp.yaml")], ranks=16, dense=str(llama3), conversion=["slices=8"], json_path=out)
     values = json.loads(out.read_text())
     assert values["ranks"]["shards_of_a_weight"] == 8
     assert values["time"]["pipeline_bubble"] == pytest.approx(1 / 9)  # 8 micro-batches, 2 stages
@@ -344,7 +344,7 @@ def test_a_stages_model_that_is_there_is_read(staged, tmp_path):
 
 def test_the_shipped_stages_are_planned_from_a_dense_model(llama3, tmp_path):
     out = tmp_path / "plan.json"
-    run([str(SHIPPED / "llama3-8b-stages.yaml")], dense=str(llama3), slices=8, json_path=out)
+    run([str(SHIPPED / "llama3-8b-stages.yaml")], dense=str(llama3), conversion=["slices=8"], json_path=out)
     plans = json.loads(out.read_text())["stages"]
     assert {plan["parameters"]["all"] for plan in plans.values()} == {13_668_454_400}
     assert plans["converse"]["parameters"]["trained"] < plans["pretrain"]["parameters"]["trained"]
@@ -392,3 +392,26 @@ def test_checkpoint_staging_has_a_line_of_its_own(gpu, llama3):
     (line,) = [line for line in lines(checkpoint_async=True) if "checkpoint staging" in line]
     assert line.endswith(" GiB")
     assert not any("checkpoint staging" in line for line in lines())
+
+
+LLAMA3_PARAMETERS = 8_030_261_248  # as its model card counts
+FFN = 3 * 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "inactive"),
+    [
+        (["slices=16"], 32 * (FFN + 16 * 4096), 32 * FFN),
+        (["method=partition", "active=8"], 32 * (12 * (4096 + 1) + 4096), 32 * FFN // 2),
+        (["method=upcycle", "experts=4"], 32 * (3 * FFN + 4 * 4096), 32 * 2 * FFN),
+        (["method=attention", "top_k=4"], 32 * 8 * (4096 + 1), 0),
+    ],
+)
+def test_any_conversion_of_a_dense_model_is_planned(words, added, inactive, llama3, tmp_path, capsys):
+    """Parameters that it adds, and that a token does not meet: for half of a partition's 16 parts half of the FFN."""
+    out = tmp_path / "plan.json"
+    trains = "all" if "method=attention" in words else "experts+router"
+    run([f"trains={trains}"], dense=str(llama3), conversion=words, ranks=3, json_path=out)
+    parameters = json.loads(out.read_text())["parameters"]
+    assert parameters["all"] == LLAMA3_PARAMETERS + added
+    assert parameters["active_per_token"] == parameters["all"] - inactive
