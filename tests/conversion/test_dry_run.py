@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tiny import VOCAB, save_tokenizer
-from tiny_models import tiny_checkpoint
 from typer.testing import CliRunner
 
 from lamella.cli import app
 from lamella.conversion import convert, plan_conversion
 from lamella.recipe.conversion import read_conversion
 from lamella.recipe.methods import METHODS, sizes_of
+from support.models import VOCAB, save_tokenizer, tiny_checkpoint
 
 CALIBRATION = "calibration={num_tokens: 256, sequence_length: 64}"
 RECIPES = {
