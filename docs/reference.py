@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,51 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from lamella import cli
-from lamella.by_slicing import convert_by_slicing
+from lamella import by_slicing, cli
 from lamella.recipe.keys import Key, keys
 from lamella.recipe.methods import METHODS
 
+SCRIPTS: dict[str, Callable[..., Any]] = {
+    "convert_by_slicing.py": by_slicing.convert_by_slicing,
+    "tests/moe_logit_match.py": cli.verify,
+}
+OPTION_TYPES = {int: "whole number", float: "number", bool: "", Path: "path"}
+BAR = "\\|"
+HEAD = ("| key | value | default | what it does |", "|---|---|---|---|")
+
 
 def prose(text: str) -> str:
-    """One line, with what a Markdown table would take for its own escaped."""
-    text = re.sub(r"\s+", " ", text).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
-    return re.sub(r"`([^`]*)\\([|*])([^`]*)`", r"`\1\2\3`", text)
+    """One line, with what Markdown would take for its own escaped."""
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"([|*<])", r"\\\1", text) if "`" not in text else text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def key_table(keys: list[Key], marks: bool = False) -> str:
-    """A table of keys; `marks` adds whether a run that has begun can go on with another value."""
-    lines = ["| key | value | default | what it does |" + (" may change |" if marks else "")]
-    lines.append("|---|---|---|---|" + ("---|" if marks else ""))
-    for key in keys:
-        default = f"`{key.default}`" if key.default else ""
-        row = f"| `{key.name}` | {key.type.replace(' | ', ', ')} | {default} | {prose(key.text)} |"
-        lines.append(row + (f" {'yes' if key.harmless else ''} |" if marks else ""))
-    return "\n".join(lines)
+def section_of(key: Key) -> str:
+    """`guard.` of `guard.total`; '' of a key that is in no section."""
+    return key.name[: key.name.rfind(".") + 1]
+
+
+def tables(all_keys: Iterable[Key], heading: str, *, mark: bool = False) -> Iterator[str]:
+    """A table of the keys in no section, then one for each section under a heading of its own.
+
+    Args:
+        heading: the heading of the sections, such as '###'.
+        mark: whether to say which keys may change in a run that has begun.
+    """
+    by_section = sorted(all_keys, key=lambda key: section_of(key) != "")  # stable: sections keep their order
+    for section, group in groupby(by_section, key=section_of):
+        if section:
+            yield f"{heading} Section `{section.rstrip('.')}`"
+        more = " may change |" if mark else "", "---|" if mark else ""
+        yield "\n".join([HEAD[0] + more[0], HEAD[1] + more[1], *(key_row(key, mark) for key in group)])
+
+
+def key_row(key: Key, mark: bool) -> str:
+    """A line of a table of keys."""
+    kind = ", ".join(f"`{part.strip()}`" for part in key.type.replace('"', "").split("|"))
+    default = f"`{key.default}`" if key.default else "its own" if "section" in key.type else "must be given"
+    row = f"| `{key.name}` | {kind} | {default} | {prose(key.text)} |"
+    return row + (f" {'yes' if key.harmless else ''} |" if mark else "")
 
 
 def training_page() -> str:
@@ -44,14 +69,10 @@ def training_page() -> str:
     parts = [
         "# Training recipes",
         "A training recipe is a YAML file. `key=value` words on the command line change it; `a.b=value` reaches into a "
-        "section. An unknown key is an error. `lamella keys train` prints this page in a terminal; both are made from "
-        "the code.",
+        "section. An unknown key is an error. `lamella keys train` prints the same; this page is made from the code.",
         "*May change*: a run that has begun can go on with another value of such a key. Another value of any other key "
-        "is another run, and needs another `out`.",
-        key_table(keys("train"), marks=True),
-        "## Stages",
-        "`stages` is a list of sections, each with a `name` and any of the keys above but `model` and `out`. They run "
-        "one after the other, each from the result of the one before. See [train in stages](../how-to/stages.md).",
+        "is another run, and needs another `out`. [Train in stages](../how-to/stages.md) explains `stages`.",
+        *tables(keys("train"), "##", mark=True),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -61,29 +82,27 @@ def conversion_page() -> str:
     parts = [
         "# Conversion recipes",
         "A conversion recipe is a YAML file, or `key=value` words after `lamella convert`, or both. An unknown key is "
-        "an error. `lamella keys convert METHOD` prints a method's keys in a terminal; both are made from the code.",
-        key_table(keys("convert")),
+        "an error. `lamella keys convert METHOD` prints the same; this page is made from the code.",
+        *tables(keys("convert"), "##"),
     ]
     for name, method in METHODS.items():
-        parts += [f"## Method `{name}` {{ #{name} }}", prose(inspect.getdoc(method.options) or "")]
-        parts.append(key_table(keys("convert", name)))
+        parts += [f"## Method `{name}`", prose(inspect.getdoc(method.options) or "")]
+        parts += tables(keys("convert", name), "###")
     return "\n\n".join(parts) + "\n"
-
-
-SCRIPTS: dict[str, Callable[..., Any]] = {
-    "convert_by_slicing.py": convert_by_slicing,
-    "tests/moe_logit_match.py": cli.verify,
-}
-OPTION_TYPES = {int: "whole number", float: "number", str: "text", bool: "", Path: "path"}
 
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Every command that a user can type: its words, and what typer makes of it; in the order of the help."""
     yield from walk("lamella", typer.main.get_command(cli.app))
     for words, function in SCRIPTS.items():
-        single = typer.Typer(add_completion=False)
-        single.command()(function)
-        yield words, typer.main.get_command(single)
+        yield words, single(function)
+
+
+def single(function: Callable[..., Any]) -> Any:
+    """The command line of a script that is one command."""
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return typer.main.get_command(app)
 
 
 def walk(words: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -104,13 +123,14 @@ def commands_page() -> str:
         "made from the code.",
     ]
     for words, command in commands():
+        parts.append(f"## {words}")
         if words == "tests/moe_logit_match.py":
-            parts += [f"## {words}", "The same as `lamella verify`; pytest collects its tests."]
+            parts.append("The same as `lamella verify --no-ratios`; pytest collects its tests.")
             continue
-        parts += [f"## {words}", prose(command.help or "")]
+        parts += [prose(text) for text in (command.help or "", command.epilog or "") if text]
         rows = [option_row(parameter) for parameter in command.params if not parameter.hidden]
         if rows:
-            parts.append("\n".join(["| option | value | default | what it does |", "|---|---|---|---|", *rows]))
+            parts.append("\n".join([HEAD[0].replace("key", "option"), HEAD[1], *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,7 +145,7 @@ def option_row(parameter: Any) -> str:
     elif isinstance(default, bool):
         default = "yes" if default else "no"
     told = "" if default is None else prose(str(default))
-    return f"| `{name}` | {kind} | {told} | {prose(parameter.help or '')} |"
+    return f"| `{name.replace('|', BAR)}` | {kind} | {told} | {prose(parameter.help or '')} |"
 
 
 PAGES: dict[str, Callable[[], str]] = {
