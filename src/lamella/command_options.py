@@ -57,5 +57,5 @@ def _on_the_command_line(hint: Any) -> Any:
 
 
 def _help(text: str) -> str:
-    """Of a key's docstring: a recipe says null for what a command leaves out."""
+    """The help of a key's docstring: a recipe says null for what a command leaves out."""
     return text.replace("null ", "left out, it ")

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rich.table import Table
 from lamella.architecture.embedded import check_embedded_model
 from lamella.errors import UserError
 from lamella.run.folder import RunDir
+from lamella.run.store import LATEST
 
 Report = dict[str, dict[str, Any]]
 TEXT = "python-docs"
@@ -70,7 +72,7 @@ def check_arguments(out: Path, ranks: int, steps: int) -> None:
 
 
 def _is_demo(names: set[str]) -> bool:
-    """Of an empty folder, too; finished ones of earlier versions have no mark."""
+    """Whether a folder with these names holds nothing, or a demo; finished ones of earlier versions have no mark."""
     return not names or (names <= OWN_NAMES and (MARK in names or {"report.json", "training.png"} <= names))
 
 
@@ -87,11 +89,15 @@ def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
     (out / MARK).touch()
     began = time.perf_counter()
     demo = Demo(out, ranks, steps)
+    demo.console.print(
+        f"This takes about {expected_minutes(steps)} minutes on two CPU cores. Everything is written to {out}."
+    )
     convert(demo)
-    compare(demo)
-    train(demo)
-    resume(demo)
-    export(demo)
+    with quiet_libraries():
+        compare(demo)
+        train(demo)
+        resume(demo)
+        export(demo)
     demo.report["demo"] = {"wall_s": time.perf_counter() - began}
     draw(demo.run, out / "training.png")
     temporary = out / ".report.json"
@@ -99,6 +105,29 @@ def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
     temporary.rename(out / "report.json")
     show(demo)
     return demo.report
+
+
+def expected_minutes(steps: int) -> int:
+    """How long the demo takes on two cores, in whole minutes: measured with 12 steps (417 s) and with 20 (649 s)."""
+    return max(1, round((69 + 29 * steps) / 60))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the bars and warnings of transformers, and Python's, out of the demo's own lines."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def convert(demo: Demo) -> None:
@@ -204,15 +233,22 @@ def frozen_unchanged(demo: Demo) -> bool:
 def resume(demo: Demo) -> None:
     """Continue a copy of the run from its middle checkpoint, in new processes; the losses must be the same bits."""
     half = demo.steps // 2
-    demo.console.print(f"resume: from step {half}, in new processes")
-    shutil.copytree(demo.run, demo.resumed, ignore=shutil.ignore_patterns("hf", f"step-{demo.steps}", "tensorboard"))
-    RunDir(demo.resumed).write_status("stopped", half, demo.steps)
-    RunDir(demo.resumed).metrics_file.unlink()
+    demo.console.print(f"resume: steps {half + 1} to {demo.steps} once more, from the checkpoint, in new processes")
+    _copy_as_stopped(demo, half)
     _launch(demo, demo.resumed)
     whole = {line["step"]: line["loss"] for line in RunDir(demo.run).metrics() if line["step"] > half}
     again = {line["step"]: line["loss"] for line in RunDir(demo.resumed).metrics() if line["step"] > half}
     demo.report["train"]["resume_bit_equal"] = whole == again and len(whole) == demo.steps - half
     shutil.rmtree(demo.resumed)
+
+
+def _copy_as_stopped(demo: Demo, step: int) -> None:
+    """The run as it was when it had saved this step, without what came later."""
+    shutil.copytree(demo.run, demo.resumed, ignore=shutil.ignore_patterns("hf", f"step-{demo.steps}", "tensorboard"))
+    copy = RunDir(demo.resumed)
+    copy.write_status("stopped", step, demo.steps)
+    copy.metrics_file.unlink()
+    (copy.checkpoints / LATEST).write_text(f"{step}\n")
 
 
 def export(demo: Demo) -> None:

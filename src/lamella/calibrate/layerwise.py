@@ -117,7 +117,7 @@ class LayerwiseModel:
         return self.ffn_modules(index).read(self._tensors)
 
     def ffn_modules(self, index: int) -> LayerFFN:
-        """Where that layer has its FFN."""
+        """The modules of that layer's FFN."""
         return LayerFFN(self._source_config, index, self._prefixes[index])
 
     def embed(self, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:

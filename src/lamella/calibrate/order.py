@@ -89,7 +89,8 @@ class Calibration:
         self.stream.drop("hidden", last)
 
     def _backward(self) -> None:
-        """From the last layer to the first that is wanted; the visits, too, unless they come behind replaced FFNs."""
+        """Go from the last layer to the first that is wanted; visit them, too, unless they come behind replaced
+        FFNs."""
         for index in reversed(range(self.layers[0], self.stream.indices("gradient")[0])):
             with self.stream.writing("gradient", index) as out_NLD:
                 self._visit_backward(index, out_NLD)
@@ -110,7 +111,7 @@ class Calibration:
             self._visit(index, sample)
 
     def _forward_visits(self, kind: Kind) -> None:
-        """From the first layer to the last that is wanted."""
+        """Go from the first layer to the last that is wanted, and visit them."""
         self._embed(kind)
         for index in range(self.stream.indices(kind)[-1], self.layers[-1] + 1):
             with self.stream.writing(kind, index + 1) as out_NLD:

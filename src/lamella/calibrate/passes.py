@@ -89,7 +89,7 @@ def backward_pass(
     out_NLD: Tensor,
     sample: LayerSample | None,
 ) -> None:
-    """As `forward_pass`, but fill the gradient of the layer's input, given that of its output."""
+    """Run a layer as `forward_pass` does, but fill the gradient of the layer's input, given that of its output."""
     for part in batches(hidden_NLD.shape):
         leaf_BLD = hidden_NLD[part].clone().requires_grad_()
         y_BLD = layer(leaf_BLD, positions_NL[part])

@@ -54,9 +54,9 @@ class RouterInit(NamedTuple):
 
     weight_ED: Tensor
     bias_E: Tensor
-    """For the selection alone, never for a gate's weight."""
+    """It takes part in the selection alone, never in a gate's weight."""
     up_ED: Tensor | None = None
-    """With it (CMoE's analytic router) logits = |silu(x @ weight.T) * (x @ up.T)| + bias."""
+    """CMoE's analytic router has these rows, too: logits = |silu(x @ weight.T) * (x @ up.T)| + bias."""
 
 
 def need_gradient(sample: LayerSample, method: str) -> Tensor:

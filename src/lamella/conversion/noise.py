@@ -19,7 +19,7 @@ class Noise:
     """A `lamella.checkpoint.pieces.Change` that adds normal noise."""
 
     scale: float
-    """In units of the matrix's standard deviation."""
+    """The noise's standard deviation in units of the matrix's own."""
     seed: int
     unit: int = NOISE_BLOCK
 

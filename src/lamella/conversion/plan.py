@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Workspace(NamedTuple):
-    """Where a conversion may keep what it finds, and whom it tells."""
+    """The place where a conversion may keep what it finds, and whom it tells."""
 
     folder: Path
     """A calibration keeps its results here, and resumes from them."""
@@ -39,7 +39,7 @@ class ConversionPlan:
     decide: Callable[[Workspace], WritePlan] | None = None
     """The listing with its undecided tensors decided, by what weights and text say; None: all is decided."""
     remark: str = ""
-    """In what the decided plan may differ from the listing."""
+    """This may differ in the decided plan."""
 
     def decided(self, work: Workspace) -> WritePlan:
         """The plan to be written; may take long."""

@@ -13,11 +13,12 @@ from lamella.architecture.moe import MoEConfig
 from lamella.plan.layout import Layout
 
 ROUTED_ROW_BYTES = 44
-"""Of a routed row, once: expert id, order and token (int64), its gate weight thrice (float32), and their gradient."""
+"""A routed row keeps these bytes once: expert id, order and token (int64), its gate weight thrice (float32), and their
+gradient."""
 ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
 HIDING_FEATURES = 8
-"""As `lamella.titan.attention.MORE_FEATURES`."""
+"""The number is that of `lamella.titan.attention.MORE_FEATURES`."""
 KL_CHUNK = 1024
 """Tokens, as in `lamella.train.distil`."""
 KL_NUMBERS = 5
@@ -25,12 +26,12 @@ KL_NUMBERS = 5
 
 
 def kept_bytes(layout: Layout, layer: int) -> int:
-    """Of one layer without activation checkpointing."""
+    """The bytes that one layer keeps without activation checkpointing."""
     return _attention_bytes(layout, layer) + _ffn_bytes(layout, layer)
 
 
 def block_bytes(layout: Layout, layer: int) -> int:
-    """Of one layer under the recipe's activation checkpointing.
+    """The bytes that one layer keeps under the recipe's activation checkpointing.
 
     full: its input. selective: torchtitan keeps attention outputs and every second matrix product; taken as half.
     """

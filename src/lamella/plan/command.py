@@ -89,7 +89,7 @@ def _can_be_laid_over(ranks: int, recipe: Recipe) -> bool:
 
 
 def _teacher(recipe: Recipe, dense: str | None) -> Model | None:
-    """Held beside the model, if any is."""
+    """The teacher that is held beside the model, if there is one."""
     if recipe.objective != "distil" or recipe.distil.teacher is None:
         return None
     return read_model(recipe.distil.teacher if dense is None else dense)

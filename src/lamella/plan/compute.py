@@ -54,10 +54,11 @@ def _forward_flops(layout: Layout) -> int:
 
 
 def _is_multiplied(layout: Layout, weight: Weight) -> bool:
-    """And not just looked up."""
+    """Whether tokens are multiplied with the weight; an embedding that is no head is only looked up."""
     return len(weight.shape) >= 2 and (layout.model.tied or not weight.is_embedding)
 
 
 def tokens_per_s(layout: Layout, gpu_name: str) -> float:
-    """Of all ranks, at the assumed utilisation of the time in which they do not wait for another stage."""
+    """The tokens per second of all ranks, at the assumed utilisation of the time in which they do not wait for
+    others."""
     return ASSUMED_MFU * (1 - layout.bubble) * gpu(gpu_name)[0] * layout.num_ranks / flops_per_token(layout)

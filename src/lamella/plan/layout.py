@@ -20,16 +20,17 @@ Device = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one run. The ranks of a stage are alike but for padding, which is counted at the fullest."""
+    """One run's weights, laid over its ranks. The ranks of a stage are alike but for padding, which is counted at the
+    fullest."""
 
     model: Model
     recipe: Recipe
     num_ranks: int
     device: Device
     teacher: Model | None = None
-    """Held beside the model to learn from it."""
+    """The model that is learned from is held beside the trained one."""
     stage: int = 0
-    """Of the pipeline."""
+    """The stage of the pipeline that is looked at."""
 
     def stages(self) -> list[Layout]:
         """One for each stage of the pipeline; itself where there is none."""
@@ -46,7 +47,7 @@ class Layout:
 
     @property
     def is_stage(self) -> bool:
-        """Whether there are others."""
+        """Whether the pipeline has other stages."""
         return self.recipe.parallel.pipeline > 1
 
     @property
@@ -60,11 +61,11 @@ class Layout:
 
     @property
     def layers(self) -> range:
-        """Of the stage."""
+        """The layers of the stage."""
         return self.recipe.parallel.layers_of(self.stage, self.model.num_layers)
 
     def weights(self) -> list[Weight]:
-        """Of the stage."""
+        """The weights of the stage."""
 
         def is_here(weight: Weight) -> bool:
             if weight.layer is None:
@@ -85,7 +86,7 @@ class Layout:
 
     @property
     def compute_bytes(self) -> int:
-        """Per number in the computation: of activations and of gathered weights."""
+        """The bytes of a number that is computed with: of activations and of gathered weights."""
         precision = self.recipe.precision
         if precision == "auto":
             precision = "bfloat16" if self.device == "gpu" else "float32"
@@ -113,12 +114,12 @@ class Layout:
 
     @property
     def residual_bytes(self) -> int:
-        """Of the activations between two layers."""
+        """The bytes of the activations between two layers."""
         return self.tokens * self.model.D * self.compute_bytes
 
     @property
     def micro_batches(self) -> int:
-        """Of one rank and step."""
+        """The micro-batches of one rank and step."""
         return self.recipe.samples_per_step // (self.recipe.samples_per_micro_batch * self.batch_ranks)
 
     @property
@@ -137,7 +138,7 @@ class Layout:
         return is_trained(weight.name, self.recipe.trains)
 
     def is_whole(self, weight: Weight) -> bool:
-        """Whether FSDP leaves it alone (expert parallelism does not)."""
+        """Whether FSDP leaves the weight whole on every rank; expert parallelism may still share it out."""
         return self.replicates_frozen and not self.trains(weight)
 
     def part_numel(self, weight: Weight) -> int:
@@ -169,5 +170,5 @@ class Layout:
         return self.shard_numel(weight) * (self.compute_bytes if self.is_whole(weight) else MASTER_BYTES)
 
     def gathered_bytes(self, weights: list[Weight]) -> int:
-        """Of the weights of an FSDP group while it is computed; those that are whole are there already."""
+        """The bytes of an FSDP group's weights while it is computed; those that are whole are there already."""
         return self.compute_bytes * sum(self.part_numel(w) for w in weights if not self.is_whole(w))

@@ -32,7 +32,7 @@ from lamella.plan.model import Weight
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in a step, and what lies in the device's memory then."""
+    """A place in a step, and what lies in the device's memory there."""
 
     name: str
     parts: dict[str, int]
@@ -44,12 +44,12 @@ class Moment:
 
 
 def fullest(layout: Layout) -> Memory:
-    """Of the stage that needs most."""
+    """The memory of the stage that needs most."""
     return max((Memory(stage) for stage in layout.stages()), key=lambda memory: memory.peak().total_bytes)
 
 
 class Memory:
-    """Of one rank: the moments of an optimizer step after the first, when the moments of AdamW are there."""
+    """The memory of one rank in each moment of an optimizer step after the first, when AdamW's moments are there."""
 
     def __init__(self, layout: Layout):
         self.layout = layout

@@ -46,7 +46,7 @@ class Weight:
 
     @property
     def is_expert(self) -> bool:
-        """Of the experts that tokens are routed to."""
+        """Whether it belongs to an expert that tokens are routed to."""
         return ".moe.experts." in self.name
 
 

@@ -8,7 +8,8 @@ from lamella.plan.layout import Layout
 from lamella.plan.memory import fullest
 
 GPU_RESERVE_BYTES = 4e9
-"""Of a GPU, for what is not counted: context, communication buffers, holes between blocks. Not measured."""
+"""This much of a GPU is left free for what is not counted: context, communication buffers, holes between blocks. Not
+measured."""
 
 
 def plan_values(

@@ -36,11 +36,11 @@ class Key(NamedTuple):
     """One key of a recipe."""
 
     name: str
-    """With dots where it is in a section: `guard.total`. A key of the entries of a list has `[]`: `data[].weight`."""
+    """A key in a section has dots, `guard.total`; one in the entries of a list has `[]`, `data[].weight`."""
     type: str
-    """As `int > 0`, `float | null`, `"auto" | "never"`, `section`, `list of sections`."""
+    """The type, as `int > 0`, `float | null`, `"auto" | "never"`, `section`, `list of sections`."""
     default: str
-    """As YAML has it; empty for a key that must be given."""
+    """The default as YAML has it; empty for a key that must be given."""
     text: str
     """The docstring of the field, in one line."""
     harmless: bool = False
@@ -132,7 +132,7 @@ def _module(path: str) -> ast.Module:
 
 
 def field_default(section: type[Any], name: str) -> str:
-    """As YAML, in one line; empty where there is none, or where it is a section's own."""
+    """The default as YAML in one line; empty where there is none, or where it is a section's own."""
     value = _default(section, name)
     if value is PydanticUndefined or value is dataclasses.MISSING:
         return ""

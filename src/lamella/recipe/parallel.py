@@ -52,8 +52,8 @@ class Parallel(Strict):
         return found
 
     def layers_of(self, stage: int, num_layers: int) -> range:
-        """Of a pipeline's stage. torchtitan counts embedding and head as a layer each, and gives the first stages one
-        more where they do not come out even."""
+        """The layers of a pipeline's stage. torchtitan counts embedding and head as a layer each, and gives the first
+        stages one more where they do not come out even."""
         if self.pipeline == 1:
             return range(num_layers)
         share, more = divmod(num_layers + 2, self.pipeline)

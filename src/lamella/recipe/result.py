@@ -1,4 +1,5 @@
-"""Where a training run leaves its result, a transformers folder that later stages, plans and exports start from."""
+"""The place where a training run leaves its result: a transformers folder that later stages, plans and exports start
+from."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Recipe(Strict):
     """The model learns the next token of text (pretrain), the teacher's prediction of it too (distil), or the answers
     in conversations (sft)."""
     distil: Distil = Distil()
-    """With objective: distil, how the teacher is followed."""
+    """The teacher is followed like this, with objective: distil."""
     trains: Literal["experts", "experts+router", "all"] = "experts+router"
     """These weights train. The frozen experts never do; all: attention, norms, embeddings and dense layers too."""
     lora: LoRA | None = None

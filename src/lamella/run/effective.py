@@ -31,7 +31,7 @@ def effective_time(run: RunDir) -> dict[str, float]:
 
 
 def _seconds_by_step(events: list[Json], lines: Iterable[Json]) -> dict[int, float]:
-    """Of the steps that survived; a line stands for all steps since the line before it."""
+    """The seconds of each step that survived; a line stands for all steps since the line before it."""
     marks = [e | {"line": False} for e in events if e["event"] == "running"]
     marks += [line | {"line": True} for line in lines if line["step"] > 0]
     seconds: dict[int, float] = {}

@@ -45,7 +45,8 @@ class Fault(RuntimeError):
 
 
 def classify(error: BaseException) -> FailureClass:
-    """By type where types tell, else by what is said. Errors of torch are known by name."""
+    """The class of an exception, by its type where types tell, else by what it says. Errors of torch are known by
+    name."""
     name, text = type(error).__name__, str(error)
     if isinstance(error, Fault):
         return error.kind
@@ -125,5 +126,5 @@ def cause(run: RunDir) -> Json | None:
 
 
 def attempt_number() -> int:
-    """Of this start within the run directory; the supervisor counts."""
+    """The number of this start within the run directory, which the supervisor counts."""
     return int(os.environ.get(ATTEMPT, "0"))

@@ -82,7 +82,7 @@ class RunDir:
         return make_recipe(parse_yaml(self.config.read_text(), str(self.config)))
 
     def store(self) -> CheckpointStore:
-        """Where this run's checkpoints are."""
+        """The store of this run's checkpoints."""
         elsewhere = self.recipe().checkpoint_folder if self.exists() else None
         return CheckpointStore(absolute(elsewhere or str(self.checkpoints)))
 

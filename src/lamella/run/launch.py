@@ -95,7 +95,7 @@ def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether it is none of the names that another rank's start may have put there already."""
+    """Whether a name in a run directory is none that another rank's start may have put there already."""
     return name not in OWN_NAMES and not name.startswith((PROBE, ".config.yaml."))
 
 

@@ -23,17 +23,18 @@ class StopRequest:
         self.asked = False
 
     def exit(self) -> None:
-        """From here on it is an exception: half-written folders are removed."""
+        """Make a signal an exception from here on: half-written folders are removed."""
         if self.asked:
             sys.exit(128 + signal.SIGTERM)
         _handle(lambda number, _: sys.exit(128 + number))
 
     def die(self) -> None:
-        """From here on nothing is to be removed, and the process may wait where Python's handlers do not run."""
+        """Make a signal end the process from here on: nothing is to be removed, and it may wait where Python's handlers
+        do not run."""
         _handle(signal.SIG_DFL)
 
     def listen(self) -> None:
-        """From here on it is remembered."""
+        """Only remember a signal from here on."""
         _handle(self._ask)
 
     def _ask(self, *_: Any) -> None:

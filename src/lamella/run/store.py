@@ -215,7 +215,7 @@ class CheckpointStore:
         return left
 
     def revoke(self, step: int) -> None:
-        """From here on the checkpoint does not count; its other files may then be deleted at leisure."""
+        """Make the checkpoint count no more; its other files may then be deleted at leisure."""
         self._remove(self.inside(f"step-{step}", MANIFEST))
 
     def _remove(self, path: str) -> None:

@@ -136,8 +136,9 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def _sum_up(self) -> None:
+        """Say what failures have cost a run; one that was merely stopped and continued has lost nothing to speak of."""
         time_spent = effective_time(self.run)
-        if time_spent["restarts"]:
+        if self.run.events("fault"):
             _say(
                 f"effective training time {time_spent['share']:.1%} of {time_spent['wall_s']:.0f} s, "
                 f"{time_spent['restarts']} restarts"
@@ -145,7 +146,7 @@ class Supervisor:
 
 
 def forget_the_last(run: RunDir, recipe: Recipe) -> None:
-    """What an earlier attempt said must not be taken for the next one's word."""
+    """Remove what an earlier attempt said, which must not be taken for the next one's word."""
     forget(run)
     status = run.status()
     if status["state"] not in ("none", "finished"):
@@ -153,8 +154,8 @@ def forget_the_last(run: RunDir, recipe: Recipe) -> None:
 
 
 def failure_of(run: RunDir, code: int, said: str) -> Json | None:
-    """Of an attempt that has ended; None after success. The ranks know best; what died without a word is known from
-    torchrun, or from its absence.
+    """The failure of an attempt that has ended; None after success. The ranks know best; what died without a word is
+    known from torchrun, or from its absence.
 
     Args:
         code: the command's exit code, -N where signal N killed it.
@@ -186,7 +187,7 @@ def failure_of(run: RunDir, code: int, said: str) -> Json | None:
 
 
 def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: Any) -> None:
-    """How an attempt ended, as an event with these values, and as the run's status."""
+    """Write how an attempt ended, as an event with these values, and as the run's status."""
     run.event("end" if failure is None else "fault", **values, **_brief(failure))
     if failure is not None and failure["failure"] != "preempted":
         run.write_status(
@@ -195,7 +196,8 @@ def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: Any) -> 
 
 
 def is_worth_another(failure: Json, fruitless: int, recipe: Recipe) -> bool:
-    """Whether to try again after so many attempts in a row, this one included, since the last new checkpoint."""
+    """Whether another attempt is worth it after `fruitless` ones in a row, this one included, since the last
+    checkpoint."""
     return failure["retryable"] and fruitless <= recipe.max_restarts_without_progress
 
 

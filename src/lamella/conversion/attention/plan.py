@@ -42,7 +42,8 @@ from lamella.recipe.methods.attention import AttentionOptions, attention_sizes
 
 
 def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
-    """As `Checkpoint.open`, and the folder of a converted model as well; UserError if it has attention experts."""
+    """Open a dense model as `Checkpoint.open` does, or the folder of a converted one; UserError if it has attention
+    experts."""
     folder = None if model is None else Path(model).expanduser()
     if folder is None or not folder.is_dir():
         return Checkpoint.open(model)

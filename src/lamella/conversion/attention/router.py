@@ -1,4 +1,4 @@
-"""Where the routers of attention experts start, and what calibration says.
+"""The rows that routers of attention experts start from, drawn or fitted to calibration text.
 
 Shapes: T calibration tokens, D model width, E experts, A width of all heads.
 """

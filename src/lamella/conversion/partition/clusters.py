@@ -17,7 +17,7 @@ from lamella.conversion.partition.assign import balanced_assign
 
 Metric = Literal["l2", "cosine"]
 MAX_POINTS = 4096
-"""Of more points a random draw of so many is clustered; the rest go to the nearest centroid."""
+"""At most this many points are clustered, drawn at random; the rest go to the nearest centroid."""
 ROUNDS = 10
 
 

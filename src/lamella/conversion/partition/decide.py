@@ -185,7 +185,7 @@ def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:
 
 
 def _corrected(sample: LayerSample, decision: Decision, axes: Axes) -> Decision:
-    """With what makes up for the experts that were not chosen."""
+    """The decision with what makes up for the experts that were not chosen."""
     y_TD, ids_TK = routed_output(sample, decision, axes)
     bias_D = torch.zeros(y_TD.shape[1]) if decision.output_bias_D is None else decision.output_bias_D
     if axes.output == "refit":

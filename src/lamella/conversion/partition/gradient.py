@@ -30,7 +30,7 @@ def gradient_max(sample: LayerSample, parts: Parts, generator: torch.Generator) 
 
 
 def gradient_sharing(sample: LayerSample, parts: Parts, generator: torch.Generator) -> Partition:
-    """With every part active nothing is left to choose, and a neuron in two experts would count twice: as max."""
+    """Where every part is active it splits as `gradient_max`: a neuron in two experts would count twice."""
     if parts.num_active == parts.num_parts:
         return gradient_max(sample, parts, generator)
     importance_EF, shared_n, f = _importance_and_shared(sample, parts, generator)

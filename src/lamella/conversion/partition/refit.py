@@ -29,7 +29,7 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 class Refit(NamedTuple):
     down_DF: Tensor
     bias_D: Tensor
-    """To add to the output, beside the dense output bias."""
+    """It is added to the output, beside the dense output bias."""
 
 
 def refit_down(sample: LayerSample, masked_TF: Tensor, reference_TD: Tensor | None = None) -> Refit:

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     neurons_n: Tensor
     """int64, ascending."""
     bias_D: Tensor
-    """To add to the output, beside the dense output bias."""
+    """It is added to the output, beside the dense output bias."""
 
 
 def mean_output(sample: LayerSample) -> Tensor:
