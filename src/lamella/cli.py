@@ -104,14 +104,30 @@ def convert(
         run_slicing(model, out, SliceOptions(), overwrite=overwrite, dry_run=dry_run)
 
 
+def _methods() -> list[str]:
+    """The methods of conversion, for a shell to complete."""
+    from lamella.recipe.methods import METHODS
+
+    return list(METHODS)
+
+
 @app.command()
 def keys(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[train | convert]", help="The kind of recipe; without it, all that can be listed."),
+        typer.Argument(
+            metavar="[train | convert]",
+            help="The kind of recipe; without it, all that can be listed.",
+            autocompletion=lambda: ["train", "convert"],
+        ),
     ] = None,
     method: Annotated[
-        str | None, typer.Argument(metavar="[METHOD]", help="Of a conversion: slice, partition, upcycle or attention.")
+        str | None,
+        typer.Argument(
+            metavar="[METHOD]",
+            help="The method of a conversion: slice, partition, upcycle or attention.",
+            autocompletion=_methods,
+        ),
     ] = None,
 ) -> None:
     """List every key that a recipe may have, with its type, its default and what it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -147,3 +148,17 @@ except SystemExit as end:
     is_mistake = "help" not in case and "list" not in case
     assert done.stdout.splitlines()[-1] == f"{2 if is_mistake else 0} []"
     assert done.stderr.startswith("error: ") == is_mistake
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("lamella tr", ["train"]), ("lamella keys convert ", list(METHODS)), ("lamella ke", ["keys"])],
+)
+def test_a_shell_completes_commands_and_methods(words: str, completed: list[str]) -> None:
+    """As bash asks for it."""
+    asked = {"_LAMELLA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "import sys; sys.argv = ['lamella']; from lamella.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == completed
