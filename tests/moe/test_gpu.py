@@ -1,4 +1,4 @@
-"""Run on a machine with a GPU: pytest tests/moe/test_gpu.py
+"""Run on a machine with a GPU: pytest -m gpu
 
 Every path on the GPU against the loop, and that grouped and fused never wait for it.
 """
@@ -11,7 +11,7 @@ from lamella.moe.paths.choose import PATHS, apply_experts
 from lamella.moe.routing import Routing
 from support import experts
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 S = 8
 FAST = [path for path in PATHS if path != "loop"]
 # (tokens, model width, neurons per expert): tiles filled exactly, in part, and widths that are multiples of 8 alone
