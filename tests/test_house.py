@@ -15,14 +15,17 @@ from pathlib import Path
 import grimp
 import pytest
 
+from lamella.recipe.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 SOURCE = sorted((ROOT / "src").rglob("*.py"))
 FILES = [*SOURCE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MIN_DOCUMENTED = 400, 60, 0.8
 # Named exceptions: to be mended, then removed here; a test says when one is no longer needed.
-LONG_FILES: set[str] = set()
+LONG_FILES: set[str] = {"src/lamella/cli.py", "tests/plan/test_plan.py"}
 LONG_FUNCTIONS: set[str] = set()
 LATE_IMPORTS = {
+    ("lamella.checkpoint.source", "lamella.checkpoint.gguf"),  # the source of a .gguf file, which is a source
     ("lamella", "lamella.api"),  # `lamella.convert` is looked up when somebody asks for it
     ("lamella.titan.decoder", "lamella.titan.flops"),  # torchtitan asks the config of a model for its FLOPs
 }
@@ -36,7 +39,11 @@ CALLED_BY_LIBRARIES = {
 
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
-    return grimp.build_graph("lamella")
+    """Every import, in functions too, and what the table of methods names to be imported when it is asked for."""
+    found = grimp.build_graph("lamella", exclude_type_checking_imports=True)
+    for method in METHODS.values():
+        found.add_import(importer="lamella.conversion", imported=method.plan.partition(":")[0])
+    return found
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
