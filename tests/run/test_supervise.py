@@ -131,7 +131,7 @@ def test_each_fault_has_its_class_and_its_cause(runs):
     assert killed.startswith("rank 1 was killed by SIGKILL")
     assert in_save.startswith("rank 1 was killed by SIGKILL")
     assert agent == "torchrun was killed by SIGKILL"
-    assert hung.startswith("rank 1 did not arrive in time")
+    assert hung.startswith("rank 1 (step 14, data) did not arrive in time")
     assert raised == "ValueError: fault on demand"
 
 

@@ -12,12 +12,14 @@ import os
 import re
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from lamella.errors import BadData, UserError
 from lamella.jsons import Json
 from lamella.run.folder import RunDir, write_atomic
+from lamella.run.heartbeat import place_of, read_beats
 
 FailureClass = Literal["user_config", "data", "oom", "numerics", "infra", "preempted", "timeout", "storage"]
 RETRYABLE = frozenset({"infra", "preempted", "timeout", "storage"})
@@ -27,6 +29,9 @@ STORAGE_ERRNO = frozenset(
 # The same input fails in the same way again: mistakes in settings or in code.
 DETERMINISTIC = (ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError, ImportError)
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+# The last words of a process that torch's watchdog of NCCL aborts.
+WATCHDOG = b"Watchdog caught collective operation timeout"
+LAST_BYTES = 1 << 20
 PEER_LOST = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote (process|peer)", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 ATTEMPT = "LAMELLA_ATTEMPT"
@@ -101,6 +106,7 @@ def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: 
     write_atomic(failure_file(run, rank), json.dumps(values) + "\n")
     if follows and (silent := _roll_call(run, world_size, ROLL_CALL_S.get(kind, 0.0))):
         who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+        who += place_of(run, silent[0]) if len(silent) == 1 else ""
         what = "did not arrive in time" if kind == "timeout" else "died without a word (killed, or the machine is lost)"
         values |= {"reason": f"{who} {what}; here: {values['reason'].splitlines()[0]}", "silent": silent}
         write_atomic(failure_file(run, rank), json.dumps(values) + "\n")
@@ -115,6 +121,16 @@ def _roll_call(run: RunDir, world_size: int, seconds: float) -> list[int]:
         if not silent or time.monotonic() > deadline:
             return silent
         time.sleep(0.2)
+
+
+def watchdog_spoke(run: RunDir) -> bool:
+    """Whether a rank's log of this attempt says that a collective of NCCL took longer than its timeout."""
+    for beat in read_beats(run):
+        with suppress(OSError), run.log_file(beat.rank).open("rb") as log:
+            log.seek(max(beat.log_bytes, os.fstat(log.fileno()).st_size - LAST_BYTES))
+            if WATCHDOG in log.read():
+                return True
+    return False
 
 
 def cause(run: RunDir) -> Json | None:

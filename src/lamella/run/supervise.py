@@ -24,8 +24,9 @@ from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.recipe.training import Recipe
 from lamella.run.effective import effective_time
-from lamella.run.failure import ATTEMPT, cause, forget
+from lamella.run.failure import ATTEMPT, cause, forget, watchdog_spoke
 from lamella.run.folder import RunDir
+from lamella.run.heartbeat import forget_beats, lost_ranks, place_of, who_hangs
 from lamella.run.processes import LAUNCH_ID, die_with_parent, kill_launch
 
 # Where rank 0 writes what is wrong with the input, instead of printing it amid torchrun's own words.
@@ -46,6 +47,8 @@ class Supervisor:
         self.run = RunDir(Path(recipe.out))
         self.signals: list[int] = []
         self.process: subprocess.Popen[bytes] | None = None
+        self.lost: list[int] = []
+        """Ranks that died without a word, where the others had to be ended because of it."""
 
     def supervise(self) -> int:
         """Exit code for the command: 0, 1 after a failure, 128 + N when stopped by signal N.
@@ -94,7 +97,7 @@ class Supervisor:
                 code = self._torchrun(environment, errors, launch_id)
             if refusal.is_file():
                 raise UserError(refusal.read_text())
-            failure = failure_of(self.run, code, said.read_text())
+            failure = failure_of(self.run, code, said.read_text(), self.lost)
         if self.run.exists():
             with suppress(OSError):  # a full disk must not end the supervisor
                 record(self.run, self.recipe, failure, attempt=number)
@@ -106,11 +109,13 @@ class Supervisor:
             self.command, env=environment, stdout=subprocess.DEVNULL if self.quiet else None, stderr=errors,
             start_new_session=True, preexec_fn=lambda: die_with_parent(supervisor),
         )  # fmt: skip
-        deadline = None
+        deadline, lost = None, []
+        self.lost = []
         while (code := self.process.poll()) is None:
-            if deadline is None and cause(self.run) is not None:
+            if deadline is None and (cause(self.run) is not None or (lost := lost_ranks(self.run))):
                 deadline = time.monotonic() + AFTER_FAILURE_S
             if deadline is not None and time.monotonic() > deadline:
+                self.lost = lost
                 self.process.kill()  # and with it its ranks, which die with their parent
             time.sleep(POLL_S)
         self.process = None
@@ -148,18 +153,20 @@ class Supervisor:
 def forget_the_last(run: RunDir, recipe: Recipe) -> None:
     """Remove what an earlier attempt said, which must not be taken for the next one's word."""
     forget(run)
+    forget_beats(run)
     status = run.status()
     if status["state"] not in ("none", "finished"):
         run.write_status("starting", status["step"], recipe.steps)
 
 
-def failure_of(run: RunDir, code: int, said: str) -> Json | None:
+def failure_of(run: RunDir, code: int, said: str, lost: Sequence[int] = ()) -> Json | None:
     """The failure of an attempt that has ended; None after success. The ranks know best; what died without a word is
     known from torchrun, or from its absence.
 
     Args:
         code: the command's exit code, -N where signal N killed it.
         said: the command's stderr.
+        lost: ranks that died without a word while others did not end.
 
     Returns:
         {"failure", "retryable", "reason", "step"} and of a rank's report the rest.
@@ -176,14 +183,19 @@ def failure_of(run: RunDir, code: int, said: str) -> Json | None:
         }
     if found := cause(run):
         killed = _killed(said) if "silent" in found and found["failure"] == "infra" else ""
-        return found | {"reason": killed or found["reason"]}
+        return found | {"reason": f"{killed}{place_of(run, found['silent'][0])}" if killed else found["reason"]}
     if not run.exists():
         return {"failure": "user_config", "retryable": False, "reason": said.strip(), "step": 0}
-    if code < 0:
+    if lost:
+        reason = f"rank {lost[0]} died without a word{place_of(run, lost[0])}"
+    elif code < 0:
         reason = f"torchrun was killed by {signal.Signals(-code).name}"
     else:
         reason = _killed(said) or said.strip() or f"torchrun ended with exit code {code}"
-    return {"failure": "infra", "retryable": True, "reason": reason, "step": status["step"]}
+    values: Json = {"failure": "infra", "retryable": True, "reason": reason, "step": status["step"]}
+    if watchdog_spoke(run):
+        values |= {"failure": "timeout", "reason": f"{who_hangs(run) or 'a rank hangs'}; after that {reason}"}
+    return values
 
 
 def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: Any) -> None:

@@ -22,6 +22,7 @@ from lamella.recipe.training import Recipe, differences
 from lamella.run.failure import attempt_number, forget, report
 from lamella.run.folder import RunDir, State, run_of_result
 from lamella.run.gpus import check_seen
+from lamella.run.heartbeat import Heartbeat
 from lamella.run.launch import check_run_dir, default_threads
 from lamella.run.processes import StopRequest
 from lamella.run.supervise import LAUNCHED_AT
@@ -206,6 +207,7 @@ def train_run(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal
     )
     finished = False
     trainer: LamellaTrainer | None = None
+    config.heart = Heartbeat(run, rank)
     try:
         trainer = config.build()
         state = trainer.train()
@@ -213,6 +215,7 @@ def train_run(config: LamellaTrainer.Config, recipe: Recipe, rank: int, terminal
     finally:
         if not finished:
             _report_failure(run, config.recipe, rank, terminal, trainer.step if trainer is not None else 0)
+        config.heart.end()
         if trainer is not None:
             trainer.close()
     if rank == 0:

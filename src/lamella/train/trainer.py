@@ -25,6 +25,7 @@ from lamella.jsons import Json
 from lamella.recipe.sections import RouterFit
 from lamella.recipe.training import Recipe, harmless_changes
 from lamella.run.folder import RunDir, State
+from lamella.run.heartbeat import Heartbeat, Where
 from lamella.run.processes import StopRequest
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.flops import forward_flops_per_token
@@ -76,6 +77,8 @@ class LamellaTrainer(Trainer):
         """Where people look, on rank 0."""
         stop: StopRequest | None = None
         """Signals that ask the run to end."""
+        heart: Heartbeat | None = None
+        """Told where this rank stands."""
 
         def to_dict(self) -> Json:
             """torchtitan's own record of the config, without what is no JSON."""
@@ -100,6 +103,7 @@ class LamellaTrainer(Trainer):
         self.watch = Watch(self.model, self.run, self.recipe, self.device, self.mesh)
         self.heldout = self._open_heldout(config.heldout)
         self.teacher = self._open_teacher(config) if self.recipe.objective == "distil" else None
+        self._show_where_it_stands(config.heart)
         self.stop = config.stop or StopRequest()
         self.stop.listen()
 
@@ -148,8 +152,21 @@ class LamellaTrainer(Trainer):
         self.metrics.num_flops_per_token += forward_flops_per_token(model, model.config, self.recipe.seq_len)
         return teacher
 
+    def _show_where_it_stands(self, heart: Heartbeat | None) -> None:
+        self.heart = heart
+        if heart is not None and self.device.type != "cpu":
+            heart.mark = _marker
+        if self.stages is None:  # of a pipeline, forward and backward passes of micro-batches are mixed
+            self.model.register_forward_hook(lambda *_: self.enter("backward") if torch.is_grad_enabled() else None)
+
+    def enter(self, where: Where) -> None:
+        """Say where this rank stands; it costs no synchronisation with the device."""
+        if self.heart is not None:
+            self.heart.enter(where, self.step)
+
     def _before_update(self) -> None:
         """After the backward passes of a step, before the optimizer."""
+        self.enter("optimizer")
         skipped = self.skips.look(p for part in self.model_parts for p in part.parameters())
         self.balance.update(move=not skipped)
 
@@ -177,6 +194,7 @@ class LamellaTrainer(Trainer):
         self.metrics.time_last_log = time.perf_counter()
         while state == "running":
             self.step += 1
+            self.enter("data")
             structured_logger.set_step(self.step, relative_step=self.step - first_step)
             self.gc_handler.run(self.step)
             fault_hook.before_step(self.step, self.model, self.checkpoints.store)
@@ -208,6 +226,7 @@ class LamellaTrainer(Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor | Lesson, dict[str, Tensor]]:
         """(token ids [B, L], what the loss is given, what the model is told besides) of one micro-batch."""
+        self.enter("forward")
         source_B = input_dict.pop("source")
         inputs, labels, keywords = self._share_of(input_dict, labels)
         lesson: Tensor | Lesson = labels
@@ -235,6 +254,7 @@ class LamellaTrainer(Trainer):
 
     def restore(self) -> None:
         """Load the newest checkpoint or, in a fresh run, the model."""
+        self.enter("load")
         self.checkpoints.discard_unfinished()
         self.checkpoints.load(step=self.config.checkpoint.load_step)
         if self.step == 0 and lora.is_new(self.recipe):
@@ -260,6 +280,7 @@ class LamellaTrainer(Trainer):
     def heldout_loss(self) -> float | None:
         if self.heldout is None:
             return None
+        self.enter("held-out loss")
         start = time.perf_counter()
         loss = self.heldout.loss(self.model, self.loss_fn)
         self.metrics.pause(time.perf_counter() - start)
@@ -267,6 +288,7 @@ class LamellaTrainer(Trainer):
 
     def state_after_step(self) -> State:
         """The same on every rank: a signal to one of them stops all after the same step."""
+        self.enter("end of step")
         asked = torch.tensor(float(self.stop.asked), device=self.device)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if asked.item() > 0 and self.step < self.last_step:
@@ -279,6 +301,7 @@ class LamellaTrainer(Trainer):
         return "finished" if self.step >= self.recipe.steps else "stopped"
 
     def save(self, state: State) -> None:
+        self.enter("save")
         start = time.perf_counter()
         self.checkpointer.save(self.step, last_step=state != "running")
         self.write_status(state)
@@ -300,3 +323,10 @@ class LamellaTrainer(Trainer):
 
     def shorten_timeouts(self) -> None:
         set_pg_timeouts(timedelta(seconds=self.config.comm.train_timeout_seconds), self.parallel_dims)
+
+
+def _marker() -> torch.Event:
+    """An event in the current stream of this rank's device."""
+    event = torch.Event()
+    event.record()
+    return event
