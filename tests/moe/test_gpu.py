@@ -51,6 +51,22 @@ def test_paths_agree_with_the_loop(path, size, load):
     experts.assert_close(actual, expected, torch.bfloat16)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("path", ["grouped", "fused"])
+def test_a_layer_on_a_gpu_that_is_not_the_current_one(path):
+    """As `device_map="auto"` places layers; the current device stays the first."""
+    expected, packed = step(path, *SIZES[0], "twin", torch.bfloat16), []
+    torch.manual_seed(0)
+    for _ in range(2):
+        packed.append(Experts(*(t.to("cuda:1") for t in make_experts(*SIZES[0][1:], torch.bfloat16))))
+    x_TD = torch.randn(SIZES[0][:2]).to("cuda:1", torch.bfloat16)
+    weights_TK = torch.rand(SIZES[0][0], S).to("cuda:1")
+    ids_TK = (torch.arange(S) + S * torch.randint(2, (SIZES[0][0], S))).to("cuda:1")
+    y_TD = apply_experts(x_TD, Routing(ids_TK, weights_TK), *packed, path)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(y_TD.cpu(), expected["y"].cpu())
+
+
 @pytest.mark.parametrize("path", ["grouped", "fused"])
 def test_no_step_waits_for_the_gpu(path):
     step(path, *SIZES[0], "twin", torch.bfloat16)  # tuning waits

@@ -27,14 +27,14 @@ class LayerInput(NamedTuple):
     """What the model calls a layer with."""
 
     hidden_BLD: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 class _Recorder(nn.Module):
     """Stands for a layer: keeps its input and passes it on."""
 
-    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor:
         self.seen = LayerInput(hidden_BLD, args, kwargs)
         return hidden_BLD
 
@@ -129,7 +129,7 @@ class LayerwiseModel:
         rows_UD = torch.stack([self._embedding.read(row * width, width) for row in ids_U.tolist()]).float()
         return self._run(rows_UD[inverse_BL], positions_BL)[0].hidden_BLD
 
-    def call(self, index: int, positions_BL: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, index: int, positions_BL: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
         """Arguments, after the hidden states, with which the model calls a layer on windows with these positions."""
         nothing_BLD = torch.zeros(1).expand(*positions_BL.shape, self._embedding.shape[1])
         seen = self._run(nothing_BLD, positions_BL)[index]

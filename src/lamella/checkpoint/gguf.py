@@ -12,7 +12,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from lamella.architecture.two_matrix import PREFIXES
 from lamella.checkpoint.source import Checkpoint, check_dense, read_config
 from lamella.checkpoint.tensors import SourceTensor, read_bytes
 from lamella.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -37,8 +40,7 @@ _IN_LAYER = {
 class GgufTensor(SourceTensor):
     """A quantised tensor; rows are dequantised as they are read."""
 
-    kind: Any = None
-    """gguf.GGMLQuantizationType"""
+    kind: GGMLQuantizationType
     heads: int = 0
     """Not 0: rows of this many heads are interleaved."""
 
@@ -86,7 +88,7 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
     try:
@@ -106,12 +108,12 @@ def _check_kinds(tensors: dict[str, SourceTensor], path: Path) -> None:
             ) from None
 
 
-def _text(reader: Any, key: str) -> str | None:
+def _text(reader: GGUFReader, key: str) -> str | None:
     field = reader.get_field(key)
     return None if field is None else str(field.contents())
 
 
-def _refuse_rope_scaling(reader: Any, path: Path, architecture: str | None) -> None:
+def _refuse_rope_scaling(reader: GGUFReader, path: Path, architecture: str | None) -> None:
     """transformers reads no rope scaling from a GGUF file; the model would be another one beyond short texts."""
     scaling = _text(reader, f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
@@ -120,7 +122,7 @@ def _refuse_rope_scaling(reader: Any, path: Path, architecture: str | None) -> N
         )
 
 
-def _tensor(entry: Any, path: Path, heads: tuple[int, int]) -> GgufTensor:
+def _tensor(entry: ReaderTensor, path: Path, heads: tuple[int, int]) -> GgufTensor:
     stem, _, suffix = entry.name.rpartition(".")
     name, interleaved = f"{_TOP.get(stem, stem)}.{suffix}", 0
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
@@ -133,7 +135,7 @@ def _tensor(entry: Any, path: Path, heads: tuple[int, int]) -> GgufTensor:
     return GgufTensor(name, "F32", shape, path, begin, entry.tensor_type, interleaved)
 
 
-def _save_config(path: Path, folder: Path, reader: Any, architecture: str | None) -> None:
+def _save_config(path: Path, folder: Path, reader: GGUFReader, architecture: str | None) -> None:
     from transformers import AutoConfig
 
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lamella.architecture.moe import Mode
 from lamella.errors import UserError
 from lamella.export.spans import Spans, spans_to_check
-from lamella.hf.models import load
+from lamella.hf.models import ConvertedForCausalLM, load
 
 # fp32: both sum the same products, in another order. Logits are sums over depth x width terms of size about 10; their
 # rounding errors of 1e-6 of that grow to about 1e-4 in 30 layers. A lost expert or bias moves them by 0.1 and more.
@@ -77,7 +76,8 @@ def refuse_difference(difference: float, source: Path) -> None:
 
 def source_logits(source: Path, mode: Mode, tokens: int | None = None) -> tuple[list[Reference], Spans]:
     """What the source computes in fp32, on text as long as its windows and scaling demand."""
-    model: Any = load(source, dtype=torch.float32)
+    model = load(source, dtype=torch.float32)
+    assert isinstance(model, ConvertedForCausalLM)
     model.set_mode(mode)
     spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens)
     ids_1L = _token_ids(source, model.config, spans.tokens)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
+
+from lamella.jsons import Json
 
 MIN_TOKENS = 128
 SCATTERED_TOKENS = 64
@@ -77,7 +78,7 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
 def rope_threshold(config: PreTrainedConfig) -> int:
     """The position from which the rope is another one; 0 without scaling."""
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope: Json = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     scaled = [kind for kind in kinds if kind.get("rope_type", "default") != "default"]
     return max((kind.get("original_max_position_embeddings") or _max_positions(config) for kind in scaled), default=0)

@@ -84,6 +84,7 @@ class AttentionExperts(nn.Module):
 
     @property
     def weights(self) -> AttentionWeights:
+        """The dense layer's projections and norms, as the maths wants them."""
         q, k, v, o = (Projection(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         return AttentionWeights(q, k, v, o, self.head_dim, self.config.num_experts, self.q_norm, self.k_norm)
 
@@ -95,7 +96,7 @@ class AttentionExperts(nn.Module):
         past_key_values: Cache | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
-        """[B, L, D] -> [B, L, D]; no attention weights are given back."""
+        """The attention's output [B, L, D] and None: no attention weights are given back."""
         self._check_mask(attention_mask)
         B, L, _D = hidden_states.shape
         mask_BLS = None if attention_mask is None else _as_bool(attention_mask).expand(B, -1, -1)

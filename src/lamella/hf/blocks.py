@@ -33,10 +33,12 @@ class PackedExperts(nn.Module):
 
     @property
     def frozen(self) -> AnyExperts:
+        """The slices, which take no gradient."""
         return packed(self, "frozen")
 
     @property
     def trainable(self) -> AnyExperts:
+        """The experts that train."""
         return packed(self, "trainable")
 
     @property
@@ -45,6 +47,7 @@ class PackedExperts(nn.Module):
         return Resident(self.frozen, self.trainable)
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the slices."""
         return (parameter for name, parameter in self.named_parameters() if name.startswith("frozen_"))
 
 
@@ -58,13 +61,16 @@ class Shared(nn.Module):
 
     @property
     def weights(self) -> SharedExpert | TwoMatrixShared:
+        """The expert's tensors, as the maths wants them."""
         cls = SharedExpert if hasattr(self, "gate_up_proj") else TwoMatrixShared
         return cls._make(getattr(self, name) for name in cls._fields)
 
 
 class Router(nn.Module):
-    """Router rows [R, D] and the float32 selection bias [R]; with the gate "sigmoid", zero rows weigh every chosen
-    expert exactly 1, with the gate "unit" a zero `gate_scale` does."""
+    """Router rows [R, D] and the float32 selection bias [R].
+
+    With the gate "sigmoid" zero rows weigh every chosen expert exactly 1, with "unit" zeros in `gate_scale` do.
+    """
 
     def __init__(self, hidden_size: int, config: MoEConfig):
         super().__init__()
@@ -104,7 +110,7 @@ class MoELayer(nn.Module):
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., D] -> [..., D], as the model's `computing` says."""
+        """The layer's output [..., D], computed as the model's `computing` says."""
         x_TD, now, config = hidden_states.reshape(-1, hidden_states.shape[-1]), self.computing, self.config
         if now.drawn_as is not None:
             config = dataclasses.replace(config, routing=now.drawn_as)

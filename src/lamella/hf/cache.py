@@ -32,7 +32,11 @@ class RaggedLayer(CacheLayerMixin):
         self.stored: Keys | None = None
 
     def remember(self, new: Keys, num_sequences: int, num_tokens: int) -> Keys:
-        """Add the keys of the next `num_tokens` tokens of each sequence; all that these tokens may see."""
+        """Add the keys of the next `num_tokens` tokens of each sequence.
+
+        Returns:
+            all keys that these tokens may see.
+        """
         everything = new if self.stored is None else self.stored.followed_by(new)
         self.num_sequences = num_sequences
         self.seen += num_tokens
@@ -47,20 +51,24 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the stored keys and values."""
         return 0 if self.stored is None else self.stored.nbytes
 
     def get_seq_length(self) -> int:
+        """The tokens per sequence so far, kept or not."""
         return self.seen
 
     def get_max_length(self) -> int:
+        """The window in tokens, or -1 where there is none."""
         return -1 if self.window is None else self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns of the mask, time of the first), as transformers' own sliding or growing layer has them."""
+        """The mask's (columns, time of the first one), as transformers' own sliding or growing layer has them."""
         first = 0 if self.window is None else max(self.seen - self.window + 1, 0)
         return self.seen + query_length - first, first
 
     def reset(self) -> None:
+        """Forget everything."""
         self.seen = 0
         self._set(None)
 
@@ -73,9 +81,11 @@ class RaggedLayer(CacheLayerMixin):
             self._set(self.stored.select(self.stored.time_N < self.seen))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i become what sequence beam_idx[i] was (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let each sequence be followed by `repeats` - 1 copies of itself."""
         self.batch_select_indices(torch.arange(self.num_sequences).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -88,9 +98,11 @@ class RaggedLayer(CacheLayerMixin):
         self.num_sequences = len(indices)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """transformers' hook for keys of all tokens, which this layer does not take."""
         raise NotImplementedError("keys come with the tokens they belong to: see `remember`")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple:
+        """transformers' hook for keys of all tokens, which this layer does not take."""
         raise NotImplementedError("keys come with the tokens they belong to: see `remember`")
 
 

@@ -65,8 +65,8 @@ class ConvertedForCausalLM(PreTrainedModel):
             install_attention_experts(self, AttentionMoEConfig.from_dict(attention), self.computing)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # of transformers' own signature
-        """As in transformers, which makes every loaded parameter trainable; the frozen experts are frozen again."""
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, then freeze its frozen experts again: transformers makes every parameter trainable."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for layer in model.moe_layers:
@@ -92,10 +92,12 @@ class ConvertedForCausalLM(PreTrainedModel):
 
     @property
     def moe_layers(self) -> list[MoELayer]:
+        """The layers whose FFNs are experts."""
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     @property
     def attention_experts(self) -> list[AttentionExperts]:
+        """The layers whose attention is experts."""
         return [m for m in self.modules() if isinstance(m, AttentionExperts)]
 
     def set_mode(self, mode: Mode) -> None:
@@ -116,62 +118,86 @@ class ConvertedForCausalLM(PreTrainedModel):
 
 
 class LamellaLlamaConfig(LlamaConfig):
+    """LlamaConfig with the entries of a converted model."""
+
     model_type = "lamella_llama"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaMistralConfig(MistralConfig):
+    """MistralConfig with the entries of a converted model."""
+
     model_type = "lamella_mistral"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaQwen2Config(Qwen2Config):
+    """Qwen2Config with the entries of a converted model."""
+
     model_type = "lamella_qwen2"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaQwen3Config(Qwen3Config):
+    """Qwen3Config with the entries of a converted model."""
+
     model_type = "lamella_qwen3"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaGPT2Config(GPT2Config):
+    """GPT2Config with the entries of a converted model."""
+
     model_type = "lamella_gpt2"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaOPTConfig(OPTConfig):
+    """OPTConfig with the entries of a converted model."""
+
     model_type = "lamella_opt"
     moe: dict | None = None
     attention_moe: dict | None = None
 
 
 class LamellaLlamaForCausalLM(ConvertedForCausalLM, LlamaForCausalLM):
+    """A converted Llama."""
+
     config_class = LamellaLlamaConfig
 
 
 class LamellaMistralForCausalLM(ConvertedForCausalLM, MistralForCausalLM):
+    """A converted Mistral."""
+
     config_class = LamellaMistralConfig
 
 
 class LamellaQwen2ForCausalLM(ConvertedForCausalLM, Qwen2ForCausalLM):
+    """A converted Qwen2."""
+
     config_class = LamellaQwen2Config
 
 
 class LamellaQwen3ForCausalLM(ConvertedForCausalLM, Qwen3ForCausalLM):
+    """A converted Qwen3."""
+
     config_class = LamellaQwen3Config
 
 
 class LamellaGPT2ForCausalLM(ConvertedForCausalLM, GPT2LMHeadModel):
+    """A converted GPT-2."""
+
     config_class = LamellaGPT2Config
 
 
 class LamellaOPTForCausalLM(ConvertedForCausalLM, OPTForCausalLM):
+    """A converted OPT."""
+
     config_class = LamellaOPTConfig
 
 
@@ -202,7 +228,9 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", **kwargs: Any) -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", **kwargs: object
+) -> PreTrainedModel:
     """A dense or converted checkpoint as an evaluating transformers model.
 
     Args:

@@ -8,16 +8,15 @@ Shapes: E experts, S pairs, T tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lamella.architecture.moe import DENSE_BIAS
+from lamella.moe.autograd import Context
 
 
 def expert_counts(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """[E] float32: tokens that chose each expert. Static shape, no host synchronisation."""
+    """The tokens that chose each expert, [E] float32. The shape is static and nothing waits for the device."""
     counts_E = torch.zeros(num_experts, device=expert_ids_TK.device)
     ids = expert_ids_TK.flatten()
     return counts_E.scatter_add_(0, ids, torch.ones_like(ids, dtype=counts_E.dtype))
@@ -106,16 +105,22 @@ def auxiliary_loss(scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     return E * (f_E * p_E).sum()
 
 
+class LossContext(Context):
+    """What `_AddGradientOf` keeps: the dtype of its loss."""
+
+    dtype: torch.dtype
+
+
 class _AddGradientOf(torch.autograd.Function):
     """y, with the gradient of `loss` added to the graph's: the loss need not travel to where losses are summed."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: LossContext, y: Tensor, loss: Tensor) -> Tensor:
         ctx.dtype = loss.dtype
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: LossContext, dy: Tensor) -> tuple[Tensor, Tensor]:
         return dy, torch.ones((), dtype=ctx.dtype, device=dy.device)
 
 

@@ -7,20 +7,20 @@ Shapes: n rows of this rank, P ranks, N = P*n rows of all, by rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lamella.moe.autograd import Context
+
 
 def gather_rows(x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[n, ...] -> [P*n, ...]: every rank's rows, in the order of the ranks."""
+    """Every rank's rows, in the order of the ranks: [n, ...] -> [P*n, ...]."""
     return _Gather.apply(x_n, group)
 
 
 def sum_scatter_rows(x_N: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[P*n, ...] -> [n, ...]: this rank's rows of the sum over ranks."""
+    """This rank's rows of the sum over ranks: [P*n, ...] -> [n, ...]."""
     return _SumScatter.apply(x_N, group)
 
 
@@ -36,23 +36,29 @@ def _sum_scatter(x_N: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_n
 
 
+class GroupContext(Context):
+    """What both collectives keep: the ranks that take part."""
+
+    group: dist.ProcessGroup
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: GroupContext, x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _gather(x_n, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: GroupContext, gradient_N: Tensor) -> tuple[Tensor, None]:
         return _sum_scatter(gradient_N, ctx.group), None
 
 
 class _SumScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_N: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: GroupContext, x_N: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _sum_scatter(x_N, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient_n: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: GroupContext, gradient_n: Tensor) -> tuple[Tensor, None]:
         return _gather(gradient_n, ctx.group), None

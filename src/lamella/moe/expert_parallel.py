@@ -38,9 +38,10 @@ def parallel_experts(
     group: dist.ProcessGroup,
     path: ExpertPath = "auto",
 ) -> Tensor:
-    """[T, D] -> [T, D], as `apply_experts` with the experts of all ranks; `frozen` and `trainable` are this rank's.
+    """The sum of the chosen experts' outputs [T, D], as `apply_experts` gives it with the experts of all ranks.
 
-    Rank r holds the r-th part of the frozen experts and the r-th of the trainable ones: a slice and its twin together.
+    Rank r holds the r-th part of the frozen experts and the r-th of the trainable ones, a slice and its twin together;
+    `frozen` and `trainable` are this rank's.
     """
     x_GD = gather_rows(x_TD, group)
     ids_GK = gather_rows(routing.expert_ids_TK, group)

@@ -83,7 +83,13 @@ def moe_ffn(
     """The whole MoE layer: (output [T, D], routing, scores [T, E] or None where no router was asked).
 
     Args:
+        x_TD: the tokens' hidden states.
+        mode: "routed", or a routing that no router decides; see `lamella.moe.routing.fixed_routing`.
+        path: how resident experts are computed; see `lamella.moe.paths.choose`.
         group: the ranks that share out the experts, each with its part in `weights`; None: all are here.
+
+    Raises:
+        UserError: the path does not fit the device or the dtype, or computes no low-rank deltas.
     """
     scores_TE = None
     if mode == "routed":
@@ -102,7 +108,7 @@ def moe_ffn(
 
 
 def router_scores(x_TD: Tensor, weights: MoEWeights, config: MoEConfig) -> Tensor:
-    """[T, E] scores of the layer's router, before any selection bias."""
+    """The scores [T, E] of the layer's router, before any selection bias."""
     if weights.router_up_RD is None:
         logits_TR = router_logits(x_TD, weights.router_RD)
     else:
@@ -119,7 +125,7 @@ def _chosen(
     path: ExpertPath,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """[T, D]: the sum of the chosen experts' outputs, by their weights."""
+    """The sum [T, D] of the chosen experts' outputs, by their weights."""
     if not isinstance(experts, Resident):
         if lora is not None or group is not None:
             raise UserError(
@@ -144,7 +150,7 @@ def _chosen(
 def _computed(
     x_TD: Tensor, routing: Routing, frozen: AnyExperts, trainable: AnyExperts, config: MoEConfig, path: ExpertPath
 ) -> Tensor:
-    """[T, D], of packed experts of either kind."""
+    """The same sum of packed experts of either kind, all of them here."""
     if isinstance(frozen, Experts):
         assert isinstance(trainable, Experts)
         return apply_experts(x_TD, routing, frozen, trainable, path)

@@ -41,7 +41,11 @@ class Lora(NamedTuple):
 def lora_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, lora: Lora, scale: float, path: ExpertPath
 ) -> Tensor:
-    """[T, D] -> [T, D]: as `lamella.moe.paths.choose.apply_experts`, with the deltas on the frozen experts."""
+    """The sum of the chosen experts' outputs [T, D], with the deltas on the frozen ones.
+
+    Raises:
+        UserError: a path other than those in LORA_PATHS.
+    """
     if path == "auto":
         fits = x_TD.device.type != "cpu" and grouped_fits(x_TD, frozen) and lora.down_a.shape[1] % 8 == 0
         path = "grouped" if fits else "loop"
@@ -79,7 +83,7 @@ def _grouped(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts
 
 
 def _half(x_TD: Tensor, half: Half, experts: Experts, lora: Lora | None, scale: float) -> Tensor:
-    """[N, D] weighted output rows; those beyond the half's last are 0. Products and gradients leave them undefined."""
+    """The weighted output rows [N, D]; those beyond the half's last are 0, as products leave them undefined."""
 
     def product(x: Tensor, weights: Tensor) -> Tensor:
         return F.grouped_mm(x, weights.mT, offs=half.ends_E)

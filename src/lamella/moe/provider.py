@@ -73,7 +73,7 @@ def experts_in_portions(
     provider: ExpertProvider,
     compute: Callable[[Tensor, Routing, AnyExperts], Tensor],
 ) -> Tensor:
-    """[T, D] -> [T, D]: the sum of the chosen experts' weighted outputs, whatever portions they come in.
+    """The sum [T, D] of the chosen experts' weighted outputs, whatever portions the experts come in.
 
     It asks the device which experts were chosen, so it waits for it once.
 

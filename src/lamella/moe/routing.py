@@ -37,6 +37,8 @@ class Gating(Protocol):
 
 
 class Routing(NamedTuple):
+    """Which experts each token goes to, and with what weight."""
+
     expert_ids_TK: Tensor
     """int64; in twin routing column i holds i (the slice) or S + i (its copy)."""
     weights_TK: Tensor
@@ -48,44 +50,51 @@ class Routing(NamedTuple):
 
 
 def router_logits(x_TD: Tensor, weight_RD: Tensor) -> Tensor:
-    """[T, R] in float32 whatever the inputs' dtype: a bf16 logit would flip choices between equal models."""
+    """The logits [T, R] in float32 whatever the inputs' dtype: in bf16 choices of equal models would differ."""
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD.float(), weight_RD.float())
 
 
 def analytic_logits(x_TD: Tensor, gate_RD: Tensor, up_RD: Tensor) -> Tensor:
-    """[T, R] |silu(gate x) * (up x)|: how strongly each expert's representative neuron fires (arXiv 2502.04416)."""
+    """The logits [T, R] |silu(gate x) * (up x)|: how strongly each expert's representative neuron fires (arXiv
+    2502.04416).
+    """
     return (F.silu(router_logits(x_TD, gate_RD)) * router_logits(x_TD, up_RD)).abs()
 
 
 def expert_scores(logits_TR: Tensor, config: MoEConfig) -> Tensor:
-    """[T, E] scores from router logits; twin routing mirrors them first: slices get -l, copies l."""
+    """The scores [T, E] from router logits; twin routing mirrors these first: slices get -l, copies l."""
     logits_TE = torch.cat([-logits_TR, logits_TR], dim=-1) if config.routing == "twin" else logits_TR
     return gate_scores(logits_TE, config.gate)
 
 
 def gate_scores(logits_TE: Tensor, gate: GateKind) -> Tensor:
-    """Gate "unit" chooses by the logits themselves: a sigmoid would round large ones to ties."""
+    """The scores [T, E] from logits, by the kind of gate.
+
+    Gate "unit" chooses by the logits themselves: a sigmoid would round large ones to ties.
+    """
     if gate == "unit":
         return logits_TE
     return logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
 def pair_margins(scores_TE: Tensor) -> Tensor:
-    """[T, S]: how much each copy's score exceeds its slice's, in [-1, 1]."""
+    """How much each copy's score exceeds its slice's, [T, S] in [-1, 1]."""
     frozen_TS, trainable_TS = scores_TE.chunk(2, dim=-1)
     return trainable_TS - frozen_TS
 
 
 def choose_pairs(scores_TE: Tensor, bias_S: Tensor) -> Tensor:
-    """[T, S] ids, one of each pair: the copy where score + bias exceeds the slice's score - bias (ties: the slice)."""
+    """The chosen ids [T, S], one of each pair: the copy where score + bias exceeds the slice's score - bias, at ties
+    the slice.
+    """
     S = bias_S.shape[0]
     slice_ids = torch.arange(S, device=scores_TE.device)
     return slice_ids + S * (pair_margins(scores_TE) + 2 * bias_S > 0)
 
 
 def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
-    """[T, K] ids of the largest score + bias."""
+    """The ids [T, K] of the largest score + bias."""
     return torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
 
 
@@ -106,7 +115,7 @@ def gate_weights(
 
 
 def route(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig, gate_scale_E: Tensor | None = None) -> Routing:
-    """Choose and weigh. `bias_R` is float32 and takes no gradient; `gate_scale_E` belongs to gate "unit"."""
+    """Choose and weigh experts. `bias_R` is float32 and takes no gradient; `gate_scale_E` belongs to gate "unit"."""
     with torch.no_grad():
         if config.routing == "twin":
             expert_ids_TK = choose_pairs(scores_TE, bias_R)

@@ -59,14 +59,14 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def two_matrix_ffn(x_nD: Tensor, up_fD: Tensor, up_bias_f: Tensor, down_Df: Tensor, activation: Activation) -> Tensor:
-    """One expert on its rows: [n, D] -> [n, D]."""
+    """One expert on its rows: down act(up x + up_bias), [n, D] -> [n, D]."""
     return F.linear(ACTIVATIONS[activation](F.linear(x_nD, up_fD, up_bias_f)), down_Df)
 
 
 def two_matrix_path(
     x_TD: Tensor, routing: Routing, frozen: TwoMatrixExperts, trainable: TwoMatrixExperts, activation: Activation
 ) -> Tensor:
-    """[T, D] -> [T, D]."""
+    """The weighted sum [T, D] of the outputs of each token's experts."""
     ids_N = routing.expert_ids_TK.flatten()
     order_N = ids_N.argsort(stable=True)
     token_N = order_N.div(routing.expert_ids_TK.shape[1], rounding_mode="floor")

@@ -73,6 +73,7 @@ def classify(error: BaseException) -> FailureClass:
 
 
 def is_retryable(error: BaseException) -> bool:
+    """Whether another attempt may succeed."""
     return error.retryable if isinstance(error, Fault) else classify(error) in RETRYABLE
 
 
@@ -86,6 +87,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def failure_file(run: RunDir, rank: int) -> Path:
+    """The file in which a rank says why it failed."""
     return run.log / f"failure-rank-{rank}.json"
 
 

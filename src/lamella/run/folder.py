@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
 
@@ -65,18 +65,23 @@ class RunDir:
     log = property(lambda self: self.path / "log")
 
     def log_file(self, rank: int) -> Path:
+        """The file that holds what a rank prints."""
         return self.log / f"rank-{rank}.log"
 
     def hf(self, step: int) -> Path:
+        """The folder of a step's checkpoint in the format of transformers."""
         return result_folder(self.path, step)
 
     def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint, where checkpoints lie inside the run directory."""
         return self.checkpoints / f"step-{step}"
 
     def exists(self) -> bool:
+        """Whether a run was begun here."""
         return self.config.is_file()
 
     def recipe(self) -> Recipe:
+        """The recipe with which the run was begun."""
         if not self.exists():
             raise UserError(f"{self.path} is no run directory: it holds no config.yaml")
         return make_recipe(parse_yaml(self.config.read_text(), str(self.config)))
@@ -108,10 +113,11 @@ class RunDir:
         failure: str | None = None,
         retryable: bool = False,
     ) -> None:
+        """Replace the run's status in one piece."""
         values = {"state": state, "step": step, "steps": steps, "reason": reason, "failure": failure}
         write_atomic(self.status_file, json.dumps(values | {"retryable": retryable, "time": time.time()}) + "\n")
 
-    def event(self, event: str, **values: Any) -> None:
+    def event(self, event: str, **values: object) -> None:
         """Append a line; a short line is written in one piece, so several processes may."""
         line = json.dumps({"time": time.time(), "event": event} | values) + "\n"
         with self.events_file.open("a") as file:
@@ -131,6 +137,7 @@ class RunDir:
         return list(_json_lines(self.metrics_file))
 
     def fingerprint(self) -> str:
+        """The hash of the model that the run began with."""
         return json.loads((self.model / "fingerprint.json").read_text())["fingerprint"]
 
     def identity(self) -> dict[str, str]:

@@ -33,6 +33,7 @@ def default_threads() -> int:
 
 
 def torchrun_command(nproc: int, words: Sequence[str]) -> list[str]:
+    """The command that starts the ranks of this machine."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     torchrun += ["--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     torchrun += [f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}"]

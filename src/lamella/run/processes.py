@@ -6,8 +6,10 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from types import FrameType
+from typing import TypeAlias
 
 import psutil
 
@@ -37,11 +39,14 @@ class StopRequest:
         """Only remember a signal from here on."""
         _handle(self._ask)
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, *_: object) -> None:
         self.asked = True
 
 
-def _handle(handler: Any) -> None:
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
+
+
+def _handle(handler: Handler) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, handler)
 

@@ -35,10 +35,12 @@ BLOCK_BYTES = 8 << 20
 
 
 def is_remote(folder: str) -> bool:
+    """Whether a folder is named by a URL that fsspec opens."""
     return "://" in folder
 
 
 def absolute(folder: str) -> str:
+    """The folder by its full path; a URL as it is."""
     return folder if is_remote(folder) else os.path.abspath(folder)
 
 
@@ -71,6 +73,7 @@ class CheckpointStore:
 
     @property
     def files(self) -> AbstractFileSystem:
+        """The file system that the folder is on."""
         return self._place[0]
 
     def inside(self, *names: str) -> str:
@@ -86,6 +89,7 @@ class CheckpointStore:
         return self.path(step) if is_remote(self.folder) else f"{self.path(step)}.tmp"
 
     def is_inside(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether the checkpoints lie somewhere under `folder`."""
         return not is_remote(self.folder) and self.folder.startswith(os.path.join(os.path.abspath(folder), ""))
 
     def check_reachable(self) -> None:
@@ -96,6 +100,7 @@ class CheckpointStore:
             raise UserError(f"checkpoint_folder {self.folder} cannot be reached: {error}") from None
 
     def names(self) -> list[str]:
+        """The names of all entries of the folder."""
         if not self.files.exists(self.inside()):
             return []
         return [posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.inside(), detail=False)]

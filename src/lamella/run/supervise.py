@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from lamella.errors import UserError
 from lamella.jsons import Json
@@ -103,7 +103,7 @@ class Supervisor:
                 record(self.run, self.recipe, failure, attempt=number)
         return failure
 
-    def _torchrun(self, environment: dict[str, str], errors: Any, launch_id: str) -> int:
+    def _torchrun(self, environment: dict[str, str], errors: IO[str], launch_id: str) -> int:
         supervisor = os.getpid()
         self.process = subprocess.Popen(
             self.command, env=environment, stdout=subprocess.DEVNULL if self.quiet else None, stderr=errors,
@@ -122,7 +122,7 @@ class Supervisor:
         kill_launch(launch_id)
         return code
 
-    def _hand_on(self, number: int, *_: Any) -> None:
+    def _hand_on(self, number: int, *_: object) -> None:
         """torchrun hands it to the ranks, which save; Ctrl-C asks for the same, and twice means at once."""
         if number == signal.SIGINT and signal.SIGINT in self.signals and self.process is not None:
             self.process.kill()
@@ -198,7 +198,7 @@ def failure_of(run: RunDir, code: int, said: str, lost: Sequence[int] = ()) -> J
     return values
 
 
-def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: Any) -> None:
+def record(run: RunDir, recipe: Recipe, failure: Json | None, **values: object) -> None:
     """Write how an attempt ended, as an event with these values, and as the run's status."""
     run.event("end" if failure is None else "fault", **values, **_brief(failure))
     if failure is not None and failure["failure"] != "preempted":
@@ -214,6 +214,7 @@ def is_worth_another(failure: Json, fruitless: int, recipe: Recipe) -> bool:
 
 
 def last_words(run: RunDir, failure: Json, fruitless: int) -> str:
+    """What people are told when no further attempt is made."""
     tried = f" after {fruitless - 1} restarts without a new checkpoint" if failure["retryable"] else ""
     log = run.log_file(failure.get("rank", 0))
     more = f"\n(more in {log})" if log.is_file() else ""

@@ -35,6 +35,8 @@ class RoutedHeads(Routed):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """What the routing needs to know."""
+
         dim: int
         moe: AttentionMoEConfig
 
@@ -43,7 +45,11 @@ class RoutedHeads(Routed):
         self.router = Router.Config(dim=config.dim, moe=config.moe, param_init=config.param_init).build()
 
     def forward(self, x_BLD: Tensor, mode: Mode = "routed") -> tuple[Tensor, Tensor, Tensor]:
-        """(x, with the auxiliary loss in its graph; bool [B, L, E], what is chosen; [B, L, E] weights, else 0)."""
+        """Route every token.
+
+        Returns:
+            (x, with the auxiliary loss in its graph; bool [B, L, E], what is chosen; [B, L, E] weights, 0 where not).
+        """
         B, L, _ = x_BLD.shape
         x_TD, router = x_BLD.flatten(0, 1), self.router
         if mode != "routed":
@@ -64,6 +70,8 @@ class ExpertAttention(GQAttention):
 
     @dataclass(kw_only=True, slots=True)
     class Config(GQAttention.Config):
+        """The dense attention's config, and that of the routing."""
+
         heads: RoutedHeads.Config
 
     def __init__(self, config: Config):
@@ -73,6 +81,7 @@ class ExpertAttention(GQAttention):
     def forward(
         self, x_BLD: Tensor, attention_masks: Masks, positions: Tensor | None = None, mode: Mode = "routed"
     ) -> Tensor:
+        """The attention's output [B, L, D]; masks and positions are those of the dense attention."""
         x_BLD, chosen_BLE, weights_BLE = self.heads(x_BLD, mode)
         q_BLNH, k_BLGH, v_BLGH = self.qkv_linear(x_BLD)
         if self.q_norm is not None and self.k_norm is not None:
@@ -89,7 +98,9 @@ class ExpertAttention(GQAttention):
 
 
 def hide_unchosen(q_BLNH: Tensor, k_BLEH: Tensor, v_BLEH: Tensor, chosen_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with `MORE_FEATURES` more: q k is as before for a key that its expert was given, far below else."""
+    """Queries, keys and values with `MORE_FEATURES` more: q k is as before for a key that its expert was given, far
+    below else.
+    """
     q, k, v = (F.pad(x, (0, MORE_FEATURES)) for x in (q_BLNH, k_BLEH, v_BLEH))
     q[..., -1] = 1.0
     k[..., -1] = UNSEEN * (~chosen_BLE).to(k.dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lamella.architecture.moe import AttentionMoEConfig, ExpertPath, MoEConfig
 from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError, did_you_mean
+from lamella.jsons import Json
 from lamella.titan.attention import ExpertAttention, RoutedHeads
 from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE
 from lamella.titan.inner_attention import inner_attention
@@ -41,6 +42,7 @@ class ModelConfig(NamedTuple):
 
     @property
     def has_experts(self) -> bool:
+        """Whether FFNs or attention of the model are experts."""
         return self.moe is not None or self.attention_moe is not None
 
 
@@ -120,7 +122,7 @@ def _attention(
     H = getattr(hf, "head_dim", None) or D // heads
     out_bias = bool(getattr(hf, "attention_bias", False))
     qkv_bias = out_bias or family == "qwen2"  # Qwen2 has them always, and none on the output
-    settings: dict[str, Any] = {
+    settings: Json = {
         "n_heads": heads,
         "n_kv_heads": kv_heads,
         "dim": D,
@@ -140,7 +142,7 @@ def _attention(
 
 def rope_config(hf: PreTrainedConfig, head_dim: int) -> ScaledRoPE.Config:
     """Rotary embedding with the scaling the model was trained with; UserError for one that is not carried."""
-    rope: dict[str, Any] = hf.rope_parameters
+    rope: Json = hf.rope_parameters
     config = ScaledRoPE.Config(dim=head_dim, max_seq_len=hf.max_position_embeddings, theta=rope["rope_theta"])
     match rope.get("rope_type", "default"):
         case "default":

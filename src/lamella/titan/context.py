@@ -26,12 +26,12 @@ class ContextShare:
     size: int
 
     def order(self, length: int, device: torch.device | None = None) -> Tensor:
-        """[L]: the tokens as the ranks hold them, rank after rank. `length` is a multiple of 2 * size."""
+        """The tokens as the ranks hold them, rank after rank, [L]. `length` is a multiple of 2 * size."""
         chunks = torch.arange(length, device=device).chunk(2 * self.size)
         return torch.cat([c for r in range(self.size) for c in (chunks[r], chunks[-1 - r])])
 
     def mine(self, length: int, device: torch.device | None = None) -> Tensor:
-        """[l]: this rank's tokens."""
+        """The indices [l] of this rank's tokens."""
         return self.order(length, device).chunk(self.size)[self.rank]
 
     def part(self, x_BL: Tensor) -> Tensor:

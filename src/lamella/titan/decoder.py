@@ -37,6 +37,8 @@ class ScaledRoPE(CosSinRoPE):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CosSinRoPE.Config):
+        """torchtitan's rope, and a linear scaling of positions."""
+
         linear_factor: float = 1.0
 
     def _precompute_cache(self) -> Tensor:
@@ -71,6 +73,8 @@ class Block(TransformerBlock):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TransformerBlock.Config):
+        """torchtitan's block, and the MoE layer where it has one."""
+
         # not `moe`, which torchtitan expects to be its own MoE
         moe_layer: MoELayer.Config | None = None
 
@@ -87,7 +91,7 @@ class Block(TransformerBlock):
             self.feed_forward = config.feed_forward.build()
 
     def forward(self, x_BLD: Tensor, context: BlockContext, positions: Tensor | None = None) -> Tensor:
-        """[B, L, D]: the hidden states behind this block."""
+        """The hidden states [B, L, D] behind this block."""
         attended_BLD = self.attention_norm(x_BLD)
         if isinstance(self.attention, ExpertAttention):
             attended_BLD = self.attention(attended_BLD, context.masks, positions, context.mode)
@@ -100,10 +104,12 @@ class Block(TransformerBlock):
 
 
 class LamellaDecoder(Decoder):
-    """[B, L] token ids and positions -> [B, L, vocabulary] logits, or [B, l, ...] of this rank's l tokens."""
+    """The model: ids and positions [B, L] -> logits [B, L, vocabulary], or [B, l, ...] of this rank's tokens."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
+        """torchtitan's decoder, and what training wants to know about it."""
+
         sliding_window: int | None = None
         """Tokens that a token sees, itself among them."""
         trains: str = "experts+router"
@@ -118,7 +124,7 @@ class LamellaDecoder(Decoder):
                 set_sharding(self)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """(parameters, training FLOPs per token); see `lamella.titan.flops`."""
+            """The model's (parameters, training FLOPs per token); see `lamella.titan.flops`."""
             from lamella.titan.flops import training_flops_per_token
 
             return sum(p.numel() for p in model.parameters()), training_flops_per_token(model, self, seq_len)
@@ -132,10 +138,12 @@ class LamellaDecoder(Decoder):
 
     @property
     def moe_layers(self) -> list[MoELayer]:
+        """The layers whose FFNs are experts, in their order."""
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     @property
     def routed_heads(self) -> list[RoutedHeads]:
+        """The routing of the layers whose attention is experts, in their order."""
         return [m for m in self.modules() if isinstance(m, RoutedHeads)]
 
     def forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import types
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ import torch
 import torch._utils
 
 
-def _cpu_memory_stats(device: Any = None) -> dict[str, int]:
+def _cpu_memory_stats(device: object = None) -> dict[str, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
 
@@ -26,7 +27,7 @@ def cpu_device_module() -> types.ModuleType:
     module = types.ModuleType("lamella_cpu_device")
     vars(module).update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
     properties = types.SimpleNamespace(name="CPU", total_memory=psutil.virtual_memory().total)
-    calls: dict[str, Any] = {
+    calls: dict[str, Callable[..., object]] = {
         "current_device": lambda: 0,  # torch.cpu answers "cpu"; torchtitan wants an index
         "get_device_name": lambda device=None: properties.name,
         "get_device_properties": lambda device=None: properties,

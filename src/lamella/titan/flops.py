@@ -9,10 +9,11 @@ from lamella.titan.decoder import LamellaDecoder
 
 
 def training_flops_per_token(model: nn.Module, config: LamellaDecoder.Config, seq_len: int) -> int:
-    """Of the matmuls that one token needs: 2 per weight forward, 2 for the input's gradient, 2 more where it trains.
+    """The FLOPs of the matmuls that a token needs.
 
-    A token uses num_experts_per_tok of the experts; attention counts 12 * heads * head width * length per layer, as in
-    the PaLM paper (arXiv 2204.02311), causal or not.
+    A weight takes 2 forward, 2 for the input's gradient, and 2 more where it trains. A token uses num_experts_per_tok
+    of the experts; attention counts 12 * heads * head width * length per layer, as in the PaLM paper
+    (arXiv 2204.02311), causal or not.
     """
     weights = _active_weights(model, config)
     flops = sum(count * (6 if is_trained(name, config.trains) else 4) for name, count in weights.items())
@@ -20,7 +21,7 @@ def training_flops_per_token(model: nn.Module, config: LamellaDecoder.Config, se
 
 
 def forward_flops_per_token(model: nn.Module, config: LamellaDecoder.Config, seq_len: int) -> int:
-    """Of one forward pass, such as a teacher's: a third of the 12 above, and 2 per weight."""
+    """The FLOPs of one forward pass, such as a teacher's: a third of the 12 above, and 2 per weight."""
     return int(2 * sum(_active_weights(model, config).values())) + 4 * _attention_products(config) * seq_len
 
 

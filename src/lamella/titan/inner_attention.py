@@ -28,7 +28,7 @@ class GathersKeys(Module):
     """The ranks that share out the tokens of each sample; None: all tokens are here."""
 
     def share_keys(self, group: dist.ProcessGroup) -> None:
-        """From now on, gather keys and values over the ranks of `group`."""
+        """Gather keys and values over the ranks of `group` from now on."""
         self.key_group = group
 
     def gathered(self, k_BlGH: Tensor, v_BlGH: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,8 @@ class DocumentAttention(GathersKeys):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """Nothing to say: masks come with each call."""
+
         pass
 
     def __init__(self, config: Config):
@@ -56,7 +58,7 @@ class DocumentAttention(GathersKeys):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """[B, l, N, H]: of this rank's queries."""
+        """What this rank's queries attend to, [B, l, N, H]."""
         k_BLNH, v_BLNH = self.gathered(k_BLNH, v_BLNH)
         q_BNLH, k_BNLH, v_BNLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         y_BNLH = F.scaled_dot_product_attention(
@@ -70,6 +72,8 @@ class GatheringFlexAttention(GathersKeys, FlexAttention):
 
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
+        """torchtitan's."""
+
         pass
 
     def forward(
@@ -82,7 +86,7 @@ class GatheringFlexAttention(GathersKeys, FlexAttention):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """[B, l, N, H]: of this rank's queries."""
+        """What this rank's queries attend to, [B, l, N, H]."""
         k_BLNH, v_BLNH = self.gathered(k_BLNH, v_BLNH)
         return super().forward(
             q_BLNH, k_BLNH, v_BLNH, attention_masks=attention_masks, scale=scale, enable_gqa=enable_gqa

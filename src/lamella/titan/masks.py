@@ -24,7 +24,7 @@ class MaskMod(Protocol):
 
 
 def document_mask(positions_BL: Tensor, window: int | None = None, context: ContextShare | None = None) -> Tensor:
-    """[B, 1, L, L] bool: each token sees itself and what precedes it in its document, at most `window` tokens.
+    """What each token sees, bool [B, 1, L, L]: itself and what precedes it in its document, at most `window` tokens.
 
     With a context share it is [B, 1, l, L]: this rank's tokens as rows, columns in the order of the ranks.
     """

@@ -42,6 +42,8 @@ class PackedExperts(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """The model width and the layer's MoE config."""
+
         dim: int
         moe: MoEConfig
 
@@ -58,10 +60,12 @@ class PackedExperts(Module):
 
     @property
     def frozen(self) -> Experts:
+        """This rank's slices."""
         return _here(packed(self, "frozen"))
 
     @property
     def trainable(self) -> Experts:
+        """This rank's experts that train."""
         return _here(packed(self, "trainable"))
 
 
@@ -85,6 +89,8 @@ class Shared(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """The model width and the expert's neurons."""
+
         dim: int
         width: int
 
@@ -101,6 +107,8 @@ class MoELayer(Routed):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """The model width, the layer's MoE config, and how its experts are computed."""
+
         dim: int
         moe: MoEConfig
         expert_path: ExpertPath = "auto"
@@ -118,6 +126,7 @@ class MoELayer(Routed):
 
     @property
     def weights(self) -> MoEWeights:
+        """What the layer computes with, as plain tensors of this rank."""
         router, experts, shared = self.router, self.experts, self.shared
         return MoEWeights(
             _plain(router.weight), router.selection_bias, Resident(experts.frozen, experts.trainable),

@@ -38,6 +38,6 @@ def through_stages(
 
 
 def _computed_dtype(model: LamellaDecoder) -> torch.dtype:
-    """Of the activations between blocks."""
+    """The dtype of the activations between blocks."""
     policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
     return policy.param_dtype or torch.float32

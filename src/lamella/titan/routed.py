@@ -29,6 +29,8 @@ class Router(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """The model width and the layer's MoE config."""
+
         dim: int
         moe: MoEConfig | AttentionMoEConfig
 
@@ -80,7 +82,7 @@ class Routed(Module):
         self.statistics = torch.zeros_like(self.statistics, device=buffer_device or self.statistics.device)
 
     def add_auxiliary_loss(self, y: Tensor, routing: Routing, scores_TE: Tensor) -> Tensor:
-        """y, whose backward pass runs that of the loss, too."""
+        """The tensor y unchanged; its backward pass also runs that of the loss."""
         if not self.aim.auxiliary_factor:
             return y
         # gate "unit" has logits in the place of scores

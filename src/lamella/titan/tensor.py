@@ -6,12 +6,11 @@ sequence. So the MoE needs no cut through its experts: expert parallelism shares
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import spmd_types as spmd
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import (
     dense_activation_placement,
     dense_param_placement,
@@ -24,11 +23,8 @@ from torchtitan.models.common.decoder_sharding import (
 )
 from torchtitan.protocols.sharding import ShardingConfig
 
-if TYPE_CHECKING:  # the decoder imports this module
-    from lamella.titan.decoder import LamellaDecoder
 
-
-def set_sharding(config: LamellaDecoder.Config) -> None:
+def set_sharding(config: Decoder.Config) -> None:
     """Say in a decoder's config how `Module.parallelize` shares out all but the MoE layers."""
     set_decoder_sharding_config(config, enable_sp=True)
     for layer in config.layers:

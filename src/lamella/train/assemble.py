@@ -34,6 +34,7 @@ from lamella.train.trainer import LamellaTrainer, TokenisedAlready
 
 
 def has_gpu() -> bool:
+    """Whether torch has an accelerator here."""
     return torch.accelerator.is_available()
 
 
@@ -54,7 +55,11 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
 
 
 def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDecoder.Config | None:
-    """Of the model beside the student that it learns from, if any; UserError where it cannot be its teacher."""
+    """The config of the model beside the student that it learns from, if there is one.
+
+    Raises:
+        UserError: it cannot be the student's teacher.
+    """
     folder = recipe.distil.teacher
     if recipe.objective != "distil" or folder is None:
         return None
@@ -154,12 +159,14 @@ def trainer_config(
 
 
 def loss_config(recipe: Recipe, vocab_size: int) -> CrossEntropyLoss.Config:
+    """torchtitan's config of the recipe's loss."""
     if recipe.objective == "distil":
         return DistilLoss.Config(global_vocab_size=vocab_size, distil=recipe.distil)
     return CrossEntropyLoss.Config(global_vocab_size=vocab_size)
 
 
 def training_config(recipe: Recipe) -> TrainingConfig:
+    """torchtitan's section `training`: batch sizes, length, steps, precision."""
     return TrainingConfig(
         local_batch_size=_samples_at_once(recipe),
         global_batch_size=recipe.samples_per_step,
@@ -173,13 +180,14 @@ def training_config(recipe: Recipe) -> TrainingConfig:
 
 
 def _samples_at_once(recipe: Recipe) -> int:
-    """Of one rank; a pipeline takes all micro-batches of a step together."""
+    """The samples of one rank's forward; a pipeline takes all micro-batches of a step together."""
     if recipe.parallel.pipeline == 1:
         return recipe.samples_per_micro_batch
     return recipe.samples_per_step // recipe.parallel.batch_ranks(int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def checkpoint_config(recipe: Recipe) -> CommittedCheckpoints.Config:
+    """torchtitan's section `checkpoint`: where, how often, how many."""
     return CommittedCheckpoints.Config(
         enable=True,
         folder=absolute(recipe.checkpoint_folder) if recipe.checkpoint_folder else "checkpoints",

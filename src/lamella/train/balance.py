@@ -23,7 +23,7 @@ from lamella.titan.routed import Aim, Routed
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """Of one optimizer step, per MoE layer, and per layer of attention experts where that is said."""
+    """The routing of one optimizer step, per MoE layer; what concerns attention experts says so."""
 
     twin_share: list[float]
     """Share of the routed rows that trainable experts computed."""
@@ -38,7 +38,7 @@ class RoutingReport:
 
 
 def sum_reports(parts: list[RoutingReport]) -> RoutingReport:
-    """Of all stages of a pipeline, in their order."""
+    """One report of all stages of a pipeline, in their order."""
     return RoutingReport(
         twin_share=[x for part in parts for x in part.twin_share],
         max_vio=[x for part in parts for x in part.max_vio],
@@ -101,7 +101,7 @@ class Balance:
         )
 
     def _auxiliary_factor(self) -> float:
-        """Of one forward: the gradients of a step's forwards, on all ranks, add up."""
+        """The factor on the loss of one forward: the gradients of a step's forwards, on all ranks, add up."""
         recipe = self.recipe
         if recipe.balancing != "aux":
             return 0.0
@@ -110,7 +110,7 @@ class Balance:
         return recipe.aux_coefficient * part
 
     def _even_share(self, config: MoEConfig | AttentionMoEConfig, top_k: int) -> float | None:
-        """Of each expert, where biases aim at it."""
+        """The share of the tokens of each expert, where biases aim at it."""
         return top_k / config.num_experts if self.recipe.balancing == "quantile" else None
 
     def _top_k(self, config: MoEConfig, step: int) -> int:
@@ -129,7 +129,11 @@ class Balance:
 
     @torch.no_grad()
     def update(self, move: bool = True) -> None:
-        """After the backward passes of a step, before the optimizer; `move`: the biases, too, as the step is taken."""
+        """Sum the statistics over ranks, move the biases, reset: after a step's backward passes, before the optimizer.
+
+        Args:
+            move: whether biases move; they do not where the step is skipped.
+        """
         if not self.routed:
             return
         all_statistics = torch.cat([layer.statistics for layer in self.routed])
@@ -151,7 +155,7 @@ class Balance:
             bias.copy_(sign_update(bias, statistics[:E], self.recipe.bias_rate))
 
     def report(self) -> RoutingReport:
-        """Of the latest step, of all layers; copies a few numbers per layer to the host."""
+        """The routing of the latest step, of all layers; copies a few numbers per layer to the host."""
         own = self._own_report()
         if self.stages is None:
             return own
@@ -173,7 +177,7 @@ class Balance:
 
 
 def choice_targets(recipe: Recipe) -> list[float]:
-    """Of each source of the recipe's data: 0 wants the frozen slices, 1 the twins, NaN either."""
+    """What the samples of each source of the data should choose: 0 the frozen slices, 1 the twins, NaN either."""
     loss = recipe.routing_loss
     assert loss is not None
     names = [portion.source for portion in recipe.data]
@@ -223,7 +227,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 
 def assert_loaded(model: LamellaDecoder) -> None:
-    """A NaN is a weight that the checkpoint did not fill."""
+    """Check that the checkpoint filled every weight: they start as NaN."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         assert not (local.is_floating_point() and bool(local.isnan().any())), f"{name} was not loaded, or is NaN"

@@ -6,6 +6,8 @@ synchronous and asynchronous saves are committed alike, by rank 0, when every ra
 
 from __future__ import annotations
 
+import io
+import os
 import posixpath
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -31,85 +35,110 @@ from torchtitan.tools.utils import GarbageCollection
 
 from lamella.checkpoint.distributed import WeightsOnlyPlanner, checkpoint_reader
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.run.failure import Fault
 from lamella.run.folder import RunDir
 from lamella.run.store import CheckpointStore
 from lamella.train import fault_hook
 
+StateDict: TypeAlias = dict[str, object]
+Answer = TypeVar("Answer")
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of one file."""
+
+    bytes: int
+    xxh3_128: str
+    """The hash of its content, in hex."""
+
 
 class HashingStream:
     """A file being written; knows the size and hash of what went through it."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: io.IOBase):
         self.stream, self.digest, self.num_bytes = stream, xxhash.xxh3_128(), 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write, and hash, these bytes."""
         self.digest.update(data)
         self.num_bytes += memoryview(data).nbytes
-        return self.stream.write(data)
+        return self.stream.write(data)  # type: ignore[attr-defined]  # all streams that torch opens have it
 
     def tell(self) -> int:
+        """The number of bytes so far."""
         return self.num_bytes
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 
 class HashingFiles(FileSystem):
-    """torch's file system over fsspec; `written` holds {name: {"bytes", "xxh3_128"}}."""
+    """torch's file system over fsspec, which remembers what it wrote: `written` is {name: FileEntry}."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: dict[str, dict[str, Any]] = {}
+        self.written: dict[str, FileEntry] = {}
 
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        """A file to write or to read; what is written is hashed."""
         with super().create_stream(path, mode) as stream:
             if "w" not in mode:
                 yield stream
                 return
             hashing = HashingStream(stream)
-            yield hashing
-            entry = {"bytes": hashing.num_bytes, "xxh3_128": hashing.digest.hexdigest()}
+            yield hashing  # type: ignore[misc]  # it has what torch calls on a stream
+            entry: FileEntry = {"bytes": hashing.num_bytes, "xxh3_128": hashing.digest.hexdigest()}
             self.written[posixpath.basename(str(path))] = entry
 
-    def rename(self, path: Any, new_path: Any) -> None:
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """Rename a file, and its entry."""
         super().rename(path, new_path)
         self.written[posixpath.basename(str(new_path))] = self.written.pop(posixpath.basename(str(path)))
 
 
 @dataclass(frozen=True)
 class HashedResult(WriteResult):
-    file: dict[str, Any] = field(default_factory=dict)
+    """torch's own record of one written item, with the file that it is in."""
+
+    file: FileEntry = field(kw_only=True)
     """Size and hash of the whole file that the item is in."""
 
 
 class CommittingWriter(FsspecWriter):
     """Writes into `path`, local or remote; `commit(files)` runs on rank 0 when every rank has written."""
 
-    def __init__(self, path: str, step: int, commit: Callable[[dict[str, Any]], None]):
+    def __init__(self, path: str, step: int, commit: Callable[[dict[str, FileEntry]], None]):
         super().__init__(path)
         self.files = HashingFiles()
         self.fs = self.files  # type: ignore[assignment]  # FsspecWriter has made its own already
         self.path = self.fs.init_path(path)
         self.step, self.commit = step, commit
 
-    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part; each result carries its file's hash to rank 0."""
         with fault_hook.during_save(self.step):
             results = super().write_data(plan, planner).wait()
         hashed: Future[list[WriteResult]] = Future()
         hashed.set_result(
             [
-                HashedResult(r.index, r.size_in_bytes, r.storage_data, self.files.written[r.storage_data.relative_path])
+                HashedResult(
+                    r.index, r.size_in_bytes, r.storage_data, file=self.files.written[r.storage_data.relative_path]
+                )
                 for r in results
             ]
         )
         return hashed
 
-    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write torch's metadata and commit, on rank 0."""
         super().finish(metadata, results)
-        files = {r.storage_data.relative_path: r.file for of_rank in results for r in of_rank}
-        self.commit(files | {".metadata": self.files.written[".metadata"]})
+        files = {".metadata": self.files.written[".metadata"]}
+        for result in (r for of_rank in results for r in of_rank):
+            assert isinstance(result, HashedResult)
+            files[result.storage_data.relative_path] = result.file
+        self.commit(files)
 
 
 class CommittedCheckpoints(CheckpointManager):
@@ -117,9 +146,11 @@ class CommittedCheckpoints(CheckpointManager):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
+        """torchtitan's."""
+
         pass
 
-    def __init__(self, config: Config, *, base_folder: str = "", **parts: Any):
+    def __init__(self, config: Config, *, base_folder: str = "", **parts: object):
         super().__init__(config, base_folder=base_folder, **parts)
         self.run = RunDir(Path(base_folder))
         self.store = CheckpointStore(self.folder)
@@ -129,12 +160,13 @@ class CommittedCheckpoints(CheckpointManager):
     @torch.no_grad()
     def dcp_save(
         self,
-        state_dict: dict[str, Any],
+        state_dict: StateDict,
         checkpoint_id: str,
         async_mode: AsyncMode,
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
-    ) -> Any:
+    ) -> object:
+        """Write a step, and commit it; the future of a save that goes on, or None."""
         step = int(posixpath.basename(checkpoint_id).removeprefix("step-"))
         commit = partial(self._commit, step, self._about(step), time.perf_counter())
         writer = CommittingWriter(self.store.unfinished(step), step, commit)
@@ -148,7 +180,7 @@ class CommittedCheckpoints(CheckpointManager):
             GarbageCollection.collect("GC collection invoked by checkpointer.")
         return future
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+    def dcp_load(self, state_dict: StateDict, checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint without running what its pickles say; weights of a model's folder as torchtitan does."""
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
@@ -156,15 +188,15 @@ class CommittedCheckpoints(CheckpointManager):
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(state_dict)
 
-    def _about(self, step: int) -> dict[str, Any]:
+    def _about(self, step: int) -> Json:
         data = self.states["dataloader"].state_dict()
         consumed = {k: v for k, v in data.items() if isinstance(v, int)}  # what a person may want to read
         text = self.states["dataloader"].samples.hashes()
         versions = {"torch": str(torch.__version__), "world_size": dist.get_world_size()}
         return {"step": step, "data": consumed, "text": text} | versions | self.identity
 
-    def _commit(self, step: int, about: dict[str, Any], began: float, files: dict[str, Any]) -> None:
-        """On rank 0, in the thread that saves."""
+    def _commit(self, step: int, about: Json, began: float, files: dict[str, FileEntry]) -> None:
+        """Write the manifest that makes a checkpoint count: on rank 0, in the thread that saves."""
         self.store.commit(step, about | {"time": time.time(), "files": files})
         num_bytes = sum(entry["bytes"] for entry in files.values())
         self.run.event("save", step=step, seconds=round(time.perf_counter() - began, 3), bytes=num_bytes)
@@ -176,7 +208,7 @@ class CommittedCheckpoints(CheckpointManager):
         return saved
 
     def discard_unfinished(self) -> None:
-        """At the start of a run nobody writes yet: what is half-written is a killed attempt's."""
+        """Remove what a killed attempt left half-written: at the start of a run nobody writes yet."""
         if dist.get_rank() == 0 and (left := self.store.discard_unfinished()):
             logger.warning(f"Discarded unfinished checkpoints: {', '.join(left)}")
         if dist.get_rank() == 0 and (left := self.store.half_written()):
@@ -221,7 +253,7 @@ class CommittedCheckpoints(CheckpointManager):
     def _problems(self, step: int) -> list[str]:
         """Each rank reads a share of the files; all learn what all found."""
         mine = list(self.store.problems(step, dist.get_rank(), dist.get_world_size()))
-        shares: list[Any] = [None] * dist.get_world_size()
+        shares: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
         return sorted({problem for share in shares for problem in share})
 
@@ -239,7 +271,7 @@ class CommittedCheckpoints(CheckpointManager):
         """UserError on every rank where one of them has other text than the checkpoint was trained on."""
         mine = self.states["dataloader"].samples.hashes()
         changed = [name for name, digest in of_checkpoint.items() if mine.get(name) != digest]
-        of_ranks: list[Any] = [None] * dist.get_world_size()
+        of_ranks: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(of_ranks, changed)
         if names := sorted({name for names in of_ranks for name in names}):
             raise UserError(
@@ -248,11 +280,11 @@ class CommittedCheckpoints(CheckpointManager):
                 "with another out="
             )
 
-    def _on_rank0(self, read: Callable[[], Any]) -> Any:
+    def _on_rank0(self, read: Callable[[], Answer]) -> Answer:
         """One answer for all: ranks may see a shared folder differently for a moment."""
         answer = [read() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(answer, src=0)
-        return answer[0]
+        return cast(Answer, answer[0])
 
     def _say_fallback(self, step: int, damage: list[str], latest: int | None) -> None:
         if latest is not None and latest > step and not damage:

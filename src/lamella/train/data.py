@@ -15,7 +15,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from lamella.data.sources import Split, open_source
 from lamella.data.streaming import StreamedSamples
 from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import BadData, UserError
+from lamella.jsons import Json
 from lamella.recipe.sections import Portion
 
 # One damaged shard is skipped; a folder that has gone is an error whatever the policy.
@@ -101,7 +101,7 @@ class MixedSamples:
         return samples.sample(last)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, position in it) of sample `index`."""
+        """Where sample `index` is: (source, position in it)."""
         source, count = self.interleaving.place(index)
         if source in self.streams:
             return source, count
@@ -109,7 +109,7 @@ class MixedSamples:
         return source, self._order(source, epoch)[position] if self.seed is not None else position
 
     def hashes(self) -> dict[str, str]:
-        """Of the text of each source: with another one, sample i is another."""
+        """The hash of each source's text: with another text, sample i is another."""
         return {name: source.hash for name, source in zip(self.names, self.sources, strict=True)}
 
     def epochs(self, num_samples: int) -> dict[str, float]:
@@ -151,6 +151,7 @@ class MixedSamples:
         return json.dumps([stream.state_dict() for stream in self.streams.values()])
 
     def load_stream_states(self, states: str) -> None:
+        """Go on behind the places that `stream_states` told."""
         for stream, state in zip(self.streams.values(), json.loads(states), strict=True):
             stream.load_state_dict(state)
 
@@ -236,7 +237,7 @@ def spread(samples: MixedSamples, count: int) -> list[Sample]:
 
 
 def collate(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor]:
-    """({"input" [B, L], "positions" [B, L]}, labels [B, L])."""
+    """Samples as one batch: ({"input" [B, L], "positions" [B, L]}, labels [B, L])."""
     ids_BL, labels_BL, positions_BL = (torch.stack(parts) for parts in zip(*samples, strict=True))
     return {"input": ids_BL, "positions": positions_BL}, labels_BL
 
@@ -257,10 +258,13 @@ class SampleLoader(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        samples: Any = None  # MixedSamples, opened before the ranks meet
+        """The samples of the run."""
 
-    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
-        self.samples: MixedSamples = config.samples
+        samples: MixedSamples
+        """Opened before the ranks meet."""
+
+    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: object):
+        self.samples = config.samples
         self.dp_world_size, self.dp_rank, self.local_batch_size = dp_world_size, dp_rank, local_batch_size
         self.consumed = 0
         """Samples given out so far, over all ranks."""
@@ -275,11 +279,13 @@ class SampleLoader(BaseDataLoader):
             inputs["source"] = torch.tensor([self.samples.locate(i)[0] for i in indices])
             yield inputs, labels_BL
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
+        """The number of samples consumed over all ranks, and the places of streams."""
         streams = {"streams": self.samples.stream_states(self.consumed)} if self.samples.streams else {}
         return {"consumed_samples": self.consumed} | streams
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Json) -> None:
+        """Go on behind a state."""
         self.consumed = state_dict["consumed_samples"]
         if self.samples.streams:
             self.samples.load_stream_states(state_dict["streams"])

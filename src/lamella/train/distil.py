@@ -61,6 +61,8 @@ class DistilLoss(CrossEntropyLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
+        """The cross-entropy's config, and the recipe's section `distil`."""
+
         distil: Distil
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
@@ -70,7 +72,11 @@ class DistilLoss(CrossEntropyLoss):
     def __call__(
         self, pred: Tensor, labels: Tensor | Lesson, global_valid_tokens: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the loss, no metrics), summed over the tokens, or their mean where the number of valid ones is given."""
+        """The loss summed over the tokens, or their mean where the number of valid ones is given.
+
+        Returns:
+            (loss, no metrics).
+        """
         if not isinstance(labels, Lesson):  # the held-out loss is that of the text alone
             return super().__call__(pred, labels, global_valid_tokens, **kwargs)
         labels, teacher_BLV = labels

@@ -24,7 +24,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 from lamella.run.failure import attempt_number
 from lamella.run.store import CheckpointStore
@@ -34,10 +37,13 @@ VARIABLE = "LAMELLA_FAULT"
 
 @dataclass(frozen=True)
 class Planned:
+    """One fault that the variable asks for."""
+
     kind: str
     where: dict[str, str] = field(default_factory=dict)
 
     def strikes(self, step: int) -> bool:
+        """Whether it strikes this rank, in this attempt, at this step."""
         rank, attempt = os.environ.get("RANK", "0"), str(attempt_number())
         first, _, last = self.where.get("step", "0-999999999").partition("-")
         return (
@@ -58,8 +64,8 @@ def planned(kind: str, step: int) -> Planned | None:
     return None
 
 
-def before_step(step: int, model: Any, store: CheckpointStore) -> None:
-    """Called by every rank at the start of each optimizer step."""
+def before_step(step: int, model: nn.Module, store: CheckpointStore) -> None:
+    """Strike at the start of an optimizer step, where a fault is planned; every rank calls it."""
     if VARIABLE not in os.environ:
         return
     if planned("damage", step):
@@ -73,6 +79,7 @@ def before_step(step: int, model: Any, store: CheckpointStore) -> None:
 
 
 def before_batch(step: int) -> None:
+    """Strike before a batch is fetched, where a fault is planned."""
     if fault := planned("slow", step):
         time.sleep(float(fault.where["seconds"]))
 
@@ -91,10 +98,10 @@ def during_save(step: int) -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _poison(model: Any, kind: str) -> None:
-    """For one forward pass; its backward carries the damage to every trained tensor."""
+def _poison(model: nn.Module, kind: str) -> None:
+    """Damage one forward pass; its backward carries the damage to every trained tensor."""
 
-    def damage(module: Any, inputs: Any, output: Any) -> Any:
+    def damage(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         handle.remove()
         if kind == "nan-loss":
             return output * float("nan")

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torchtitan.components.metrics import MetricsProcessor
@@ -15,6 +14,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, get_peak_flops
 
 from lamella.display import TrainingProgress
+from lamella.jsons import Json
 from lamella.run.folder import RunDir
 from lamella.train.balance import RoutingReport
 from lamella.train.optimizer import group_name
@@ -37,16 +37,18 @@ class LamellaMetrics(MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
+        """torchtitan's."""
+
         pass
 
     ntokens_since_last_log: int
     time_last_log: float
 
-    def __init__(self, config: Config, **kwargs: Any):
+    def __init__(self, config: Config, **kwargs: object):
         super().__init__(config, **kwargs)
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
         self.is_rank0 = torch.distributed.get_rank() == 0
-        self.line: dict[str, Any] = {}
+        self.line: Json = {}
 
     def attach(
         self,
@@ -57,7 +59,7 @@ class LamellaMetrics(MetricsProcessor):
         watch: Watch,
         skips: SkipNonFinite,
     ) -> None:
-        """What only the trainer knows. `epochs(step)`: how often each source has been gone through."""
+        """Take over what only the trainer knows. `epochs(step)`: how often each source has been gone through."""
         self.run, self.progress, self.routing, self.epochs = run, progress, routing, epochs
         self.watch, self.skips = watch, skips
 
@@ -71,9 +73,9 @@ class LamellaMetrics(MetricsProcessor):
         global_avg_loss: float,
         global_max_loss: float,
         grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
+        extra_metrics: Json | None = None,
     ) -> None:
-        """Called by torchtitan's train_step on every rank; the line is written by `finish_step`."""
+        """Measure a step; torchtitan's train_step calls it on every rank, and `finish_step` writes the line."""
         extra = extra_metrics or {}
         if self.parallel_dims.pp_enabled:  # the last stage alone knows the loss; torchtitan says -1 on the others
             loss = torch.tensor(global_avg_loss, device=device_type)
@@ -113,7 +115,7 @@ class LamellaMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def _rates(self, extra: dict[str, Any]) -> dict[str, float]:
+    def _rates(self, extra: Json) -> dict[str, float]:
         """Learning rates by group; torchtitan gives them as lr/..., in the order of the groups."""
         names = [group_name(group["param_names"]) for optimizer in self.optimizers for group in optimizer.param_groups]
         return dict(zip(names, (v for key, v in extra.items() if key.startswith("lr/")), strict=True))
@@ -131,7 +133,7 @@ class LamellaMetrics(MetricsProcessor):
         self.line = {}
 
 
-def scalars(line: dict[str, Any]) -> dict[str, float]:
+def scalars(line: Json) -> dict[str, float]:
     """The line for TensorBoard: per-layer lists become their mean, dicts their entries; absent values are left out."""
     values: dict[str, float] = {}
     for name, value in line.items():

@@ -62,7 +62,7 @@ class Schedules(LRSchedulersContainer):
         self.skips: SkipNonFinite | None = None
 
     def follow(self, skips: SkipNonFinite) -> None:
-        """From now on, stand still in steps that were skipped: torchtitan moves the schedule after each."""
+        """Stand still in skipped steps from now on: torchtitan moves the schedule after each."""
         self.skips = skips
 
     def step(self) -> None:
@@ -72,6 +72,8 @@ class Schedules(LRSchedulersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
+        """torchtitan's schedule, and the router's own warmup."""
+
         router_warmup_steps: int = 0
         """Optimizer steps in which the router alone learns."""
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lamella.jsons import Json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 from lamella.errors import UserError, did_you_mean
 
@@ -51,8 +56,10 @@ REFUSED = {
     "compile.enable": (False,),
 }
 
+Config = TypeVar("Config", bound="DataclassInstance")
 
-def overlay(config: Any, values: dict[str, Any]) -> Any:
+
+def overlay(config: Config, values: Json) -> Config:
     """A copy of the dataclass tree with nested `values` laid over it.
 
     Raises:
@@ -65,7 +72,7 @@ def overlay(config: Any, values: dict[str, Any]) -> Any:
     return result
 
 
-def _overlay(config: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+def _overlay(config: Config, values: Json, prefix: str, problems: list[str]) -> Config:
     fields = {f.name: f for f in dataclasses.fields(config) if not f.name.startswith("_")}
     hints = typing.get_type_hints(type(config))
     changes = {}
@@ -88,8 +95,8 @@ def _overlay(config: Any, values: dict[str, Any], prefix: str, problems: list[st
         return config
 
 
-def _field(current: Any, hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(current) and isinstance(value, dict):
+def _field(current: object, hint: type, value: object, path: str, problems: list[str]) -> object:
+    if dataclasses.is_dataclass(current) and not isinstance(current, type) and isinstance(value, dict):
         return _overlay(current, value, f"{path}.", problems)
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)

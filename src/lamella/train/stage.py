@@ -118,7 +118,7 @@ def _wait_for_model(folder: Path) -> Path:
 
 
 def _wait_until(is_there: Callable[[], bool]) -> None:
-    """For what rank 0 makes. If it fails, torchrun ends this rank by SIGTERM."""
+    """Wait for what rank 0 makes. If that fails, torchrun ends this rank by SIGTERM."""
     while not is_there():
         time.sleep(0.05)
 
@@ -239,6 +239,7 @@ def _wait_for_all() -> None:
 
 
 def leave_group() -> None:
+    """End this rank's membership in the process group, if it has one."""
     import torch
 
     if torch.distributed.is_initialized():

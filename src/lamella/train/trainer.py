@@ -49,6 +49,8 @@ class TokenisedAlready(BaseTokenizer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
+        """Nothing to say."""
+
         pass
 
     def __init__(self, config: Config, **_: object):
@@ -69,6 +71,8 @@ class LamellaTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
+        """torchtitan's config, and what it does not know of."""
+
         recipe: Recipe
         heldout: MixedSamples | None = None
         teacher: LamellaDecoder.Config | None = None
@@ -109,19 +113,22 @@ class LamellaTrainer(Trainer):
 
     @property
     def model(self) -> LamellaDecoder:
+        """The model, or this rank's stage of it."""
         return cast(LamellaDecoder, self.model_parts[0])
 
     @property
     def metrics(self) -> LamellaMetrics:
+        """What the run reports."""
         return cast(LamellaMetrics, self.metrics_processor)
 
     @property
     def checkpoints(self) -> CommittedCheckpoints:
+        """The checkpoints of the run."""
         return cast(CommittedCheckpoints, self.checkpointer)
 
     @property
     def batch_place(self) -> tuple[int, int]:
-        """(place, number) of this rank among those that compute samples of their own."""
+        """This rank's (place, number) among those that compute samples of their own."""
         batches = self.parallel_dims.get_optional_mesh("batch")
         return (0, 1) if batches is None else (batches.get_local_rank(), batches.size())
 
@@ -225,7 +232,11 @@ class LamellaTrainer(Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor | Lesson, dict[str, Tensor]]:
-        """(token ids [B, L], what the loss is given, what the model is told besides) of one micro-batch."""
+        """Prepare one micro-batch on its way to the model.
+
+        Returns:
+            (token ids [B, L], what the loss is given, what the model is told besides).
+        """
         self.enter("forward")
         source_B = input_dict.pop("source")
         inputs, labels, keywords = self._share_of(input_dict, labels)
@@ -246,7 +257,7 @@ class LamellaTrainer(Trainer):
 
     @torch.no_grad()
     def teacher_logits(self, inputs: Tensor, keywords: dict[str, Tensor]) -> Tensor:
-        """[B, L, V] of the model beside the student, or of the dense model inside it."""
+        """The logits [B, L, V] of the model beside the student, or of the dense model inside it."""
         with self.train_context():
             if self.teacher is not None:
                 return self.teacher(inputs, **keywords)
@@ -268,6 +279,7 @@ class LamellaTrainer(Trainer):
 
     @property
     def samples(self) -> MixedSamples:
+        """The samples that are trained on."""
         return cast(SampleLoader.Config, self.config.dataloader).samples
 
     def data_epochs(self, step: int) -> dict[str, float]:
@@ -275,9 +287,11 @@ class LamellaTrainer(Trainer):
         return self.samples.epochs(step * self.recipe.samples_per_step)
 
     def measures_heldout(self) -> bool:
+        """Whether the held-out loss is measured after this step."""
         return self.step % self.recipe.heldout_every_steps == 0 or self.step == self.recipe.steps
 
     def heldout_loss(self) -> float | None:
+        """The held-out loss in nats per token, or None without held-out samples; its time counts in no rate."""
         if self.heldout is None:
             return None
         self.enter("held-out loss")
@@ -287,7 +301,7 @@ class LamellaTrainer(Trainer):
         return loss
 
     def state_after_step(self) -> State:
-        """The same on every rank: a signal to one of them stops all after the same step."""
+        """The run's state after this step, the same on every rank: a signal to one of them stops all."""
         self.enter("end of step")
         asked = torch.tensor(float(self.stop.asked), device=self.device)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
@@ -296,11 +310,13 @@ class LamellaTrainer(Trainer):
         return self.end_state()
 
     def end_state(self) -> State:
+        """The run's state after this step, if nobody asks it to stop."""
         if self.step < self.last_step:
             return "running"
         return "finished" if self.step >= self.recipe.steps else "stopped"
 
     def save(self, state: State) -> None:
+        """Save where a checkpoint is due, and at the end; its time counts in no rate."""
         self.enter("save")
         start = time.perf_counter()
         self.checkpointer.save(self.step, last_step=state != "running")
@@ -308,12 +324,13 @@ class LamellaTrainer(Trainer):
         self.metrics.pause(time.perf_counter() - start)
 
     def write_status(self, state: State) -> None:
+        """Tell people and programs the state of the run (rank 0)."""
         if self.is_rank0:
             failure = "preempted" if state == "preempted" else None
             self.run.write_status(state, self.step, self.recipe.steps, failure=failure, retryable=failure is not None)
 
     def say_start(self, progress: TrainingProgress) -> None:
-        """What this start has to do with the ones before it."""
+        """Tell what this start has to do with the ones before it."""
         if not self.is_rank0:
             return
         changed = harmless_changes(self.run.recipe(), self.recipe)
@@ -322,6 +339,7 @@ class LamellaTrainer(Trainer):
             progress.say(f"WARNING: {fallback}")
 
     def shorten_timeouts(self) -> None:
+        """Let collectives fail sooner: the first step, which waits for slow starters, is over."""
         set_pg_timeouts(timedelta(seconds=self.config.comm.train_timeout_seconds), self.parallel_dims)
 
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.tools.logging import logger
 
 from lamella.architecture.moe import MoEConfig
+from lamella.jsons import Json
 from lamella.recipe.training import Recipe, TwinShare
 from lamella.run.folder import RunDir
 from lamella.titan.decoder import Block, LamellaDecoder
@@ -32,34 +34,39 @@ SLOW_FACTOR = 1.5
 LEAST_EXCESS_S = 0.02
 
 
+Batch = TypeVar("Batch")
+
+
 class OwnTime:
     """Seconds that this rank was busy by itself since the last `take`."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device):
         self.seconds = 0.0
         self.on_gpu = device.type != "cpu"
-        self.spans: list[tuple[Any, Any]] = []
+        self.spans: list[tuple[torch.Event, torch.Event]] = []
+        """Begin and end of each forward, on a GPU."""
         for module in modules:
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end)
 
-    def _begin(self, *_: Any) -> None:
-        self.began = self._now()
+    def _begin(self, *_: object) -> None:
+        self.began, self.began_s = self._event(), time.perf_counter()
 
-    def _end(self, *_: Any) -> None:
-        if self.on_gpu:
-            self.spans.append((self.began, self._now()))
+    def _end(self, *_: object) -> None:
+        if self.began is not None and (end := self._event()) is not None:
+            self.spans.append((self.began, end))
         else:
-            self.seconds += self._now() - self.began
+            self.seconds += time.perf_counter() - self.began_s
 
-    def _now(self) -> Any:
+    def _event(self) -> torch.Event | None:
+        """A mark in the GPU's stream; None on a CPU, where the clock tells the same."""
         if not self.on_gpu:
-            return time.perf_counter()
+            return None
         event = torch.Event(enable_timing=True)
         event.record()
         return event
 
-    def batches(self, batches: Iterator[Any], step: Any) -> Iterator[Any]:
+    def batches(self, batches: Iterator[Batch], step: Callable[[], int]) -> Iterator[Batch]:
         """The same batches, timed; `step()` tells the current one."""
         while True:
             began = time.perf_counter()
@@ -69,7 +76,7 @@ class OwnTime:
             yield batch
 
     def take(self) -> float:
-        """On a GPU only where the host has synchronised anyway."""
+        """The seconds since the last call; on a GPU it synchronises, so only where the host has done so anyway."""
         for begin, end in self.spans:
             end.synchronize()
             self.seconds += begin.elapsed_time(end) / 1000
@@ -79,7 +86,7 @@ class OwnTime:
 
 
 def stragglers(seconds_W: list[float], num_steps: int) -> list[tuple[int, float]]:
-    """(rank, factor over the median of the other ranks) of the slow ones. W ranks; the seconds are of `num_steps`."""
+    """The slow ranks: (rank, factor over the median of the others). W ranks; the seconds are of `num_steps`."""
     slow = []
     for rank, mine in enumerate(seconds_W):
         others = [s for other, s in enumerate(seconds_W) if other != rank]
@@ -98,7 +105,9 @@ def is_collapsed(max_vio: float, moe: MoEConfig) -> bool:
 class Watch:
     """Compares the ranks and looks at the routing; what it finds becomes an event, once when it begins."""
 
-    def __init__(self, model: LamellaDecoder, run: RunDir, recipe: Recipe, device: torch.device, mesh: Any):
+    def __init__(
+        self, model: LamellaDecoder, run: RunDir, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
+    ):
         blocks = [m for m in model.modules() if isinstance(m, Block)]
         inner = [m for b in blocks for m in (b.attention, b.moe if b.moe_enabled else b.feed_forward)]
         self.own_time = OwnTime(inner, device)
@@ -110,7 +119,7 @@ class Watch:
         self.layers = [layer.moe_layer.moe for layer in model.config.layers if layer.moe_layer is not None]
 
     def own_seconds(self) -> list[float]:
-        """Each rank's since the last call."""
+        """Each rank's own seconds since the last call, the same list on every rank."""
         rank, size = (0, 1) if self.mesh is None else (self.mesh.get_local_rank(), self.mesh.size())
         seconds_W = torch.zeros(size, dtype=torch.float64, device=self.device)
         seconds_W[rank] = self.own_time.take()
@@ -119,10 +128,10 @@ class Watch:
         return seconds_W.tolist()
 
     def check(self, step: int, seconds_W: list[float], routing: RoutingReport) -> None:
-        """Called on every rank with the same numbers; rank 0 writes."""
+        """Look at a logged step. Every rank calls it with the same numbers, and rank 0 writes."""
         num_steps = step - (step - 1 if self.last_step is None else self.last_step)
         first, self.last_step = self.last_step is None, step
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Json] = {}
         for index, factor in [] if first else stragglers(seconds_W, num_steps):  # the first step warms up
             rank = index if self.mesh is None else dist.get_global_rank(self.mesh.get_group(), index)
             found[f"straggler {rank}"] = {"event": "straggler", "rank": rank, "factor": round(factor, 2)}
@@ -136,7 +145,7 @@ class Watch:
             self._say(step, **found[key])
         self.known = set(found)
 
-    def _say(self, step: int, event: str, **values: Any) -> None:
+    def _say(self, step: int, event: str, **values: object) -> None:
         if dist.get_rank() == 0:
             logger.warning(f"step {step}: {event} {values}")
             self.run.event(event, step=step, **values)

@@ -27,6 +27,8 @@ from lamella.moe.routing import Routing, gate_scores, gate_weights, router_logit
 
 
 class Projection(NamedTuple):
+    """A linear map: a weight [outputs, inputs] and perhaps a bias [outputs]."""
+
     weight: Tensor
     bias: Tensor | None = None
 
@@ -50,6 +52,7 @@ class AttentionWeights(NamedTuple):
 
     @property
     def num_kv_heads(self) -> int:
+        """The number of key/value heads."""
         return self.k.weight.shape[0] // self.head_width
 
 
@@ -74,7 +77,7 @@ class Context(NamedTuple):
 
 
 def attention_scores(x_TD: Tensor, router_ED: Tensor, config: AttentionMoEConfig) -> Tensor:
-    """[T, E], before any selection bias."""
+    """The router's scores [T, E], before any selection bias."""
     return gate_scores(router_logits(x_TD, router_ED), config.gate)
 
 
@@ -99,7 +102,7 @@ def fixed_attention_routing(num_tokens: int, mode: Mode, config: AttentionMoECon
 
 
 def expert_weights(routing: Routing, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(bool [T, E] whether chosen, float32 [T, E] weights, 0 where not)."""
+    """A routing as two tables: (bool [T, E] whether chosen, float32 [T, E] weights, 0 where not)."""
     shape = (routing.expert_ids_TK.shape[0], num_experts)
     chosen_TE = torch.zeros(shape, dtype=torch.bool, device=routing.weights_TK.device)
     weights_TE = routing.weights_TK.new_zeros(shape).scatter(1, routing.expert_ids_TK, routing.weights_TK)
@@ -107,7 +110,7 @@ def expert_weights(routing: Routing, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rope on [..., H], the halves of a head being the pairs."""
+    """x [..., H] after rope, the halves of a head being the pairs."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -134,12 +137,12 @@ def attend_masked(x_BLD: Tensor, w: AttentionWeights, routing: Routing, context:
 
 
 def expert_norms(heads_TA: Tensor, o_DA: Tensor, num_experts: int) -> Tensor:
-    """[T, E]: how long each expert's contribution O_e attend_e is. A: all heads' widths, the input of o."""
+    """The length [T, E] of each expert's contribution O_e attend_e. A: all heads' widths, the input of o."""
     parts = zip(heads_TA.chunk(num_experts, dim=1), o_DA.chunk(num_experts, dim=1), strict=True)
     return torch.stack([(part_TA @ part_DA.T).norm(dim=1) for part_TA, part_DA in parts], dim=1)
 
 
 def in_order(query_time: Tensor, key_time: Tensor, window: int | None) -> Tensor:
-    """bool: keys that are not later than their query, and not older than the window."""
+    """Whether keys are not later than their query, and not older than the window (bool)."""
     ahead = query_time - key_time
     return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)

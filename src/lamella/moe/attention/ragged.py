@@ -31,14 +31,16 @@ class Keys(NamedTuple):
     """bool: which of the head's experts were given the token."""
 
     def select(self, index: Tensor) -> Keys:
-        """Those at `index`, or where a mask is true."""
+        """The keys at `index`, or where a mask is true."""
         return Keys(*(tensor[index] for tensor in self))
 
     def followed_by(self, new: Keys) -> Keys:
+        """These keys, then the new ones, as one list."""
         return Keys(*(torch.cat(pair) for pair in zip(self, new, strict=True)))
 
     @property
     def nbytes(self) -> int:
+        """The bytes that all of them take."""
         return sum(tensor.nbytes for tensor in self)
 
 

@@ -29,11 +29,11 @@ def attend_routed(
     remember: Callable[[Keys], Keys] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[B, L, D], from routed rows alone; the same as `attend_masked`, other sums aside.
+    """The attention's output [B, L, D], computed from routed rows alone; as `attend_masked` up to the order of sums.
 
     Args:
         remember: takes this call's keys and gives back those to attend over, earlier ones first; None: these alone.
-        dropout: of attention weights.
+        dropout: the probability with which an attention weight is dropped.
     """
     B, L, D = x_BLD.shape
     chosen_TE, weights_TE = expert_weights(routing, w.num_experts)
@@ -59,7 +59,7 @@ def _project(x_TD: Tensor, projection: Projection, part_R: Tensor, token_R: Tens
 
 
 def _queries(x_BLD: Tensor, w: AttentionWeights, expert_R: Tensor, token_R: Tensor, context: Context) -> Tensor:
-    """[R, h, H]"""
+    """The queries [R, h, H] of the routed rows, after norm and rope."""
     q = _project(x_BLD.flatten(0, 1), w.q, expert_R, token_R, w.num_experts).unflatten(1, (-1, w.head_width))
     q = q if w.q_norm is None else w.q_norm(q)
     cos, sin = (table.flatten(0, 1)[token_R][:, None] for table in (context.cos_BLH, context.sin_BLH))
@@ -67,7 +67,7 @@ def _queries(x_BLD: Tensor, w: AttentionWeights, expert_R: Tensor, token_R: Tens
 
 
 def _keys(x_BLD: Tensor, w: AttentionWeights, chosen_TE: Tensor, context: Context) -> Keys:
-    """Keys and values of the tokens that an expert of their head was given."""
+    """The keys and values of the tokens that an expert of their head was given."""
     x_TD, L = x_BLD.flatten(0, 1), x_BLD.shape[1]
     chosen_TGm = chosen_TE.unflatten(1, (w.num_kv_heads, -1))
     head_N, token_N = chosen_TGm.any(2).t().nonzero(as_tuple=True)
@@ -82,7 +82,7 @@ def _keys(x_BLD: Tensor, w: AttentionWeights, chosen_TE: Tensor, context: Contex
 
 
 def _attend(q_RhH: Tensor, expert_R: Tensor, token_R: Tensor, keys: Keys, context: Context, dropout: float) -> Tensor:
-    """[R, h*H]: every routed row's heads, attended."""
+    """What every routed row's heads attend to, [R, h*H]."""
     B, L = context.cos_BLH.shape[:2]
     lanes_A, lane_R = torch.unique(expert_R * B + token_R // L, return_inverse=True)
     queries, stored = pad(lane_R, len(lanes_A)), pad_keys(keys, lanes_A, B)

@@ -29,7 +29,14 @@ from lamella.moe.routing import Routing
 def apply_experts(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, path: ExpertPath = "auto"
 ) -> Tensor:
-    """[T, D] -> [T, D] by the named path; 'auto' takes the fastest that fits, see `fitting_paths`."""
+    """The weighted sum [T, D] of the outputs of each token's experts, computed by the named path.
+
+    Args:
+        path: a key of PATHS, or "auto" for the fastest that fits, see `fitting_paths`.
+
+    Raises:
+        UserError: the path does not fit the device or the dtype.
+    """
     if path == "auto":
         fitting = fitting_paths(x_TD, trainable if len(trainable.down_proj) else frozen)
         path = fastest(x_TD, routing, frozen, trainable, {name: PATHS[name] for name in fitting})
@@ -51,7 +58,7 @@ def fitting_paths(x_TD: Tensor, experts: Experts) -> list[ExpertPath]:
 
 
 def gated_ffn(x_ND: Tensor, gate_up_2fD: Tensor, down_Df: Tensor) -> Tensor:
-    """One expert on its rows: [N, D] -> [N, D]."""
+    """One expert on its rows [N, D]: down (silu(gate x) * (up x)), [N, D]."""
     gate_Nf, up_Nf = F.linear(x_ND, gate_up_2fD).chunk(2, dim=-1)
     return F.linear(F.silu(gate_Nf) * up_Nf, down_Df)
 

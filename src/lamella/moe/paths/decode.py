@@ -14,7 +14,7 @@ from lamella.moe.routing import Routing
 
 
 def decode_path(x_1D: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """[1, D] -> [1, D]; for inference, it keeps nothing for a backward pass."""
+    """One token's output [1, D], for inference: nothing is kept for a backward pass."""
     gate_up, down = (f.unbind(0) + t.unbind(0) for f, t in zip(frozen, trainable, strict=True))
     chosen = routing.expert_ids_TK[0].tolist()
     x_D = x_1D[0]

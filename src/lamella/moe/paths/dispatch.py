@@ -18,6 +18,8 @@ from lamella.moe.routing import Routing
 
 
 class Dispatch(NamedTuple):
+    """The places of the routed rows once they are sorted by expert."""
+
     slot_TK: Tensor
     """int64: the place of token t's k-th row among the sorted rows."""
     token_N: Tensor
@@ -43,12 +45,12 @@ def dispatch(expert_ids_TK: Tensor, num_experts: int) -> Dispatch:
 
 
 def to_rows(values_TK: Tensor, d: Dispatch) -> Tensor:
-    """[T, K] -> [N], in the order of the sorted rows."""
+    """Values [T, K] in the order of the sorted rows, [N]."""
     return torch.empty_like(values_TK.flatten()).scatter_(0, d.slot_TK.flatten(), values_TK.flatten())
 
 
 def pair_range(routing: Routing, first: int, count: int) -> Routing:
-    """Of a twin routing, the part that pairs first .. first+count-1 compute, with ids local to them.
+    """The part of a twin routing that pairs first .. first+count-1 compute, with ids local to them.
 
     Give it to `apply_experts` with those pairs' slices and copies: the outputs of ranges that cover all pairs add up
     to the whole output, so that pairs may lie on different ranks, each with the same number of rows.

@@ -12,12 +12,11 @@ Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lamella.errors import UserError
+from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import Dispatch, dispatch, to_rows
 from lamella.moe.paths.row_ops import runs_triton
@@ -27,17 +26,23 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def fused_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """Half precision on a GPU with Triton, and rows that start at multiples of 16 bytes."""
+    """Whether the layer is in half precision on a GPU with Triton, its rows starting at multiples of 16 bytes."""
     aligned = x_TD.shape[1] % 8 == 0 and experts.down_proj.shape[-1] % 8 == 0
     return runs_triton(x_TD.device) and x_TD.dtype in HALF and aligned
 
 
 def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """[T, D] -> [T, D]; once differentiable.
+    """The weighted sum [T, D] of the outputs of each token's experts; once differentiable.
 
     Raises:
-        UserError: Triton is not installed, the tensors are not on a GPU, or not in half precision.
+        UserError: Triton is not installed, the tensors are not on a GPU, not in half precision, or not of one dtype.
     """
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in (x_TD, *frozen, *trainable)})
+    if len(dtypes) > 1:
+        raise UserError(
+            f"the expert path 'fused' computes in one dtype, and the layer's input and weights are of "
+            f"{' and '.join(dtypes)}; cast them to one of these"
+        )
     interpreted = x_TD.device.type == "cpu"  # by Triton, whatever the precision
     if not runs_triton(x_TD.device) or not (interpreted or x_TD.dtype in HALF):
         raise UserError("the expert path 'fused' needs a GPU, triton, and weights in bfloat16 or float16; use 'auto'")
@@ -46,10 +51,16 @@ def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Exper
     return _Fused.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, saves, *packed)
 
 
+class FusedContext(Context):
+    """What the forward pass keeps besides tensors."""
+
+    weights_dtype: torch.dtype
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
+        ctx: FusedContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
         frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
     ) -> Tensor:  # fmt: skip
         from lamella.moe.paths import fused_ops as ops
@@ -67,7 +78,7 @@ class _Fused(torch.autograd.Function):
         return row_ops.combine(y_ND, y_ND, d.ends_E[-1:], d.slot_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FusedContext, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         from lamella.moe.paths import fused_ops as ops
         from lamella.moe.paths import row_kernels as row_ops
 

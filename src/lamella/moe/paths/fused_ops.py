@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from lamella.moe.paths import kernels
+from lamella.moe.paths.launch import on_device_of
 
 
 def _common(num_rows: int, ends_E: Tensor, width: int) -> dict:
@@ -35,13 +36,14 @@ def _grid(num_rows: int, num_experts: int, columns: int):
 def gate_up(
     x_TD: Tensor, weights_N: Tensor, token_N: Tensor, ends_E: Tensor, frozen_S2fD: Tensor, trainable: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """(weighted hidden rows [N, f], gate and up [N, 2f] or nothing [0, 2f])."""
+    """The two products before the activation: (weighted hidden rows [N, f], gate and up [N, 2f] or nothing [0, 2f])."""
     hidden_Nf, gate_up_N2f = _gate_up_outputs(x_TD, token_N, trainable, save)
     N, D, f = len(token_N), x_TD.shape[1], hidden_Nf.shape[1]
-    kernels.gate_up_kernel[_grid(N, len(ends_E), f)](
-        x_TD, token_N, weights_N, ends_E, frozen_S2fD, trainable, gate_up_N2f, hidden_Nf,
-        N, D, f, len(frozen_S2fD), SAVE=save, **_common(N, ends_E, D),
-    )  # fmt: skip
+    with on_device_of(x_TD):
+        kernels.gate_up_kernel[_grid(N, len(ends_E), f)](
+            x_TD, token_N, weights_N, ends_E, frozen_S2fD, trainable, gate_up_N2f, hidden_Nf,
+            N, D, f, len(frozen_S2fD), SAVE=save, **_common(N, ends_E, D),
+        )  # fmt: skip
     return hidden_Nf, gate_up_N2f
 
 
@@ -60,10 +62,11 @@ def expert_rows(a_NK: Tensor, ends_E: Tensor, frozen: Tensor, trainable: Tensor,
     """Each row times its expert's matrix [K, C], or [C, K] transposed: [N, C]."""
     (N, K), C = a_NK.shape, trainable.shape[1 if transposed else 2]
     out_NC = a_NK.new_empty(N, C)
-    kernels.rows_kernel[_grid(N, len(ends_E), C)](
-        a_NK, ends_E, frozen, trainable, out_NC,
-        N, K, C, len(frozen), *((1, K) if transposed else (C, 1)), **_common(N, ends_E, K),
-    )  # fmt: skip
+    with on_device_of(a_NK):
+        kernels.rows_kernel[_grid(N, len(ends_E), C)](
+            a_NK, ends_E, frozen, trainable, out_NC,
+            N, K, C, len(frozen), *((1, K) if transposed else (C, 1)), **_common(N, ends_E, K),
+        )  # fmt: skip
     return out_NC
 
 
@@ -77,15 +80,20 @@ def gate_up_gradient(
     dy_TD: Tensor, weights_N: Tensor, token_N: Tensor, ends_E: Tensor, frozen_SDf: Tensor, trainable: Tensor,
     gate_up_N2f: Tensor, first_trained: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(gradient of gate and up [N, 2f], weighted hidden rows [N, f] of the experts from `first_trained` on, gradient
-    of the gate weights [N])."""
+    """The backward pass through `gate_up`.
+
+    Returns:
+        (gradient of gate and up [N, 2f], weighted hidden rows [N, f] of the experts from `first_trained` on,
+        gradient of the gate weights [N]).
+    """
     dgate_up_N2f, hidden_Nf, dweights_N = _gradient_outputs(weights_N, gate_up_N2f)
     N, D, f = len(token_N), dy_TD.shape[1], hidden_Nf.shape[1]
     partial_N = weights_N.new_empty(triton.cdiv(f, kernels.DW_COLUMNS), N)
-    kernels.dhidden_kernel[_grid(N, len(ends_E), f)](
-        dy_TD, token_N, weights_N, ends_E, frozen_SDf, trainable, gate_up_N2f, dgate_up_N2f, hidden_Nf, partial_N,
-        N, D, f, len(frozen_SDf), first_trained, **_common(N, ends_E, D),
-    )  # fmt: skip
+    with on_device_of(dy_TD):
+        kernels.dhidden_kernel[_grid(N, len(ends_E), f)](
+            dy_TD, token_N, weights_N, ends_E, frozen_SDf, trainable, gate_up_N2f, dgate_up_N2f, hidden_Nf, partial_N,
+            N, D, f, len(frozen_SDf), first_trained, **_common(N, ends_E, D),
+        )  # fmt: skip
     return dgate_up_N2f, hidden_Nf, torch.sum(partial_N, 0, out=dweights_N)
 
 
@@ -103,13 +111,16 @@ def _(dy_TD, weights_N, token_N, ends_E, frozen_SDf, trainable, gate_up_N2f, fir
 def weight_gradient(
     a: Tensor, b: Tensor, token_N: Tensor, ends_E: Tensor, first: int, count: int, gather_a: bool
 ) -> Tensor:
-    """[R, A, B]: a_e^T b_e over the rows of the experts first .. first+count-1; `a` [., A] or else `b` [., B] has a
-    row per token, the other one a row per routed row."""
+    """The gradients [R, A, B] of packed matrices: a_e^T b_e over the rows of the experts first .. first+count-1.
+
+    `a` [., A] or else `b` [., B] has a row per token, the other one a row per routed row.
+    """
     A, B = a.shape[1], b.shape[1]
     out = a.new_empty(count, A, B)
-    kernels.weight_gradient_kernel[lambda meta: (triton.cdiv(A, meta["BM"]) * triton.cdiv(B, meta["BN"]), count)](
-        a, b, token_N, ends_E, out, A, B, first, GATHER_A=gather_a
-    )
+    with on_device_of(a):
+        kernels.weight_gradient_kernel[lambda meta: (triton.cdiv(A, meta["BM"]) * triton.cdiv(B, meta["BN"]), count)](
+            a, b, token_N, ends_E, out, A, B, first, GATHER_A=gather_a
+        )
     return out
 
 

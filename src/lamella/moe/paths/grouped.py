@@ -14,12 +14,13 @@ Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import Dispatch, dispatch, to_rows
 from lamella.moe.paths.row_ops import row_ops
@@ -36,17 +37,18 @@ class Half(NamedTuple):
 
     @property
     def num_rows(self) -> Tensor:
+        """The number of rows that exist, [1] on the device."""
         return self.ends_E[-1:]
 
 
 def grouped_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """grouped_mm wants row strides in multiples of 16 bytes."""
+    """Whether rows start at multiples of 16 bytes, as grouped_mm wants them."""
     widths = (x_TD.shape[1], experts.down_proj.shape[-1])
     return all(w * x_TD.element_size() % 16 == 0 for w in widths)
 
 
 def grouped_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """[T, D] -> [T, D]."""
+    """The weighted sum [T, D] of the outputs of each token's experts; it waits for no host."""
     return _Grouped.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, *frozen, *trainable)
 
 
@@ -60,9 +62,18 @@ def split_halves(d: Dispatch, weights_N: Tensor, num_frozen: int) -> list[Half]:
     return [frozen, Half(d.token_N[rolled_N], weights_N[rolled_N], trainable_ends_E)]
 
 
+class GroupedContext(Context):
+    """What the forward pass keeps besides tensors."""
+
+    weights_dtype: torch.dtype
+    num_halves: int
+
+
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, *packed: Tensor) -> Tensor:
+    def forward(
+        ctx: GroupedContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, *packed: Tensor
+    ) -> Tensor:
         num_frozen, num_trainable = len(packed[0]), len(packed[2])
         d = dispatch(expert_ids_TK, num_frozen + num_trainable)
         halves = split_halves(d, to_rows(weights_TK.float(), d), num_frozen)
@@ -73,7 +84,7 @@ class _Grouped(torch.autograd.Function):
         return row_ops(x_TD.device).combine(ys[0], ys[-1], halves[0].num_rows, d.slot_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: GroupedContext, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, slot_TK, *saved = ctx.saved_tensors
         packed, saved = saved[:4], saved[4:]
         gate_ups, flat = saved[: ctx.num_halves], saved[ctx.num_halves :]
@@ -100,7 +111,7 @@ def _present(packed: Sequence[Tensor]) -> list[Experts]:
 
 
 def _half_forward(x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, Tensor]:
-    """(gate and up [N, 2f], weighted output rows [N, D])"""
+    """The forward pass of one half: (gate and up [N, 2f], weighted output rows [N, D])."""
     ops = row_ops(x_TD.device)
     x_ND = ops.gather(x_TD, half.token_N, half.num_rows)
     gate_up_N2f = F.grouped_mm(x_ND, experts.gate_up_proj.mT, offs=half.ends_E)
@@ -109,6 +120,8 @@ def _half_forward(x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, T
 
 
 class Gradients(NamedTuple):
+    """The gradients of one half's rows, and of its experts' weights."""
+
     dx_ND: Tensor
     dweights_N: Tensor
     grads: tuple[Tensor | None, Tensor | None]
@@ -116,7 +129,7 @@ class Gradients(NamedTuple):
 
 
 def _half_backward(
-    dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts, needs: tuple[bool, bool]
+    dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts, needs: tuple[bool, ...]
 ) -> Gradients:
     ops = row_ops(x_TD.device)
     dy_ND = ops.gather(dy_TD, half.token_N, half.num_rows)

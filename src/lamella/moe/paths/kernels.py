@@ -15,7 +15,6 @@ frozen. Tiles: BM rows, BN columns, BK along the sum.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -37,11 +36,10 @@ def _configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Config]
     ]
 
 
-def _fitting(configs: list[triton.Config], args: dict, **kwargs: Any) -> list[triton.Config]:
+def _fitting(configs: list[triton.Config], args: dict[str, object], *, ROWS: int, **_: object) -> list[triton.Config]:
     """Tiles no taller than the rows that an expert has on average, but for the smallest."""
-    rows = kwargs["ROWS"]
     least = min(c.kwargs["BM"] for c in configs)
-    return [c for c in configs if least < c.kwargs["BM"] <= rows or (c.kwargs["BM"] == least and rows < 64)] or configs
+    return [c for c in configs if least < c.kwargs["BM"] <= ROWS or (c.kwargs["BM"] == least and ROWS < 64)] or configs
 
 
 @triton.jit

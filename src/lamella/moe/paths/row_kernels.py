@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella.moe.paths.launch import on_device_of
+
 
 @triton.jit
 def _gather(x_ptr, token_ptr, count_ptr, out_ptr, D, BD: tl.constexpr):
@@ -80,10 +82,11 @@ def _block(width: int) -> int:
 
 @torch.library.custom_op("lamella::gather_rows", mutates_args=())
 def gather(x_TD: Tensor, token_N: Tensor, count: Tensor) -> Tensor:
-    """[N, D]: the first `count` rows are those of their tokens."""
+    """The tokens of the first `count` rows, [N, D]; rows beyond them are undefined."""
     out_ND = _gathered(x_TD, token_N, count)
     D, BD = x_TD.shape[1], _block(x_TD.shape[1])
-    _gather[(len(token_N), triton.cdiv(D, BD))](x_TD, token_N, count, out_ND, D, BD=BD)
+    with on_device_of(x_TD):
+        _gather[(len(token_N), triton.cdiv(D, BD))](x_TD, token_N, count, out_ND, D, BD=BD)
     return out_ND
 
 
@@ -94,10 +97,11 @@ def _gathered(x_TD, token_N, count):
 
 @torch.library.custom_op("lamella::swiglu", mutates_args=())
 def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
-    """weight * silu(gate) * up [N, f] of the first `count` rows."""
+    """The weighted activations weight * silu(gate) * up [N, f] of the first `count` rows."""
     hidden_Nf = _activated(gate_up_N2f, weights_N, count)
     N, f = hidden_Nf.shape
-    _swiglu[(N, triton.cdiv(f, _block(f)))](gate_up_N2f, weights_N, count, hidden_Nf, f, BF=_block(f))
+    with on_device_of(gate_up_N2f):
+        _swiglu[(N, triton.cdiv(f, _block(f)))](gate_up_N2f, weights_N, count, hidden_Nf, f, BF=_block(f))
     return hidden_Nf
 
 
@@ -110,10 +114,13 @@ def _activated(gate_up_N2f, weights_N, count):
 def swiglu_gradient(
     dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of gate and up [N, 2f], weighted hidden rows [N, f], gradient of the weights [N]) in one pass."""
+    """The backward pass through `swiglu`: (gradient of gate and up [N, 2f], weighted hidden rows [N, f], gradient of
+    the weights [N]).
+    """
     outputs = _gradients(dhidden_Nf, gate_up_N2f, weights_N, count)
     N, f = dhidden_Nf.shape
-    _swiglu_gradient[(N,)](dhidden_Nf, gate_up_N2f, weights_N, count, *outputs, f, BF=_block(f))
+    with on_device_of(dhidden_Nf):
+        _swiglu_gradient[(N,)](dhidden_Nf, gate_up_N2f, weights_N, count, *outputs, f, BF=_block(f))
     return outputs
 
 
@@ -124,10 +131,11 @@ def _gradients(dhidden_Nf, gate_up_N2f, weights_N, count):
 
 @torch.library.custom_op("lamella::combine", mutates_args=())
 def combine(a_ND: Tensor, b_ND: Tensor, count: Tensor, slot_TK: Tensor) -> Tensor:
-    """[T, D]: the sum of each token's rows; slots from `count` on are those of b."""
+    """The sum [T, D] of each token's rows; slots from `count` on are those of b."""
     out_TD = _combined(a_ND, b_ND, count, slot_TK)
     (T, D), BD = out_TD.shape, _block(a_ND.shape[1])
-    _combine[(T, triton.cdiv(D, BD))](a_ND, b_ND, count, slot_TK, out_TD, D, K=slot_TK.shape[1], BD=BD)
+    with on_device_of(a_ND):
+        _combine[(T, triton.cdiv(D, BD))](a_ND, b_ND, count, slot_TK, out_TD, D, K=slot_TK.shape[1], BD=BD)
     return out_TD
 
 

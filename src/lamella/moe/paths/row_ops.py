@@ -20,7 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_triton(device: torch.device) -> bool:
-    """On a GPU, or anywhere in Triton's interpreter, which is for tests."""
+    """Whether Triton runs here: on a GPU, or anywhere in its interpreter, which is for tests."""
     return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -34,10 +34,12 @@ def row_ops(device: torch.device) -> ModuleType:
 
 
 def gather(x_TD: Tensor, token_N: Tensor, count: Tensor) -> Tensor:
+    """The token of each row, [N, D]."""
     return x_TD.index_select(0, token_N)
 
 
 def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
+    """The weighted activations weight * silu(gate) * up, [N, f]."""
     gate_Nf, up_Nf = gate_up_N2f.chunk(2, dim=-1)
     return F.silu(gate_Nf) * up_Nf * weights_N[:, None].to(gate_Nf.dtype)
 
@@ -45,6 +47,9 @@ def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
 def swiglu_gradient(
     dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass through `swiglu`: (gradient of gate and up [N, 2f], weighted hidden rows [N, f], gradient of
+    the weights [N]).
+    """
     gate_Nf, up_Nf = gate_up_N2f.chunk(2, dim=-1)
     weights_N1 = weights_N[:, None].to(gate_Nf.dtype)
     silu_Nf = F.silu(gate_Nf)
@@ -56,6 +61,7 @@ def swiglu_gradient(
 
 
 def combine(a_ND: Tensor, b_ND: Tensor, count: Tensor, slot_TK: Tensor) -> Tensor:
+    """The sum [T, D] of each token's rows; slots from `count` on are those of b."""
     (T, K), D = slot_TK.shape, a_ND.shape[1]
     slot_N = slot_TK.flatten()
     # chosen, not multiplied by 0 and 1: what lies beyond a buffer's rows may be NaN

@@ -16,13 +16,14 @@ Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
 
@@ -39,16 +40,23 @@ class Rows(NamedTuple):
 
 
 def tiled_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
-    """[T, D] -> [T, D]; once differentiable."""
+    """The weighted sum [T, D] of the outputs of each token's experts; once differentiable."""
     packed = (*frozen, *trainable)
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
     return _Tiled.apply(x_TD, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK, saves, *packed)
 
 
+class TiledContext(Context):
+    """What the forward pass keeps besides tensors."""
+
+    counts_E: list[int]
+    weights_shape: torch.Size
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
+        ctx: TiledContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
         frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
     ) -> Tensor:  # fmt: skip
         frozen, trainable = Experts(frozen_gate_up, frozen_down), Experts(trainable_gate_up, trainable_down)
@@ -80,7 +88,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: TiledContext, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weights_N, order_N, token_N, *rest = ctx.saved_tensors
         packed, saved_n2f = rest[:4], rest[4:]
         frozen, trainable = Experts(*packed[:2]), Experts(*packed[2:])
@@ -124,7 +132,7 @@ def _expert_backward(
 
 
 class _PackedGradients:
-    """Of frozen gate_up and down, trainable gate_up and down; each tensor is made when its first expert needs it."""
+    """The gradients of all four packed tensors, each made when the first expert needs it."""
 
     def __init__(self, packed: list[Tensor], counts_E: list[int], needed: tuple[bool, ...]):
         num_frozen = len(packed[1])
@@ -133,16 +141,18 @@ class _PackedGradients:
         self.grads: list[Tensor | None] = [None] * 4
 
     def gate_up(self, rows: Rows) -> Tensor | None:
-        """The place for one expert's gradient; None where there is none to compute."""
+        """The place for one expert's gradient of its gate and up; None where there is none to compute."""
         return self._place(2 if rows.trains else 0, rows)
 
     def down(self, rows: Rows) -> Tensor | None:
+        """The place for one expert's gradient of its down matrix; None where there is none to compute."""
         return self._place(3 if rows.trains else 1, rows)
 
     def _place(self, index: int, rows: Rows) -> Tensor | None:
         return self._made(index)[rows.expert] if self.needed[index] else None
 
     def all(self) -> list[Tensor | None]:
+        """All four gradients; None for a tensor that takes none."""
         return [self._made(i) if needed else None for i, needed in enumerate(self.needed)]
 
     def _made(self, index: int) -> Tensor:
