@@ -156,6 +156,10 @@ ON_TOP: tuple[tuple[str, list[str]], ...] = (
 )
 
 
+# What libraries print, and what lamella says of runs that went wrong: nothing of it belongs among the demo's own lines.
+NOT_THE_DEMOS = ("it/s]", "Loading weights", "de-quantizing", "Warning", "WARNING", "effective training time")
+
+
 def is_run(command: str) -> bool:
     """Whether the tests run it; what they only check takes GPUs, a cluster, hours, or is what runs the tests."""
     words = shlex.split(command.removeprefix("uv run "))
@@ -181,6 +185,9 @@ def run(command: str, folder: Path) -> None:
         environment.pop("VIRTUAL_ENV", None)
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        if "demo" in words:
+            foreign = [word for word in NOT_THE_DEMOS if word in done.stdout + done.stderr]
+            assert not foreign, f"{foreign} in\n{done.stdout}\n{done.stderr}"
 
 
 def run_here(command: Any, words: Sequence[str], folder: Path) -> None:

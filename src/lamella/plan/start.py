@@ -46,7 +46,8 @@ def starting_model(
         start = starting_model(last, before, dense, options)
         return start._replace(model=with_deltas(start.model, last))
     if dense is not None:
-        return Start(read_model(dense, options), dense)
+        done = "" if options is None else f" (converted by method {options.method})"
+        return Start(read_model(dense, options), dense + done)
     if _has_config(recipe.model):
         return Start(read_model(recipe.model), recipe.model)
     return _not_made_yet(recipe.model)
