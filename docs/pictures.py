@@ -6,8 +6,10 @@ Every picture is an SVG in docs/pictures/, the same bytes at every run. They exp
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -207,52 +209,72 @@ def upcycling() -> None:
     say(ax, 1, 1.6, words, ha="left", fontsize=8, color=FAINT)
 
 
-# Columns of rooms with what each knows: a room may need any room in a column to its left.
-COLUMNS = (
-    (("errors", "what to tell\na user"),),
-    (("architecture", "what a model\nconsists of"),),
-    (("checkpoint", "files of\nweights"), ("moe", "the maths,\non tensors"), ("recipe", "what a person\nmay ask for")),
-    (("data", "text to\nsamples"), ("hf", "the transformers\nhome"), ("titan", "the torchtitan\nhome")),
-    (("calibrate", "what layers see\non real text"),),
-    (("conversion", "dense to\nexperts"),),
-    (("train", "the trainer\non its engine"), ("evaluate", "logits,\nperplexity"), ("export", "for other\ntools")),
-)
-# Rooms that look at a run from outside, each with what it knows and the column that it stands below.
-BESIDE = (
-    ("plan", "memory, time, cost:\nrecipe, architecture", 1),
-    ("run", "a run from outside:\nrecipe alone", 2),
-)
-NO_TORCH = {"errors", "architecture", "recipe", "run", "plan"}
+ROOMS = {  # what each knows
+    "by_slicing": "convert_by_slicing.py",
+    "cli": "the commands",
+    "demo": "the whole way, shown",
+    "worker": "what torchrun starts",
+    "api": "from Python",
+    "command_options": "options from fields",
+    "train": "the trainer on its engine",
+    "evaluate": "logits, perplexity",
+    "export": "for other tools",
+    "conversion": "dense to experts",
+    "calibrate": "what layers see on text",
+    "data": "text to samples",
+    "hf": "the transformers home",
+    "titan": "the torchtitan home",
+    "checkpoint": "files of weights",
+    "moe": "the maths, on tensors",
+    "run": "a run from outside",
+    "plan": "memory, time, cost",
+    "recipe": "what a person may ask for",
+    "architecture": "what a model consists of",
+    "jsons": "the type of JSON",
+    "installation": "what is installed",
+    "display": "bars and durations",
+    "errors": "what to tell a user",
+}
 
 
-def room(ax: Axes, x: float, y: float, w: float, name: str, what: str) -> None:
-    """A room with its name and what it knows, 7 units high around y."""
-    box(ax, x, y - 3.5, w, 7, color=SHARED if name in NO_TORCH else FROZEN)
-    say(ax, x + w / 2, y + 1.7, name, weight="bold", fontsize=9)
-    say(ax, x + w / 2, y - 1.3, what, fontsize=7)
+def contracts() -> list[dict[str, Any]]:
+    """What pyproject.toml says about imports; import-linter holds it."""
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())
+    return project["tool"]["importlinter"]["contracts"]
+
+
+def layers() -> list[list[str]]:
+    """The rooms, the highest first."""
+    rows = next(contract["layers"] for contract in contracts() if contract["type"] == "layers")
+    return [row.split(" | ") for row in rows]
+
+
+def without_torch() -> set[str]:
+    """The rooms that must not import torch."""
+    sources = next(c["source_modules"] for c in contracts() if "torch" in c.get("forbidden_modules", ()))
+    return {module.removeprefix("lamella.") for module in sources}
 
 
 def rooms() -> None:
-    """The packages of src/lamella and who needs whom."""
-    ax = canvas(122, 54)
-    say(ax, 1, 51, "Rooms: what each knows, and what it may need", ha="left", weight="bold", fontsize=12)
-    step, width = 17.5, 14.0
-    for number, column in enumerate(COLUMNS):
-        x, top = 1 + number * step, 33.5 + 4.5 * (len(column) - 1)
-        for row, (name, what) in enumerate(column):
-            room(ax, x, top - row * 9, width, name, what)
-        if number:
-            arrow(ax, (x - 0.4, 33.5), (x - step + width + 0.4, 33.5))
-    for name, what, column in BESIDE:
-        x = 1 + column * step
-        room(ax, x - (4 if name == "plan" else 0), 12, 17, name, what)
-        arrow(ax, (x + 7, 15.8), (x + 7, 29.7 if column == 1 else 20.7))
-    words = "A room may need rooms to its left, never to its right.\nplan and run see a training run from outside."
-    say(ax, 60, 12, words, ha="left", fontsize=8, linespacing=1.7)
-    cell(ax, 1, 2.5, 2, 2, SHARED)
-    say(ax, 4, 3.5, "imports no torch", ha="left", fontsize=8)
-    cell(ax, 22, 2.5, 2, 2, FROZEN)
-    say(ax, 25, 3.5, "computes on tensors, or needs a room that does", ha="left", fontsize=8)
+    """The packages and modules of src/lamella in layers."""
+    rows, light, pitch, width = layers(), without_torch(), 5.4, 22.5
+    top = len(rows) * pitch + 5
+    ax = canvas(112, top + 7)
+    say(ax, 1, top + 4, "Rooms: each may import those below it, never one above", ha="left", weight="bold", fontsize=12)
+    arrow(ax, (5, top - 1), (5, 8), color=FAINT)
+    say(ax, 3, top / 2, "may import", rotation=90, fontsize=8, color=FAINT)
+    for number, row in enumerate(rows):
+        y = top - (number + 1) * pitch
+        left = 60 - len(row) * (width + 1) / 2
+        for place, name in enumerate(row):
+            x = left + place * (width + 1)
+            box(ax, x, y, width, 4.6, color=SHARED if name in light else FROZEN)
+            say(ax, x + width / 2, y + 3.1, name, weight="bold", fontsize=8.5)
+            say(ax, x + width / 2, y + 1.3, ROOMS[name], fontsize=7)
+    cell(ax, 12, 1.2, 2, 2, SHARED)
+    say(ax, 15, 2.2, "never imports torch", ha="left", fontsize=8)
+    cell(ax, 38, 1.2, 2, 2, FROZEN)
+    say(ax, 41, 2.2, "computes on tensors, or imports what it needs when it runs", ha="left", fontsize=8)
 
 
 PICTURES: dict[str, Callable[[], None]] = {

@@ -28,7 +28,7 @@ SET_UP = ("pip install uv", "uv sync")
 SHELL = ("cat", "tail")
 SCRIPTS = {"convert_by_slicing.py": convert_by_slicing, "tests/moe_logit_match.py": cli.verify}
 DENSE = "path/to/Llama-3.1-8B"
-TOOLS = {"ruff": "check format", "mypy": "", "mkdocs": "build serve", "tensorboard": ""}
+TOOLS = {"ruff": "check format", "mypy": "", "lint-imports": "", "mkdocs": "build serve", "tensorboard": ""}
 
 
 def pages() -> list[Path]:
