@@ -127,7 +127,7 @@ def reordered_ffns(model: PreTrainedModel, slices: int, layers: Iterable[int], s
     finally:
         for i, modules in kept.items():
             for name, module in modules.items():
-                setattr(decoder_layers(model)[i], name, module)
+                decoder_layers(model)[i].add_module(name, module)
 
 
 def _dense_ffn(model: PreTrainedModel, layer: int) -> FFN:

@@ -136,6 +136,6 @@ def ffn_modules(layer: nn.Module) -> dict[str, nn.Module]:
 def replace_ffn(layer: nn.Module, block: nn.Module) -> None:
     """Let `block`, [..., D] -> [..., D], stand where the FFN is called first; what was called after it does nothing."""
     first, *rest = ffn_modules(layer)
-    setattr(layer, first, block)
+    layer.add_module(first, block)
     for name in rest:
-        setattr(layer, name, nn.Identity())
+        layer.add_module(name, nn.Identity())
