@@ -1,9 +1,8 @@
 """Run: uv run --no-sync scripts/check_with_transformers_4.py SOURCE EXPORT [EXPORT ...]
 
 Whether an older reader takes exports for the same model: SOURCE, a converted folder, is computed here, each EXPORT by
-transformers 4.57 in a process of its own, and their logits are compared, fp32. `--install` only fetches transformers
-4.57 and what it needs in other versions than the project (into $LAMELLA_TRANSFORMERS_4, or transformers-4.57 in
-lamella's cache; 135 MB); torch and the rest are the project's.
+transformers 4.57 in a process of its own, and their logits are compared, fp32. `scripts/install_readers.py` fetches it;
+torch and the rest are the project's.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-PACKAGES = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
 MAX_DIFFERENCE = 1e-3  # fp32, as in lamella.export.check
 
 
@@ -30,19 +27,6 @@ def site() -> Path:
 
 def is_installed() -> bool:
     return (site() / "transformers/__init__.py").is_file()
-
-
-def install() -> None:
-    """Into `site`, whole or not at all."""
-    if is_installed():
-        return
-    site().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=site().parent) as temporary:
-        target = Path(temporary) / "site"
-        command = ["uv", "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", str(target)]
-        subprocess.run([*command, *PACKAGES], check=True, cwd=temporary)  # where the project's pins do not hold
-        shutil.rmtree(site(), ignore_errors=True)
-        target.rename(site())
 
 
 def differences(pairs: dict[Path, Path], mode: str = "routed") -> dict[Path, float]:
@@ -101,7 +85,6 @@ def read(jobs: list[list[str]]) -> list[float]:
 def main() -> int:
     """0 where every export computes what its source does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="fetch transformers 4.57 and stop")
     parser.add_argument(
         "--mode", default="routed", help="what the source computes: routed, or dense for a dense export"
     )
@@ -111,10 +94,10 @@ def main() -> int:
     if args.read:
         print(json.dumps(read(json.loads(args.read))))
         return 0
-    if args.install or not is_installed():
-        install()
+    if not is_installed():
+        parser.error("transformers 4.57 is not there; scripts/install_readers.py fetches it")
     if len(args.folders) < 2:
-        return 0 if args.install else parser.error("give a converted folder and its exports")
+        parser.error("give a converted folder and its exports")
     source, *exports = args.folders
     found = differences(dict.fromkeys(exports, source), args.mode)
     for export, difference in found.items():

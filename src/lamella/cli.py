@@ -369,7 +369,8 @@ def export(
         Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory, or the folder of a converted model.")
     ],
     to: Annotated[
-        str, typer.Option(help="Write it as glm4-moe, mixtral or dense, or in the class that fits its router (auto).")
+        str,
+        typer.Option(help="Write it as glm4-moe, mixtral, gguf or dense, or in the class that fits its router (auto)."),
     ],
     out: Annotated[Path, typer.Option(help="Write the exported model to this folder.")],
     dtype: Annotated[
@@ -382,7 +383,9 @@ def export(
     step: Annotated[
         int | None, typer.Option(help="Take a run's checkpoint of this step.", show_default="the newest")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Reload the result in plain transformers and compare the logits.")] = True,
+    check: Annotated[
+        bool, typer.Option(help="Reload the result in plain transformers, or llama.cpp, and compare the logits.")
+    ] = True,
     check_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Compare on a text of this many tokens.", show_default="past every window, in bounds"),

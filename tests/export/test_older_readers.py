@@ -58,7 +58,7 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not module.is_installed():
-        pytest.skip("transformers 4.57 is not there; scripts/check_with_transformers_4.py --install fetches it")
+        pytest.skip("transformers 4.57 is not there; scripts/install_readers.py fetches it")
     return module
 
 

@@ -20,10 +20,11 @@ from lamella.jsons import Json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Copied byte for byte from the source folder: tokenizer, chat template, generation defaults, licence.
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 SIDECARS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+    *LICENCE_FILES,
 )  # fmt: skip
 SIDECAR_FOLDERS = ("additional_chat_templates",)  # named templates beside the default one
 
@@ -154,12 +155,12 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def copy_sidecars(folder: Path, out: Path) -> None:
+def copy_sidecars(folder: Path, out: Path, names: tuple[str, ...] = SIDECARS) -> None:
     """Tokenizer, generation config, chat templates and licence files, byte for byte."""
-    for name in SIDECARS:
+    for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    for name in SIDECAR_FOLDERS:
+    for name in SIDECAR_FOLDERS if names == SIDECARS else ():
         if (folder / name).is_dir():
             shutil.copytree(folder / name, out / name, copy_function=shutil.copyfile)
 

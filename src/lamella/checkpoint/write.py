@@ -164,7 +164,7 @@ def check_output(out: Path, overwrite: bool, needed_bytes: int = 0, sources: Ite
             raise UserError(f"{out} exists; pass --overwrite to replace it, or another --out")
         if out.is_symlink() or not out.is_dir():
             raise UserError(f"{out} is not a folder; give another --out")
-        if any(out.iterdir()) and not (out / "config.json").is_file():
+        if any(out.iterdir()) and not ((out / "config.json").is_file() or any(out.glob("*.gguf"))):
             raise UserError(f"{out} is not a checkpoint, so it is not overwritten; give another --out")
     if out.resolve() == Path.cwd():
         raise UserError("the working directory itself cannot be replaced; give another --out")

@@ -5,20 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lamella.architecture.moe import Mode
 from lamella.checkpoint.plan import WritePlan
-from lamella.checkpoint.source import copy_sidecars
+from lamella.checkpoint.source import LICENCE_FILES, copy_sidecars
 from lamella.checkpoint.write import appearing_folder, check_output
 from lamella.errors import UserError, did_you_mean
-from lamella.export import dense, glm4_moe, mixtral
+from lamella.export import dense, gguf, glm4_moe, mixtral
 from lamella.export.card import card
+from lamella.export.gguf.write import write_gguf
 from lamella.export.model import ConvertedModel
 from lamella.export.target import Options, Target, stock
+
+if TYPE_CHECKING:
+    from lamella.export.check import Checked
+
+
+def _check_gguf(source: Path, exported: Path, mode: Mode, tokens: int | None) -> Checked | None:
+    from lamella.export.gguf.check import check_gguf
+
+    return check_gguf(source, exported, mode, tokens)
+
 
 # In the order in which `auto` tries them; `dense` is another model and never tried.
 TARGETS = {
     "glm4-moe": Target(glm4_moe.needs, stock(glm4_moe.plan)),
     "mixtral": Target(mixtral.needs, stock(mixtral.plan)),
+    "gguf": Target(
+        gguf.needs,
+        gguf.plan,
+        write=write_gguf,
+        check=_check_gguf,
+        sidecars=LICENCE_FILES,
+    ),
     "dense": Target(dense.needs, stock(dense.plan), mode="dense"),
 }
 AUTO = "auto"
@@ -65,7 +85,7 @@ def export(
     check_output(out, overwrite, plan.total_bytes, {tensor.path for tensor in model.tensors.values()})
     on_plan(plan)
     with appearing_folder(out) as temporary:
-        copy_sidecars(model.folder, temporary)
+        copy_sidecars(model.folder, temporary, target.sidecars)
         target.write(plan, temporary, on_bytes)
         checked = target.check(model.folder, temporary, target.mode, check_tokens) if check else None
         parity = checked.describe() if checked else None

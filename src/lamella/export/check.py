@@ -74,12 +74,14 @@ def refuse_difference(difference: float, source: Path) -> None:
         )
 
 
-def source_logits(source: Path, mode: Mode, tokens: int | None = None) -> tuple[list[Reference], Spans]:
-    """What the source computes in fp32, on text as long as its windows and scaling demand."""
+def source_logits(
+    source: Path, mode: Mode, tokens: int | None = None, gaps: bool = True
+) -> tuple[list[Reference], Spans]:
+    """What the source computes in fp32, on text as long as its windows and scaling demand; `gaps`: as in Spans."""
     model = load(source, dtype=torch.float32)
     assert isinstance(model, ConvertedForCausalLM)
     model.set_mode(mode)
-    spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens)
+    spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens, gaps)
     ids_1L = _token_ids(source, model.config, spans.tokens)
     sequences: list[tuple[Tensor, Tensor | None]] = [(ids_1L, None)]
     if spans.last_position >= spans.tokens:

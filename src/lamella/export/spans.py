@@ -40,19 +40,25 @@ class Spans:
         return reach + (f"; not covered: {self.uncovered}" if self.uncovered else "")
 
 
-def spans_to_check(config: PreTrainedConfig, num_parameters: int, tokens: int | None = None) -> Spans:
+def spans_to_check(
+    config: PreTrainedConfig, num_parameters: int, tokens: int | None = None, gaps: bool = True
+) -> Spans:
     """Long enough for every window and threshold of the config, unless that costs more than MAX_COST.
 
     Args:
         tokens: a length that is wanted instead, whatever it costs.
+        gaps: a rope threshold is reached by a few tokens far apart; else by the text itself.
     """
-    window, threshold = longest_window(config), rope_threshold(config)
-    limit = _max_positions(config)
-    needed = max(MIN_TOKENS, window + _BEYOND if window else 0)
+    window, threshold, limit = longest_window(config), rope_threshold(config), _max_positions(config)
+    thresholds = {f"the attention window of {window} tokens": window}
+    if not gaps:
+        thresholds[f"the rope's threshold of {threshold} tokens"] = threshold
+    needed = max(MIN_TOKENS, *(at + _BEYOND for at in thresholds.values() if at), 0)
     affordable = max(MIN_TOKENS, int(MAX_COST / num_parameters))
-    length = min(tokens or min(needed, affordable), limit or needed)
-    missed = f"the attention window of {window} tokens" if window >= length else None
-    return Spans(length, max(threshold + _BEYOND, limit - 1) if has_rope(config) else 0, missed)
+    room = limit if gaps else limit - 1  # llama.cpp computes the token after the text as well
+    length = min(tokens or min(needed, affordable), room if limit else needed)
+    missed = ", ".join(what for what, at in thresholds.items() if at and at >= length) or None
+    return Spans(length, max(threshold + _BEYOND, limit - 1) if gaps and has_rope(config) else 0, missed)
 
 
 def has_rope(config: PreTrainedConfig) -> bool:
@@ -80,7 +86,7 @@ def rope_threshold(config: PreTrainedConfig) -> int:
     """The position from which the rope is another one; 0 without scaling."""
     rope: Json = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
-    scaled = [kind for kind in kinds if kind.get("rope_type", "default") != "default"]
+    scaled = [kind for kind in kinds if kind.get("rope_type", "default") not in ("default", "linear")]
     return max((kind.get("original_max_position_embeddings") or _max_positions(config) for kind in scaled), default=0)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lamella.architecture.moe import Mode
 from lamella.checkpoint.plan import WritePlan
+from lamella.checkpoint.source import SIDECARS
 from lamella.checkpoint.spelling import both_spellings
 from lamella.checkpoint.write import write_json, write_tensors
 from lamella.errors import UserError
@@ -56,6 +57,9 @@ class Target:
     """What of the converted model it computes."""
     write: Write = write_stock
     check: Check = check_stock
+    """None as its answer: what reads the format is not installed."""
+    sidecars: tuple[str, ...] = SIDECARS
+    """Files of the model that are copied along."""
 
 
 def stock(plan: Callable[[ConvertedModel], WritePlan]) -> Callable[[ConvertedModel, Options], WritePlan]:
