@@ -370,7 +370,7 @@ def export(
     ],
     to: Annotated[
         str,
-        typer.Option(help="Write it as glm4-moe, mixtral, gguf or dense, or in the class that fits its router (auto)."),
+        typer.Option(help="Write it as glm4-moe, mixtral, gguf or dense, or as the class that fits (auto)."),
     ],
     out: Annotated[Path, typer.Option(help="Write the exported model to this folder.")],
     dtype: Annotated[
@@ -384,7 +384,7 @@ def export(
         int | None, typer.Option(help="Take a run's checkpoint of this step.", show_default="the newest")
     ] = None,
     check: Annotated[
-        bool, typer.Option(help="Reload the result in plain transformers, or llama.cpp, and compare the logits.")
+        bool, typer.Option(help="Reload it in plain transformers or llama.cpp; compare the logits.")
     ] = True,
     check_tokens: Annotated[
         int | None,

@@ -176,8 +176,8 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     (tmp_path / "broken.gguf").write_bytes(b"GGUF no")
     with pytest.raises(UserError, match="truncated or not a GGUF file"):
         export(source, "gguf", tmp_path / "out", tokenizer=tmp_path / "broken.gguf")
-    small = save_bpe(save_trained(tmp_path / "small", vocab_size=VOCAB - 20))
-    with pytest.raises(UserError, match="the tokenizer has 310 tokens, the model 300"):
+    small = save_bpe(save_trained(tmp_path / "small", vocab_size=200))
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model 200"):
         export(small, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
