@@ -82,7 +82,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config lacks a key": (change_config(hidden_size=None), "config.json lacks hidden_size"),
     "no heads": (change_config(num_attention_heads=0), "lacks num_attention_heads"),
     "head_dim is a word": (change_config(head_dim="x"), "lacks head_dim"),
-    "rope is a list": (change_config(rope_parameters=[1]), "not an object"),
+    "rope is a list": (change_config(rope_parameters=[1]), "rope_parameters"),
     "endless layers": (change_config(num_hidden_layers=1 << 70), "at most 10000"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),

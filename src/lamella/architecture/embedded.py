@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 EMBEDDED_MODEL = "smollm2-135m"
 # Of config.json, and what GGUF calls it.
@@ -19,6 +20,7 @@ GGUF_SIZES = {
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
     "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
 }  # fmt: skip
+GGUF_NUMBERS = {"rope_theta": "rope.freq_base", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 
 
 def cache_dir() -> Path:
@@ -55,7 +57,7 @@ def check_embedded_model() -> None:
         embedded_gguf()
 
 
-def embedded_config() -> dict[str, Any]:
+def embedded_config() -> Json:
     """Family and sizes as in the config.json of `embedded_model`, from the GGUF's metadata: reads no weights and
     imports no torch; UserError where the package is missing."""
     gguf = embedded_gguf()
@@ -69,6 +71,7 @@ def embedded_config() -> dict[str, Any]:
         return field.contents()
 
     family = metadata("general.architecture")
-    sizes = {name: int(metadata(f"{family}.{key}")) for name, key in GGUF_SIZES.items()}
+    sizes: Json = {name: int(metadata(f"{family}.{key}")) for name, key in GGUF_SIZES.items()}
+    sizes |= {name: round(metadata(f"{family}.{key}"), 12) for name, key in GGUF_NUMBERS.items()}
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     return sizes | {"model_type": family, "tie_word_embeddings": tied, "dtype": "float32"}

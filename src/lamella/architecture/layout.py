@@ -1,30 +1,23 @@
-"""Where each family's layers keep their FFN, and what it computes: all that conversion has to know of it."""
+"""Where a model's layers keep their FFN, and what it computes: all that conversion has to know of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from lamella.architecture.model import Sizes, sizes_of
 from lamella.architecture.moe import Activation
-from lamella.architecture.two_matrix import activation_of, gpt2_ffn_width
+from lamella.architecture.rows import FFNNames
+from lamella.architecture.two_matrix import check_activation
+from lamella.jsons import Json
 
-CONVERTED_PREFIX = "lamella_"
+PARTS = ("gate", "up", "up_bias", "down", "down_bias")
 
 
 @dataclass(frozen=True)
 class FFNLayout:
-    """Where a dense model's layers keep their FFN, and what it computes. Names are templates: {} is the layer."""
+    """Where a dense model's layers keep their FFN, and what it computes."""
 
-    block: str
-    """Prefix of the tensors of the MoE layer that takes the FFN's place."""
-    up: str
-    down: str
-    gate: str | None
-    """None: two matrices, y = down act(up x + up_bias) + down_bias."""
-    up_bias: str | None
-    down_bias: str | None
-    transposed: bool
-    """Matrices are stored [in, out]; else [out, in]."""
+    ffn: FFNNames
     activation: Activation
     hidden_size: int
     """D"""
@@ -32,35 +25,33 @@ class FFNLayout:
     """F"""
     num_layers: int
 
+    @property
+    def gated(self) -> bool:
+        return self.ffn.gate is not None
+
+    @property
+    def output_bias(self) -> bool:
+        """The FFN adds a bias to its output."""
+        return self.ffn.down_bias is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Matrices are stored [in, out]; else [out, in]."""
+        return self.ffn.transposed
+
     def names(self, layer: int) -> dict[str, str]:
-        """Part -> name of the dense tensor, of the parts that there are: gate, up, up_bias, down, down_bias."""
-        parts = ("gate", "up", "up_bias", "down", "down_bias")
-        return {part: name.format(layer) for part in parts if (name := getattr(self, part))}
+        """Part -> name of the dense tensor, of the `PARTS` that there are."""
+        return {part: name.format(layer) for part in PARTS if (name := getattr(self.ffn, part))}
 
     def prefix(self, layer: int) -> str:
         """Of the MoE layer's tensors."""
-        return self.block.format(layer)
+        return self.ffn.block.format(layer)
 
 
-def ffn_layout(config: dict[str, Any]) -> FFNLayout:
-    """The layout of a checkpoint with this config.json, dense or converted, whose family is known."""
-    family = config["model_type"].removeprefix(CONVERTED_PREFIX)
-    if family == "gpt2":
-        mlp, D = "transformer.h.{}.mlp.", config["n_embd"]
-        return FFNLayout(
-            mlp, f"{mlp}c_fc.weight", f"{mlp}c_proj.weight", None, f"{mlp}c_fc.bias", f"{mlp}c_proj.bias", True,
-            activation_of(config), D, gpt2_ffn_width(config), config["n_layer"],
-        )  # fmt: skip
-    D, layers = config["hidden_size"], config["num_hidden_layers"]
-    if family == "opt":
-        # transformers' layer calls fc1, the activation and fc2 itself: the MoE layer stands in fc1's place
-        fc1, fc2 = "model.decoder.layers.{}.fc1.", "model.decoder.layers.{}.fc2."
-        return FFNLayout(
-            fc1, f"{fc1}weight", f"{fc2}weight", None, f"{fc1}bias", f"{fc2}bias", False,
-            activation_of(config), D, config["ffn_dim"], layers,
-        )  # fmt: skip
-    mlp = "model.layers.{}.mlp."
-    return FFNLayout(
-        mlp, f"{mlp}up_proj.weight", f"{mlp}down_proj.weight", f"{mlp}gate_proj.weight", None, None, False,
-        "silu", D, config["intermediate_size"], layers,
-    )  # fmt: skip
+def ffn_layout(config: Json) -> FFNLayout:
+    """The layout of a checkpoint with this config.json, dense or converted."""
+    return layout_of(sizes_of(config))
+
+
+def layout_of(sizes: Sizes) -> FFNLayout:
+    return FFNLayout(sizes.family.ffn, check_activation(sizes), sizes.D, sizes.F, sizes.num_layers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lamella.errors import UserError, check_choice, did_you_mean
+from lamella.jsons import Json
 
 RoutingKind = Literal["twin", "flat"]
 # "unit" weighs a chosen expert 1 + u * sigmoid(logit) with a learned u per expert, 0 at conversion: exactly 1 then.
@@ -76,7 +77,7 @@ class MoEConfig:
     """Of the low-rank deltas on the frozen experts' matrices; 0: none."""
     lora_alpha: float = 0.0
     """The deltas are scaled by lora_alpha / lora_rank."""
-    per_layer: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    per_layer: dict[int, Json] = dataclasses.field(default_factory=dict, hash=False)
     """layer -> the fields that differ there; see `for_layer`."""
 
     def __post_init__(self) -> None:
@@ -158,11 +159,11 @@ class MoEConfig:
         return self.num_frozen_experts if self.routing == "twin" else self.num_experts
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
+    def from_dict(cls, values: Json) -> MoEConfig:
         """Read the `moe` entry of config.json; unknown or missing keys are a UserError."""
         return cls(**_known_keys(cls, values, "moe"))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
 
 
@@ -207,15 +208,15 @@ class AttentionMoEConfig:
         return self.num_experts
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AttentionMoEConfig:
+    def from_dict(cls, values: Json) -> AttentionMoEConfig:
         """Read the `attention_moe` entry of config.json; unknown or missing keys are a UserError."""
         return cls(**_known_keys(cls, values, "attention_moe"))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return dataclasses.asdict(self) | {"layers": list(self.layers)}
 
 
-def _known_keys(cls: type[Any], values: dict[str, Any], entry: str) -> dict[str, Any]:
+def _known_keys(cls: type[Any], values: Json, entry: str) -> Json:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:

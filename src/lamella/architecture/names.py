@@ -8,61 +8,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from lamella.architecture.gated import EMBEDDING, FINAL_NORM, HEAD
+from lamella.architecture.moe_tensors import (
+    ATTENTION_IN_HF,
+    ATTENTION_IN_TITAN,
+    GATED_NAMES,
+    MOE_IN_TITAN,
+    OUTPUT_BIAS,
+    ROUTED_ATTENTION_NAMES,
+    is_frozen,
+    is_lora,
+    is_router,
+)  # fmt: skip
+from lamella.architecture.rows import FAMILIES
 from lamella.errors import UserError
 
 T = TypeVar("T")
 
 # (HF, torchtitan); {} is the layer
-NAMES: tuple[tuple[str, str], ...] = (
-    ("model.embed_tokens.weight", "tok_embeddings.weight"),
-    ("model.norm.weight", "norm.weight"),
-    ("lm_head.weight", "lm_head.weight"),
-    ("model.layers.{}.input_layernorm.weight", "layers.{}.attention_norm.weight"),
-    ("model.layers.{}.post_attention_layernorm.weight", "layers.{}.ffn_norm.weight"),
-    ("model.layers.{}.self_attn.q_norm.weight", "layers.{}.attention.q_norm.weight"),
-    ("model.layers.{}.self_attn.k_norm.weight", "layers.{}.attention.k_norm.weight"),
-    *(
-        (f"model.layers.{{}}.{hf}.{kind}", f"layers.{{}}.{titan}.{kind}")
-        for hf, titan in (
-            ("self_attn.q_proj", "attention.qkv_linear.wq"),
-            ("self_attn.k_proj", "attention.qkv_linear.wk"),
-            ("self_attn.v_proj", "attention.qkv_linear.wv"),
-            ("self_attn.o_proj", "attention.wo"),
-            ("mlp.gate_proj", "feed_forward.w1"),
-            ("mlp.up_proj", "feed_forward.w3"),
-            ("mlp.down_proj", "feed_forward.w2"),
-        )
-        for kind in ("weight", "bias")
-    ),
-    *(
-        (f"model.layers.{{}}.self_attn.router.{name}", f"layers.{{}}.attention.heads.router.{name}")
-        for name in ("weight", "gate_scale", "selection_bias")
-    ),
-    *(
-        (f"model.layers.{{}}.mlp.{name}", f"layers.{{}}.moe.{name}")
-        for name in (
-            "router.weight",
-            "router.up_weight",
-            "router.gate_scale",
-            "router.selection_bias",
-            "shared.gate_up_proj",
-            "shared.down_proj",
-            "output_bias",
-            "experts.frozen_gate_up_proj",
-            "experts.frozen_down_proj",
-            "experts.trainable_gate_up_proj",
-            "experts.trainable_down_proj",
-            "experts.lora_gate_up_a",
-            "experts.lora_gate_up_b",
-            "experts.lora_down_a",
-            "experts.lora_down_b",
-        )
-    ),
+NAMES: tuple[tuple[str, str], ...] = tuple(
+    dict.fromkeys(
+        [
+            *((part.hf, part.titan) for part in (EMBEDDING, FINAL_NORM, HEAD)),
+            *((part.hf, part.titan) for family in FAMILIES.values() for part in family.layer),
+            *((ATTENTION_IN_HF + name, ATTENTION_IN_TITAN + name) for name in ROUTED_ATTENTION_NAMES),
+            *(
+                (family.ffn.block + name, MOE_IN_TITAN + name)
+                for family in FAMILIES.values()
+                if family.trains
+                for name in GATED_NAMES
+            ),
+        ]
+    )
 )
+TITAN_LLAMA3: Literal["llama"] = "llama"
+"""What torchtitan calls Llama 3.1's scaling of the rope."""
 _TO_TITAN = dict(NAMES)
 _TO_HF = {titan: hf for hf, titan in NAMES}
+_ALWAYS_TRAINED = (".experts.trainable_", ".moe.shared.", f".moe.{OUTPUT_BIAS}")
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
@@ -86,11 +71,11 @@ def to_hf(state: Mapping[str, T]) -> dict[str, T]:
 
 def is_trained(name: str, trains: str) -> bool:
     """Whether the parameter of this (torchtitan) name trains; frozen experts never do, nor does a teacher."""
-    if ".experts.frozen_" in name or trains == "nothing":
+    if is_frozen(name) or trains == "nothing":
         return False
-    if any(part in name for part in (".experts.trainable_", ".experts.lora_", ".moe.shared.", ".moe.output_bias")):
+    if is_lora(name) or any(part in name for part in _ALWAYS_TRAINED):
         return True
-    return trains == "all" or (trains == "experts+router" and ".router." in name)
+    return trains == "all" or (trains == "experts+router" and is_router(name))
 
 
 def _translate(name: str, table: dict[str, str]) -> str:

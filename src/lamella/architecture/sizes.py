@@ -25,14 +25,6 @@ def check_experts(num_experts: int, heads: int, kv_heads: int) -> None:
         )
 
 
-def expert_shapes(hidden_size: int, width: int, gated: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of one expert of `width` neurons, gated or of two matrices."""
-    D, f = hidden_size, width
-    if gated:
-        return {"gate_up_proj": (2 * f, D), "down_proj": (D, f)}
-    return {"up_proj": (f, D), "up_bias": (f,), "down_proj": (D, f)}
-
-
 class Parts(NamedTuple):
     num_parts: int
     """G"""

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 
 def tokenizer_hash(model: Path) -> str:
@@ -31,7 +32,7 @@ def template_fingerprint(tokenizer: str | Path) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([template, named] if named else template).encode())
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
+def tokenizer_settings(folder: Path) -> Json:
     """What tokenizer_config.json says; empty where there is none; UserError where it is damaged."""
     file = folder / "tokenizer_config.json"
     settings = _parsed(file, json.loads) if file.is_file() else {}

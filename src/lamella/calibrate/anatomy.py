@@ -6,15 +6,15 @@ where layers end with a norm (post-norm), that norm is taken to begin the next l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamella.architecture.families import CONVERTED_PREFIX
 from lamella.architecture.layout import ffn_layout
+from lamella.architecture.model import sizes_of
+from lamella.architecture.rows import Modules
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.tensors import SourceTensor
-from lamella.errors import UserError
 from lamella.jsons import Json
 
 
@@ -22,34 +22,17 @@ from lamella.jsons import Json
 class Anatomy:
     """Names of the decoder's modules."""
 
-    layers: str = "layers"
-    final_norm: str = "norm"
-    masks_documents: bool = True
-    """The model itself keeps documents apart by their positions; else it is given a mask."""
+    modules: Modules
     post_norm: str | None = None
     """The norm that a layer ends with."""
 
 
-_LLAMA = Anatomy()
-# model_type of the config -> where things are
-ANATOMIES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt2": Anatomy("h", "ln_f"),
-    "opt": Anatomy("layers", "final_layer_norm", masks_documents=False),
-}
-
-
 def anatomy_of(config: Json) -> Anatomy:
     """The family's anatomy, a converted model's too; UserError for an unknown one."""
-    family = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
-    if family not in ANATOMIES:
-        raise UserError(f"{family!r} models cannot be calibrated; known families: {', '.join(ANATOMIES)}")
-    anatomy = ANATOMIES[family]
-    post_norm = not config.get("do_layer_norm_before", True)  # of OPT alone: OPT-350m
-    return replace(anatomy, post_norm="final_layer_norm") if post_norm else anatomy
+    sizes = sizes_of(config)
+    modules = sizes.family.modules
+    post_norm = not sizes.values.get("do_layer_norm_before", True)  # of OPT alone: OPT-350m
+    return Anatomy(modules, modules.final_norm if post_norm else None)
 
 
 class LayerFFN:

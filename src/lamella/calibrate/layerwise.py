@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lamella.architecture.families import CONVERTED_PREFIX
+from lamella.architecture.converted import is_converted
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.source import Checkpoint
@@ -50,7 +50,7 @@ class LayerwiseModel:
         model.eval().requires_grad_(False)
         self._decoder = model.get_decoder()
         names = {id(module): f"{name}." for name, module in model.named_modules()}
-        self._layers = list(getattr(self._decoder, self.anatomy.layers))
+        self._layers = list(getattr(self._decoder, self.anatomy.modules.layers))
         self._prefixes = [names[id(layer)] for layer in self._layers]
         self._embedding = self._tensors[names[id(model.get_input_embeddings())] + "weight"]
         self._head = self._embedding if self.config.tie_word_embeddings else self._tensors["lm_head.weight"]
@@ -60,7 +60,7 @@ class LayerwiseModel:
     def _fill_decoder(self, prefix: str) -> None:
         """Recorders for the layers, weights for what is left; the embedding stays without storage."""
         decoder, count = self._decoder, len(self._layers)
-        setattr(decoder, self.anatomy.layers, nn.ModuleList(_Recorder() for _ in range(count)))
+        setattr(decoder, self.anatomy.modules.layers, nn.ModuleList(_Recorder() for _ in range(count)))
         for name, parameter in list(decoder.named_parameters()):
             if prefix + name != self._embedding.name:
                 module, _, leaf = name.rpartition(".")
@@ -73,7 +73,7 @@ class LayerwiseModel:
         """The last layer's norm if layers end with one; the decoder's, and its projection to the embedding's width."""
         post_norm = self.anatomy.post_norm
         last = None if post_norm is None else self._post_norm(self.num_layers - 1, post_norm)
-        own = [getattr(self._decoder, name, None) for name in (self.anatomy.final_norm, "project_out")]
+        own = [getattr(self._decoder, name, None) for name in (self.anatomy.modules.final_norm, "project_out")]
         return [module for module in (last, *own) if module is not None]
 
     @property
@@ -137,9 +137,9 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def _run(self, embedding_BLD: Tensor, positions_BL: Tensor) -> list[LayerInput]:
-        mask = None if self.anatomy.masks_documents else document_mask(positions_BL)
+        mask = None if self.anatomy.modules.masks_documents else document_mask(positions_BL)
         self._decoder(inputs_embeds=embedding_BLD, position_ids=positions_BL, attention_mask=mask, use_cache=False)
-        return [recorder.seen for recorder in getattr(self._decoder, self.anatomy.layers)]
+        return [recorder.seen for recorder in getattr(self._decoder, self.anatomy.modules.layers)]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """All that lies between the last layer and the head."""
@@ -155,7 +155,7 @@ class LayerwiseModel:
 def config_of(source: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config as transformers reads it, with the names that all families share."""
     anatomy_of(source.config)  # a family that is known
-    if source.config["model_type"].startswith(CONVERTED_PREFIX):
+    if is_converted(source.config):
         import lamella.hf.models  # noqa: F401  registers the converted models
     return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
 

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from lamella.checkpoint.seams import FsspecReader, metadata_path
 from lamella.errors import UserError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -67,7 +67,7 @@ class _Reading:
     """Replaces what reads the metadata, in both of torch's readers."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))  # type: ignore[attr-defined]
+        path = metadata_path(self, kwargs.get("rank"))  # type: ignore[arg-type]
         with self.fs.create_stream(path, "rb") as file:  # type: ignore[attr-defined]
             metadata = read_metadata(file, path)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()

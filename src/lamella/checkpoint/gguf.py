@@ -18,22 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.architecture.families import family_of
-from lamella.architecture.two_matrix import PREFIXES
+from lamella.architecture.families import family_of, sizes_of
+from lamella.architecture.rows import FAMILIES, Family, GGUFNames
 from lamella.checkpoint.source import Checkpoint, check_dense, read_config
 from lamella.checkpoint.tensors import SourceTensor, read_bytes
 from lamella.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,22 +62,29 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(f"no such model: {path} does not exist")
     reader = _reader(path)
     architecture = _text(reader, "general.architecture")
-    if architecture in PREFIXES:
+    if architecture in FAMILIES and FAMILIES[architecture].gguf is None:
         raise UserError(f"{path.name} is {architecture}, which is not read from GGUF; convert the model's safetensors")
     _refuse_rope_scaling(reader, path, architecture)
     with tempfile.TemporaryDirectory() as folder:
         _save_config(path, Path(folder), reader, architecture)
         config = read_config(Path(folder))
     family = family_of(config)
-    heads = (config["num_attention_heads"], config["num_key_value_heads"]) if architecture == "llama" else (0, 0)
+    names, sizes = _names(family, path), sizes_of(config)
+    heads = (sizes.N, sizes.G) if names.interleaved else (0, 0)
     tensors: dict[str, SourceTensor] = {
-        tensor.name: tensor for entry in reader.tensors if (tensor := _tensor(entry, path, heads))
+        tensor.name: tensor for entry in reader.tensors if (tensor := _tensor(entry, path, names, heads))
     }
     check_dense(tensors, config, family, path.name)
     _check_kinds(tensors, path)
     return Checkpoint(
         path.name, family, config, tensors, _text(reader, "general.license"), lambda out: _save_sidecars(path, out)
     )
+
+
+def _names(family: Family, path: Path) -> GGUFNames:
+    if family.gguf is None:
+        raise UserError(f"{path.name} is {family.name}, which is not read from GGUF; convert the model's safetensors")
+    return family.gguf
 
 
 def _reader(path: Path) -> GGUFReader:
@@ -122,11 +121,11 @@ def _refuse_rope_scaling(reader: GGUFReader, path: Path, architecture: str | Non
         )
 
 
-def _tensor(entry: ReaderTensor, path: Path, heads: tuple[int, int]) -> GgufTensor:
+def _tensor(entry: ReaderTensor, path: Path, names: GGUFNames, heads: tuple[int, int]) -> GgufTensor:
     stem, _, suffix = entry.name.rpartition(".")
-    name, interleaved = f"{_TOP.get(stem, stem)}.{suffix}", 0
+    name, interleaved = f"{names.top.get(stem, stem)}.{suffix}", 0
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        name = f"model.layers.{match[1]}.{_IN_LAYER.get(match[2], match[2])}.{suffix}"
+        name = f"model.layers.{match[1]}.{names.in_layer.get(match[2], match[2])}.{suffix}"
         interleaved = {"attn_q": heads[0], "attn_k": heads[1]}.get(match[2], 0)
     shape = tuple(int(n) for n in reversed(entry.shape))
     begin = int(entry.data_offset)

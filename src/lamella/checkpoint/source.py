@@ -14,6 +14,7 @@ from lamella.architecture.families import Family, Shapes, dense_tensors, family_
 from lamella.architecture.two_matrix import full_names
 from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_header
+from lamella.checkpoint.tying import as_stored, say_once, stray_files
 from lamella.errors import UserError
 from lamella.jsons import Json
 
@@ -72,8 +73,9 @@ class Checkpoint:
     def _from_folder(cls, folder: Path, name: str, licence: str | None = None) -> Checkpoint:
         config = read_config(folder)
         family = family_of(config)
-        found = full_names(read_folder(folder), dense_tensors(config, family), family.name)
+        found = full_names(read_folder(folder), dense_tensors(config, family), family)
         tensors = {name: dataclasses.replace(tensor, name=name) for name, tensor in found.items()}
+        config = as_stored(config, tensors, name)
         check_dense(tensors, config, family, name)
         return cls(
             name, family, config, tensors, licence or card_licence(folder), lambda out: copy_sidecars(folder, out)
@@ -83,6 +85,23 @@ class Checkpoint:
 def read_config(folder: Path) -> Json:
     path = folder / "config.json"
     return read_json(path, f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+
+
+def read_stored_config(folder: Path) -> Json:
+    """config.json of a dense or converted folder that is trained or exported, with what its weights say of the head.
+
+    Raises:
+        UserError: another safetensors file of the folder holds a tensor of the model, too; torch's reader would take
+            either.
+    """
+    config = read_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        return config
+    tensors = read_folder(folder)
+    for file in stray_files(folder, tensors):
+        if twice := [name for name in read_header(folder / file) if name in tensors]:
+            raise UserError(f"{folder / file} holds {listed(twice)} a second time; move what is not wanted away")
+    return as_stored(config, tensors, str(folder))
 
 
 def read_json(path: Path, if_missing: str) -> Json:
@@ -98,11 +117,17 @@ def read_json(path: Path, if_missing: str) -> Json:
 
 
 def read_folder(folder: Path) -> dict[str, SourceTensor]:
-    """All tensors of a folder's safetensors, from the headers alone; an index and its files must agree."""
+    """All tensors of a folder's safetensors, from the headers alone; an index and its files must agree.
+
+    Where there are both a single file and an index of others, transformers loads the single file, and so do we.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        tensors = read_header(folder / SINGLE_FILE)
+        if stray := stray_files(folder, tensors):
+            say_once(f"{folder}: {SINGLE_FILE} is read, as transformers does; {listed(stray)} beside it is passed over")
+        return tensors
     if (folder / INDEX_FILE).is_file():
         return _read_sharded(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         raise UserError(f"{folder} holds pickled weights, which can run code; save the model as safetensors first")
     raise UserError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")

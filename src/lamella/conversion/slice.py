@@ -8,9 +8,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
+from lamella.architecture.converted import converted_config
 from lamella.architecture.families import ffn_layout
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
+from lamella.architecture.moe_tensors import (
+    DOWN,
+    GATE_UP,
+    KINDS,
+    OUTPUT_BIAS,
+    SELECTION_BIAS,
+    UP,
+    UP_BIAS,
+    WEIGHT,
+    expert_name,
+    is_float32,
+    moe_tensors,
+    router_name,
+)
 from lamella.checkpoint.pieces import Piece, SplitColumns, Stretch, Stretches, Values
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
@@ -40,16 +54,16 @@ def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options:
     if gate.dtype != up.dtype and options.dtype is None:
         raise UserError(f"{gate.name} is {gate.dtype} but {up.name} is {up.dtype}; choose one for all with --dtype")
     made: dict[str, tuple[SourceTensor, Piece]] = {}  # (whose dtype it has, how it is made)
-    for kind, noise in (("frozen", None), ("trainable", Noise(options.noise, options.seed))):
-        made |= {f"experts.{kind}_{name}": how for name, how in _experts(parts, options.slices, noise).items()}
-    made["router.weight"] = (up, Values((0.0,), moe.num_router_rows * up.width))
-    made["router.selection_bias"] = (up, Values(selection_bias(moe)))
+    for kind, noise in zip(KINDS, (None, Noise(options.noise, options.seed)), strict=True):
+        made |= {expert_name(kind, part): how for part, how in _experts(parts, options.slices, noise).items()}
+    made[router_name(WEIGHT)] = (up, Values((0.0,), moe.num_router_rows * up.width))
+    made[router_name(SELECTION_BIAS)] = (up, Values(selection_bias(moe)))
     if moe.output_bias:
-        made["output_bias"] = (parts["down_bias"], Stretches.copy(parts["down_bias"]))
+        made[OUTPUT_BIAS] = (parts["down_bias"], Stretches.copy(parts["down_bias"]))
     shapes = moe_tensors(up.width, moe)
     return [
         OutputTensor(
-            prefix + name, "F32" if name in FLOAT32 else stored_dtype(like.dtype, options.dtype), shapes[name], piece
+            prefix + name, "F32" if is_float32(name) else stored_dtype(like.dtype, options.dtype), shapes[name], piece
         )
         for name, (like, piece) in made.items()
     ]
@@ -58,11 +72,11 @@ def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options:
 def _experts(parts: dict[str, SourceTensor], slices: int, noise: Noise | None) -> dict[str, tuple[SourceTensor, Piece]]:
     """The packed tensors of the slices, or with noise of their copies."""
     up, down = parts["up"], parts["down"]
-    split = {"down_proj": (down, SplitColumns(down, slices, noise))}
+    split = {DOWN: (down, SplitColumns(down, slices, noise))}
     if "gate" in parts:
-        return {"gate_up_proj": (up, Stretches(_gate_up_stretches(parts["gate"], up, slices), noise)), **split}
+        return {GATE_UP: (up, Stretches(_gate_up_stretches(parts["gate"], up, slices), noise)), **split}
     bias = parts["up_bias"]
-    return {"up_proj": (up, _whole(up, noise)), "up_bias": (bias, _whole(bias, noise)), **split}
+    return {UP: (up, _whole(up, noise)), UP_BIAS: (bias, _whole(bias, noise)), **split}
 
 
 def _whole(source: SourceTensor, noise: Noise | None) -> Stretches:

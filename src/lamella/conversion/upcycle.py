@@ -23,9 +23,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
+from lamella.architecture.converted import converted_config
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
+from lamella.architecture.moe_tensors import (
+    DOWN,
+    GATE_UP,
+    OUTPUT_BIAS,
+    SELECTION_BIAS,
+    UP,
+    UP_BIAS,
+    WEIGHT,
+    expert_name,
+    is_float32,
+    moe_tensors,
+    router_name,
+    shared_name,
+)
 from lamella.checkpoint.gather import Given
 from lamella.checkpoint.pieces import Piece, Sink, Stretch, Stretches, Values, checked
 from lamella.checkpoint.plan import OutputTensor, WritePlan
@@ -55,27 +69,27 @@ def _layer(parts: dict[str, SourceTensor], prefix: str, moe: MoEConfig, options:
     up, down = parts["up"], parts["down"]
     copies = Copies(options, up.name, moe.moe_intermediate_size)
     pieces: dict[str, Piece] = {
-        "experts.trainable_down_proj": (
+        expert_name("trainable", DOWN): (
             Values((0.0,), moe.num_experts * down.shape[0] * copies.width)
             if options.identity
             else CopiedColumns(down, copies)
         ),
-        "router.weight": Given(_router_rows(up.name, up.width, options)),
-        "router.selection_bias": Values((0.0,), moe.num_experts),
+        router_name(WEIGHT): Given(_router_rows(up.name, up.width, options)),
+        router_name(SELECTION_BIAS): Values((0.0,), moe.num_experts),
     }
     if "gate" in parts:
-        pieces["experts.trainable_gate_up_proj"] = CopiedRows((parts["gate"], up), copies)
         gate = parts["gate"]
-        pieces["shared.gate_up_proj"] = Stretches((Stretch(gate, 0, gate.numel), Stretch(up, 0, up.numel)))
+        pieces[expert_name("trainable", GATE_UP)] = CopiedRows((gate, up), copies)
+        pieces[shared_name(GATE_UP)] = Stretches((Stretch(gate, 0, gate.numel), Stretch(up, 0, up.numel)))
     else:
-        pieces["experts.trainable_up_proj"] = CopiedRows((up,), copies)
-        pieces["experts.trainable_up_bias"] = RepeatedVector(parts["up_bias"], options.experts)
-        pieces["shared.up_proj"], pieces["shared.up_bias"] = Stretches.copy(up), Stretches.copy(parts["up_bias"])
-        pieces["output_bias"] = Stretches.copy(parts["down_bias"])
-    pieces["shared.down_proj"] = Stretches.copy(down)
+        pieces[expert_name("trainable", UP)] = CopiedRows((up,), copies)
+        pieces[expert_name("trainable", UP_BIAS)] = RepeatedVector(parts["up_bias"], options.experts)
+        pieces[shared_name(UP)], pieces[shared_name(UP_BIAS)] = Stretches.copy(up), Stretches.copy(parts["up_bias"])
+        pieces[OUTPUT_BIAS] = Stretches.copy(parts["down_bias"])
+    pieces[shared_name(DOWN)] = Stretches.copy(down)
     return [
         OutputTensor(
-            prefix + name, "F32" if name in FLOAT32 else stored_dtype(down.dtype, options.dtype), shape, pieces[name]
+            prefix + name, "F32" if is_float32(name) else stored_dtype(down.dtype, options.dtype), shape, pieces[name]
         )
         for name, shape in moe_tensors(up.width, moe).items()
     ]

@@ -11,7 +11,7 @@ from typing import TypeGuard
 import torch
 from transformers import PreTrainedModel
 
-from lamella.architecture.families import CONVERTED_PREFIX, FAMILIES, ffn_layout
+from lamella.architecture.families import sizes_of
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
@@ -117,10 +117,7 @@ def check_same_text_interface(dense: PreTrainedModel, moe: PreTrainedModel) -> N
 
 def ffn_width(model: PreTrainedModel) -> int:
     """F of a dense model or of the one that a conversion was made of; UserError for another family."""
-    config = model.config.to_dict()
-    if config["model_type"].removeprefix(CONVERTED_PREFIX) not in FAMILIES:
-        raise UserError(f"{config['model_type']!r} is no family that can be converted; those are {', '.join(FAMILIES)}")
-    return ffn_layout(config).ffn_width
+    return sizes_of(model.config.to_dict()).F
 
 
 def check_json_path(path: Path | None) -> None:

@@ -62,6 +62,6 @@ def card(model: ConvertedModel, to: str, plan: WritePlan, parity: str | None, gg
     return _CARD.format(
         licence_line=f"license: {licence}\n" if licence else "", name=model.folder.resolve().name,
         library_line="" if gguf_file else "library_name: transformers\n", architecture=architecture, what=what,
-        version=__version__, to=to, family=model.family, lines="\n".join(lines),
+        version=__version__, to=to, family=model.family.name, lines="\n".join(lines),
         usage=_LLAMA_CPP.format(file=gguf_file) if gguf_file else _TRANSFORMERS,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import dataclasses
 
 from lamella.architecture.families import dense_tensors, family_of, may_be_stored
 from lamella.architecture.layout import FFNLayout, ffn_layout
+from lamella.architecture.moe_tensors import DOWN, GATE_UP, OUTPUT_BIAS, UP, UP_BIAS, expert_name
 from lamella.checkpoint.pieces import JoinColumns, Piece, Stretch, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
@@ -52,16 +53,16 @@ def joined_ffn(
 ) -> dict[str, tuple[SourceTensor, Piece]]:
     """dense name -> (the packed tensor it comes from, how) for one layer's FFN."""
     prefix, names = layout.prefix(layer), layout.names(layer)
-    down = sources[f"{prefix}experts.frozen_down_proj"]
-    if layout.gate is not None:
-        gate_up = sources[f"{prefix}experts.frozen_gate_up_proj"]
+    down = sources[prefix + expert_name("frozen", DOWN)]
+    if layout.gated:
+        gate_up = sources[prefix + expert_name("frozen", GATE_UP)]
         return {
             names["gate"]: (gate_up, Stretches(_half_stretches(gate_up, 0))),
             names["up"]: (gate_up, Stretches(_half_stretches(gate_up, 1))),
             names["down"]: (down, JoinColumns(down)),
         }
-    up, up_bias = (sources[f"{prefix}experts.frozen_{part}"] for part in ("up_proj", "up_bias"))
-    down_bias = sources[f"{prefix}output_bias"]
+    up, up_bias = (sources[prefix + expert_name("frozen", part)] for part in (UP, UP_BIAS))
+    down_bias = sources[prefix + OUTPUT_BIAS]
     return {
         names["up"]: (up, _stored_up(up) if layout.transposed else Stretches.copy(up)),
         names["up_bias"]: (up_bias, Stretches.copy(up_bias)),

@@ -15,8 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lamella.architecture.converted import ffn_prefix
 from lamella.architecture.moe import MoEConfig
+from lamella.architecture.moe_tensors import (
+    DOWN,
+    GATE_UP,
+    KINDS,
+    SELECTION_BIAS,
+    WEIGHT,
+    expert_lora_name,
+    expert_name,
+    router_name,
+    shared_name,
+)
 from lamella.checkpoint.pieces import Piece, Sink, Stretch, Stretches, Values, checked
 from lamella.checkpoint.plan import OutputTensor
 from lamella.checkpoint.tensors import SourceTensor
@@ -98,12 +108,12 @@ class Chain:
 
 def experts(model: ConvertedModel, layer: int, down_scale: float = 1.0) -> list[Expert]:
     """The routed experts of a layer, frozen ones first; `down_scale` multiplies their outputs."""
-    prefix, moe = ffn_prefix(layer), model.moe
+    prefix, moe = model.ffn_prefix(layer), model.moe
     found: list[Expert] = []
-    for kind, count in (("frozen", moe.num_frozen_experts), ("trainable", moe.num_trainable_experts)):
+    for kind, count in zip(KINDS, (moe.num_frozen_experts, moe.num_trainable_experts), strict=True):
         if not count:
             continue
-        gate_up, down = (model.tensors[f"{prefix}experts.{kind}_{name}"] for name in ("gate_up_proj", "down_proj"))
+        gate_up, down = (model.tensors[prefix + expert_name(kind, part)] for part in (GATE_UP, DOWN))
         has_delta = kind == "frozen" and moe.lora_rank > 0
         for i in range(count):
             expert = _matrices(gate_up, down, i)
@@ -115,10 +125,10 @@ def experts(model: ConvertedModel, layer: int, down_scale: float = 1.0) -> list[
 
 def shared_expert(model: ConvertedModel, layer: int, down_scale: float = 1.0) -> Expert | None:
     """The expert that is always on; None where the model has none."""
-    prefix = ffn_prefix(layer)
+    prefix = model.ffn_prefix(layer)
     if not model.moe.shared_intermediate_size:
         return None
-    gate_up, down = (model.tensors[f"{prefix}shared.{name}"] for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (model.tensors[prefix + shared_name(part)] for part in (GATE_UP, DOWN))
     gate_up, down = (dataclasses.replace(tensor, shape=(1, *tensor.shape)) for tensor in (gate_up, down))
     return _scaled(_matrices(gate_up, down, 0), down_scale)
 
@@ -133,10 +143,10 @@ def zero_expert(width: int, D: int, dtype: str) -> Expert:
 
 def router(model: ConvertedModel, layer: int) -> tuple[OutputTensor, OutputTensor]:
     """A router row [E, D] and a selection bias [E] per expert, their names still to be given."""
-    prefix, moe = ffn_prefix(layer), model.moe
+    prefix, moe = model.ffn_prefix(layer), model.moe
     made = []
-    for name in ("weight", "selection_bias"):
-        source = model.tensors[f"{prefix}router.{name}"]
+    for name in (WEIGHT, SELECTION_BIAS):
+        source = model.tensors[prefix + router_name(name)]
         piece: Piece = Mirrored(source) if moe.routing == "twin" else Stretches.copy(source)
         made.append(OutputTensor(name, source.dtype, (moe.num_experts, *source.shape[1:]), piece))
     return made[0], made[1]
@@ -167,8 +177,8 @@ def _merged(expert: Expert, prefix: str, tensors: dict[str, SourceTensor], moe: 
     }  # fmt: skip
     merged: Expert = {}
     for part, (matrix, at) in places.items():
-        names = (f"frozen_{matrix}_proj", f"lora_{matrix}_a", f"lora_{matrix}_b")
-        packed, a, b = (tensors[f"{prefix}experts.{name}"] for name in names)
+        names = (expert_name("frozen", f"{matrix}_proj"), *(expert_lora_name(f"{matrix}_{half}") for half in "ab"))
+        packed, a, b = (tensors[prefix + name] for name in names)
         rows, columns = expert[part].shape
         merged[part] = dataclasses.replace(
             expert[part], piece=Merged(packed, a, b, at, (rows, columns), moe.lora_scale)

@@ -5,7 +5,6 @@ The file holds one tensor per expert and matrix, the layout that other loaders r
 
 from __future__ import annotations
 
-from lamella.architecture.converted import ffn_prefix
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.export.experts import experts, named, router, shared_expert, zero_expert
 from lamella.export.model import ConvertedModel
@@ -57,7 +56,7 @@ def plan(model: ConvertedModel) -> WritePlan:
 
 
 def _layer_tensors(model: ConvertedModel, layer: int) -> list[OutputTensor]:
-    prefix = ffn_prefix(layer)
+    prefix = model.ffn_prefix(layer)
     tensors = [
         t for e, expert in enumerate(experts(model, layer)) for t in expert_tensors(expert, f"{prefix}experts.{e}.")
     ]

@@ -16,23 +16,19 @@ from lamella.architecture.converted import (
     converted_tensors,
     dense_config,
     ffn_config,
-    ffn_prefix,
 )
-from lamella.architecture.families import may_be_stored
+from lamella.architecture.families import HEAD, Family, Sizes, may_be_stored, sizes_of
+from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
-from lamella.checkpoint.source import check_tensors, read_config, read_folder
+from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, router_name
+from lamella.checkpoint.source import check_tensors, read_config, read_folder, read_stored_config
 from lamella.checkpoint.tensors import DTYPES, SourceTensor
-from lamella.export.spans import layer_windows
 from lamella.jsons import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Families whose layers are Llama's: norms before attention and FFN, nothing scaled, all of each head rotated. Only
-# their attention's biases and norms differ, which the tensors tell.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-EXPERT_PARTS = (".mlp.experts.", ".mlp.router.", ".mlp.shared.", ".self_attn.router.")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class AttentionExtras(NamedTuple):
@@ -54,16 +50,21 @@ class ConvertedModel:
     @classmethod
     def open(cls, folder: Path) -> ConvertedModel:
         """UserError where the folder is no converted model, or its tensors are not those of its config."""
-        config = read_config(folder)
-        converted_family(config)
+        converted_family(read_config(folder))
+        config = read_stored_config(folder)
         tensors, dense = read_folder(folder), dense_config(config)
         check_tensors(tensors, converted_tensors(config), str(folder), lambda name: may_be_stored(name, dense))
         return cls(folder, config, tensors)
 
     @property
-    def family(self) -> str:
-        """`model_type` of the dense model."""
-        return converted_family(self.config).name
+    def family(self) -> Family:
+        """The dense model's."""
+        return converted_family(self.config)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the config.json means."""
+        return sizes_of(self.config)
 
     @cached_property
     def dense(self) -> Json:
@@ -108,17 +109,21 @@ class ConvertedModel:
     @cached_property
     def windows(self) -> list[int | None]:
         """Each layer's attention window, None where it cuts off nothing within the model's context."""
-        longest = self.dense_hf.max_position_embeddings
-        return [window if window and window < longest else None for window in layer_windows(self.dense_hf)]
+        longest = self.sizes.max_positions
+        return [window if window and window < longest else None for window in self.sizes.windows]
 
     @property
     def rope_type(self) -> str:
         return (self.dense_hf.rope_parameters or {}).get("rope_type", "default")
 
+    def ffn_prefix(self, layer: int) -> str:
+        """Of the tensors of a layer's FFN."""
+        return ffn_layout(self.config).prefix(layer)
+
     def has_selection_bias(self) -> bool:
         """Whether the biases ever change which experts are chosen: they differ within a layer."""
         for layer in self.moe.moe_layers:
-            bias = self.tensors[f"{ffn_prefix(layer)}router.selection_bias"]
+            bias = self.tensors[self.ffn_prefix(layer) + router_name(SELECTION_BIAS)]
             values = bias.read(0, bias.numel)
             if self.moe.routing == "twin":
                 values = torch.cat([values, -values])
@@ -132,6 +137,6 @@ class ConvertedModel:
         if entry is None:
             return True
         attention = AttentionMoEConfig.from_dict(entry)
-        scales = [self.tensors.get(f"{attention_prefix(layer)}router.gate_scale") for layer in attention.layers]
+        scales = [self.tensors.get(attention_prefix(layer) + router_name(GATE_SCALE)) for layer in attention.layers]
         weights_are_one = all(scale is not None and not scale.read(0, scale.numel).any() for scale in scales)
         return weights_are_one and attention.num_experts_per_tok == attention.num_experts

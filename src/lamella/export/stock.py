@@ -6,10 +6,12 @@ import math
 
 import torch
 
+from lamella.architecture.families import HEAD
+from lamella.architecture.moe_tensors import of_layer
 from lamella.checkpoint.pieces import Stretches
 from lamella.checkpoint.plan import OutputTensor
 from lamella.export.experts import Expert, Part, named
-from lamella.export.model import EXPERT_PARTS, HEAD, LLAMA_LIKE, ConvertedModel
+from lamella.export.model import ConvertedModel
 from lamella.jsons import Json
 
 # Of the dense config as transformers reads it: a key that config.json leaves out has another default in each class.
@@ -26,9 +28,10 @@ def experts_needed(model: ConvertedModel) -> list[str]:
     if model.ffn is None:
         return ["it is for experts in the FFNs, which this model has not"]
     if not model.moe.gated:
-        return [f"it has gated experts, those of {model.family} have two matrices"]
-    if model.family not in LLAMA_LIKE:
-        return [f"its decoder is Llama's with biases or norms in the attention, this model's is that of {model.family}"]
+        return [f"it has gated experts, those of {model.family.name} have two matrices"]
+    if not model.family.llama_like:
+        name = model.family.name
+        return [f"its decoder is Llama's with biases or norms in the attention, this model's is that of {name}"]
     moe, problems = model.moe, []
     if not model.attention_is_dense():
         problems.append("it has no attention experts, this model's are not all chosen with weight 1")
@@ -100,7 +103,7 @@ def all_layers(model: ConvertedModel) -> list[str]:
 
 
 def no_qk_norm(model: ConvertedModel) -> list[str]:
-    return [f"it has no norm of queries and keys, {model.family} has"] if model.attention.qk_norm else []
+    return [f"it has no norm of queries and keys, {model.family.name} has"] if model.attention.qk_norm else []
 
 
 def no_output_bias(model: ConvertedModel) -> list[str]:
@@ -111,7 +114,7 @@ def no_output_bias(model: ConvertedModel) -> list[str]:
 
 def no_attention_bias(model: ConvertedModel) -> list[str]:
     has_bias = model.attention.qkv_bias or model.attention.output_bias
-    return [f"its attention has no biases, that of {model.family} has"] if has_bias else []
+    return [f"its attention has no biases, that of {model.family.name} has"] if has_bias else []
 
 
 def backbone_config(model: ConvertedModel, architecture: str, model_type: str) -> Json:
@@ -135,7 +138,7 @@ def backbone_tensors(model: ConvertedModel) -> list[OutputTensor]:
     tensors = [
         OutputTensor(name, source.dtype, source.shape, Stretches.copy(source))
         for name, source in model.tensors.items()
-        if not any(part in name for part in EXPERT_PARTS) and not name.endswith(".rotary_emb.inv_freq")
+        if not of_layer(name) and not name.endswith(".rotary_emb.inv_freq")
     ]
     if HEAD not in model.tensors:
         tensors.append(OutputTensor(HEAD, model.head.dtype, model.head.shape, Stretches.copy(model.head)))

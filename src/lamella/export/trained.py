@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.names import hf_name
 from lamella.checkpoint.distributed import checkpoint_reader
 from lamella.errors import UserError
@@ -24,7 +25,6 @@ from lamella.run.store import CheckpointStore
 MAX_SHARD_BYTES = 5_000_000_000
 # What torchtitan saves beside the model, by the prefix of its names.
 OTHER_STATE = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
-FLOAT32_ALWAYS = ".selection_bias"
 
 
 def materialise(run_dir: str | Path, step: int | None = None, dtype: torch.dtype | None = None) -> Path:
@@ -135,7 +135,7 @@ def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if name.endswith(FLOAT32_ALWAYS) else tensor.to(dtype)
+    return tensor if is_float32(name) else tensor.to(dtype)
 
 
 def _shards(model: dict[str, TensorStorageMetadata], dtype: torch.dtype) -> list[list[str]]:

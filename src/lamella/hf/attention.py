@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lamella.architecture.moe import AttentionMoEConfig
+from lamella.architecture.moe_tensors import SELECTION_BIAS
 from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError
 from lamella.hf.cache import ragged_layer
@@ -41,7 +42,7 @@ class AttentionRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(E, hidden_size))
         self.gate_scale = nn.Parameter(torch.zeros(E)) if config.gate == "unit" else None
         self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.zeros(E, dtype=torch.float32))
+        self.register_buffer(SELECTION_BIAS, torch.zeros(E, dtype=torch.float32))
 
     @torch.no_grad()
     def zero(self) -> None:

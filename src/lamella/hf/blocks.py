@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
-from lamella.architecture.sizes import expert_shapes
+from lamella.architecture.moe_tensors import GATE_UP, KINDS, SELECTION_BIAS, expert_shapes, lora_name, packed_name
 from lamella.hf.computing import Computing
 from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora
 from lamella.moe.provider import ExpertProvider
@@ -24,12 +24,12 @@ class PackedExperts(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig):
         super().__init__()
         shapes = expert_shapes(hidden_size, config.moe_intermediate_size, config.gated)
-        for kind, E in (("frozen", config.num_frozen_experts), ("trainable", config.num_trainable_experts)):
-            trains = kind == "trainable"
-            for name, shape in shapes.items() if E else ():
-                self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(E, *shape), requires_grad=trains))
+        for kind, E in zip(KINDS, (config.num_frozen_experts, config.num_trainable_experts), strict=True):
+            for part, shape in shapes.items() if E else ():
+                parameter = nn.Parameter(torch.empty(E, *shape), requires_grad=kind == "trainable")
+                self.register_parameter(packed_name(kind, part), parameter)
         for name, lora_shape in config.lora_shapes(hidden_size).items():
-            self.register_parameter(f"lora_{name}", nn.Parameter(torch.zeros(lora_shape)))
+            self.register_parameter(lora_name(name), nn.Parameter(torch.zeros(lora_shape)))
 
     @property
     def frozen(self) -> AnyExperts:
@@ -62,7 +62,7 @@ class Shared(nn.Module):
     @property
     def weights(self) -> SharedExpert | TwoMatrixShared:
         """The expert's tensors, as the maths wants them."""
-        cls = SharedExpert if hasattr(self, "gate_up_proj") else TwoMatrixShared
+        cls = SharedExpert if hasattr(self, GATE_UP) else TwoMatrixShared
         return cls._make(getattr(self, name) for name in cls._fields)
 
 
@@ -79,7 +79,7 @@ class Router(nn.Module):
         self.up_weight = nn.Parameter(torch.zeros(R, hidden_size)) if config.router == "analytic" else None
         self.gate_scale = nn.Parameter(torch.zeros(R)) if config.gate == "unit" else None
         self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.full((R,), DENSE_BIAS, dtype=torch.float32))
+        self.register_buffer(SELECTION_BIAS, torch.full((R,), DENSE_BIAS, dtype=torch.float32))
 
 
 class MoELayer(nn.Module):

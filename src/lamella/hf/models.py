@@ -14,29 +14,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
-from lamella.architecture.two_matrix import MASKS
+from lamella.architecture.moe_tensors import SELECTION_BIAS
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family
 from lamella.errors import UserError, check_choice
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn
@@ -47,7 +32,7 @@ class ConvertedForCausalLM(PreTrainedModel):
     """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by `config.moe` and `config.attention_moe`."""
 
     # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
-    _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [SELECTION_BIAS]  # noqa: RUF012
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -117,103 +102,30 @@ class ConvertedForCausalLM(PreTrainedModel):
         self.computing.path = path
 
 
-class LamellaLlamaConfig(LlamaConfig):
-    """LlamaConfig with the entries of a converted model."""
-
-    model_type = "lamella_llama"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaMistralConfig(MistralConfig):
-    """MistralConfig with the entries of a converted model."""
-
-    model_type = "lamella_mistral"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaQwen2Config(Qwen2Config):
-    """Qwen2Config with the entries of a converted model."""
-
-    model_type = "lamella_qwen2"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaQwen3Config(Qwen3Config):
-    """Qwen3Config with the entries of a converted model."""
-
-    model_type = "lamella_qwen3"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaGPT2Config(GPT2Config):
-    """GPT2Config with the entries of a converted model."""
-
-    model_type = "lamella_gpt2"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaOPTConfig(OPTConfig):
-    """OPTConfig with the entries of a converted model."""
-
-    model_type = "lamella_opt"
-    moe: dict | None = None
-    attention_moe: dict | None = None
-
-
-class LamellaLlamaForCausalLM(ConvertedForCausalLM, LlamaForCausalLM):
-    """A converted Llama."""
-
-    config_class = LamellaLlamaConfig
-
-
-class LamellaMistralForCausalLM(ConvertedForCausalLM, MistralForCausalLM):
-    """A converted Mistral."""
-
-    config_class = LamellaMistralConfig
-
-
-class LamellaQwen2ForCausalLM(ConvertedForCausalLM, Qwen2ForCausalLM):
-    """A converted Qwen2."""
-
-    config_class = LamellaQwen2Config
-
-
-class LamellaQwen3ForCausalLM(ConvertedForCausalLM, Qwen3ForCausalLM):
-    """A converted Qwen3."""
-
-    config_class = LamellaQwen3Config
-
-
-class LamellaGPT2ForCausalLM(ConvertedForCausalLM, GPT2LMHeadModel):
-    """A converted GPT-2."""
-
-    config_class = LamellaGPT2Config
-
-
-class LamellaOPTForCausalLM(ConvertedForCausalLM, OPTForCausalLM):
-    """A converted OPT."""
-
-    config_class = LamellaOPTConfig
+def _converted_model(family: Family) -> type[ConvertedForCausalLM]:
+    """The family's classes, `Lamella...Config` and `Lamella...ForCausalLM`: transformers' own, and the entries."""
+    dense: Any = getattr(transformers, family.architecture)
+    entries = {"moe": None, "attention_moe": None}
+    config = type(
+        family.converted_config_class,
+        (dense.config_class,),
+        {"model_type": CONVERTED_PREFIX + family.name, "__annotations__": dict.fromkeys(entries, dict | None)}
+        | entries
+        | {"__module__": __name__},
+    )
+    model = type(
+        family.converted_architecture,
+        (ConvertedForCausalLM, dense),
+        {"config_class": config, "__module__": __name__},
+    )
+    globals().update({config.__name__: config, model.__name__: model})  # modeling_lamella.py imports them by name
+    AutoConfig.register(CONVERTED_PREFIX + family.name, config)
+    AutoModelForCausalLM.register(config, model)
+    return model
 
 
 # dense model_type -> the class of its converted form
-CONVERTED_MODELS: dict[str, type[ConvertedForCausalLM]] = {
-    "llama": LamellaLlamaForCausalLM,
-    "mistral": LamellaMistralForCausalLM,
-    "qwen2": LamellaQwen2ForCausalLM,
-    "qwen3": LamellaQwen3ForCausalLM,
-    "gpt2": LamellaGPT2ForCausalLM,
-    "opt": LamellaOPTForCausalLM,
-}
-for _model in CONVERTED_MODELS.values():
-    assert _model.config_class is not None
-    AutoConfig.register(_model.config_class.model_type, _model.config_class)
-    AutoModelForCausalLM.register(_model.config_class, _model)
+CONVERTED_MODELS = {name: _converted_model(family) for name, family in FAMILIES.items()}
 
 
 @contextmanager
@@ -243,8 +155,9 @@ def load(
     with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     model, info = loaded
-    # GPT-2's masks, which old files hold and transformers computes
-    info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not name.endswith(MASKS)}
+    # such as GPT-2's masks, which old files hold and transformers computes
+    ignored = tuple(end for family in FAMILIES.values() for end in family.ignored)
+    info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not name.endswith(ignored)}
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:
         raise UserError(f"{folder} does not match its config: {wrong}; convert or export it again")

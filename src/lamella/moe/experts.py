@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
+from lamella.architecture.moe_tensors import DOWN, GATE_UP, LORA, Kind, lora_name, packed_name
 from lamella.errors import UserError
 from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
@@ -54,22 +55,22 @@ class MoEWeights(NamedTuple):
     """Of the frozen experts."""
 
 
-def packed(experts: nn.Module, kind: str) -> AnyExperts:
+def packed(experts: nn.Module, kind: Kind) -> AnyExperts:
     """The packed experts of a kind ("frozen" or "trainable") in a module's parameters.
 
     Where the module has none of that kind, they are tensors [0, ...] of the other kind's shapes.
     """
-    if not hasattr(experts, f"{kind}_down_proj"):
+    if not hasattr(experts, packed_name(kind, DOWN)):
         return none_of(packed(experts, "frozen" if kind == "trainable" else "trainable"))
-    cls = Experts if hasattr(experts, f"{kind}_gate_up_proj") else TwoMatrixExperts
-    return cls._make(getattr(experts, f"{kind}_{name}") for name in cls._fields)
+    cls = Experts if hasattr(experts, packed_name(kind, GATE_UP)) else TwoMatrixExperts
+    return cls._make(getattr(experts, packed_name(kind, name)) for name in cls._fields)
 
 
 def packed_lora(experts: nn.Module) -> Lora | None:
     """The low-rank deltas in a module's parameters, if it has any."""
-    if not hasattr(experts, "lora_down_a"):
+    if not hasattr(experts, lora_name(LORA[0])):
         return None
-    return Lora(*(getattr(experts, f"lora_{name}") for name in Lora._fields))
+    return Lora(*(getattr(experts, lora_name(name)) for name in Lora._fields))
 
 
 def moe_ffn(

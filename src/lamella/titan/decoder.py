@@ -21,6 +21,7 @@ from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.common.rope import CosSinRoPE
 
 from lamella.architecture.moe import Mode
+from lamella.architecture.names import TITAN_LLAMA3
 from lamella.titan.attention import ExpertAttention, RoutedHeads
 from lamella.titan.context import ContextShare
 from lamella.titan.inner_attention import DocumentAttention
@@ -44,7 +45,7 @@ class ScaledRoPE(CosSinRoPE):
     def _precompute_cache(self) -> Tensor:
         c = self.config
         frequencies = 1.0 / (c.theta ** (torch.arange(0, c.dim, 2).float() / c.dim)) / c.linear_factor
-        if c.scaling == "llama":
+        if c.scaling == TITAN_LLAMA3:
             frequencies = llama3_frequencies(
                 frequencies, c.scaling_factor, c.low_freq_factor, c.high_freq_factor, c.original_max_position_embeddings
             )

@@ -1,8 +1,7 @@
 """Let torchtitan run where there is no accelerator. The package `lamella.titan` calls `install` when it is imported.
 
 `torchtitan.tools.utils` asks torch once, when imported, which accelerator there is, and takes "cuda" for none. Here it
-is answered "cpu" during that import and given `torch.cpu` with the few calls it lacks. Private names of torch are
-involved; tests/titan/test_device.py covers them.
+is answered "cpu" during that import and given `torch.cpu` with the few calls it lacks.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import resource
 import types
 from collections.abc import Callable
-from typing import Any
 
 import psutil
 import torch
-import torch._utils
+
+from lamella.titan.seams import accelerator_answer
 
 
 def _cpu_memory_stats(device: object = None) -> dict[str, int]:
@@ -43,12 +42,5 @@ def install() -> None:
     """Import `torchtitan.tools.utils` with the answer "cpu", unless there is an accelerator."""
     if torch.accelerator.is_available():
         return
-    asked: Any = torch._utils
-    ask_type, ask_module = asked._get_available_device_type, asked._get_device_module
-    cpu = cpu_device_module()
-    asked._get_available_device_type = lambda: "cpu"
-    asked._get_device_module = lambda device_type: cpu if device_type == "cpu" else ask_module(device_type)
-    try:
+    with accelerator_answer("cpu", cpu_device_module()):
         import torchtitan.tools.utils  # noqa: F401
-    finally:
-        asked._get_available_device_type, asked._get_device_module = ask_type, ask_module

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torchtitan.protocols.module import Module
 
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
+from lamella.architecture.moe_tensors import PARAMETERS, Kind, expert_shapes, lora_name, packed_name
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
 from lamella.moe.experts import (
     AnyExperts,
@@ -26,15 +27,11 @@ from lamella.moe.experts import (
     packed_lora,
     router_scores,
 )
-from lamella.moe.lora import Lora
 from lamella.moe.packed import Experts
 from lamella.moe.routing import with_top_k
 from lamella.titan.routed import Routed, Router, unset
 
-EXPERT_NAMES = ("frozen_gate_up_proj", "frozen_down_proj", "trainable_gate_up_proj", "trainable_down_proj")
-LORA_NAMES = tuple(f"lora_{name}" for name in Lora._fields)
-OTHER_NAMES = ("weight", "bias", "up_weight", "gate_scale", "gate_up_proj", "down_proj", "output_bias")
-UNSET = dict.fromkeys((*EXPERT_NAMES, *LORA_NAMES, *OTHER_NAMES), unset)
+UNSET = dict.fromkeys((*PARAMETERS, "bias"), unset)
 
 
 class PackedExperts(Module):
@@ -50,13 +47,15 @@ class PackedExperts(Module):
     def __init__(self, config: Config):
         super().__init__()
         D, f = config.dim, config.moe.moe_intermediate_size
-        counts = {"frozen": config.moe.num_frozen_experts, "trainable": config.moe.num_trainable_experts}
+        counts: dict[Kind, int] = {
+            "frozen": config.moe.num_frozen_experts,
+            "trainable": config.moe.num_trainable_experts,
+        }
         for kind, E in counts.items():
-            if E:
-                self.register_parameter(f"{kind}_gate_up_proj", nn.Parameter(torch.empty(E, 2 * f, D)))
-                self.register_parameter(f"{kind}_down_proj", nn.Parameter(torch.empty(E, D, f)))
-        for name, shape in config.moe.lora_shapes(D).items():
-            self.register_parameter(f"lora_{name}", nn.Parameter(torch.empty(shape)))
+            for part, shape in expert_shapes(D, f, gated=True).items() if E else ():
+                self.register_parameter(packed_name(kind, part), nn.Parameter(torch.empty(E, *shape)))
+        for field, shape in config.moe.lora_shapes(D).items():
+            self.register_parameter(lora_name(field), nn.Parameter(torch.empty(shape)))
 
     @property
     def frozen(self) -> Experts:

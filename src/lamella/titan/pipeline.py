@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lamella.architecture.moe import Mode
 from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.seams import computed_dtype
 
 
 def through_stages(
@@ -28,16 +29,10 @@ def through_stages(
     x = tokens
     if rank > 0:
         B, L = tokens.shape if model.context is None else model.context.part(tokens).shape
-        x = torch.empty(B, L, model.config.dim, dtype=_computed_dtype(model), device=tokens.device)
+        x = torch.empty(B, L, model.config.dim, dtype=computed_dtype(model), device=tokens.device)
         dist.recv(x, group=group, group_src=rank - 1)
     y = model(x, positions, mode=mode)
     if rank == stages.size() - 1:
         return y
     dist.send(y.contiguous(), group=group, group_dst=rank + 1)
     return None
-
-
-def _computed_dtype(model: LamellaDecoder) -> torch.dtype:
-    """The dtype of the activations between blocks."""
-    policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
-    return policy.param_dtype or torch.float32

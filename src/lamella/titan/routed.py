@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchtitan.protocols.module import Module
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
+from lamella.architecture.moe_tensors import SELECTION_BIAS
 from lamella.moe.balancing import add_gradient_of, auxiliary_loss, expert_counts, quantile_bias, share_bias
 from lamella.moe.routing import Routing, pair_margins
 
@@ -41,7 +42,7 @@ class Router(Module):
         self.up_weight = nn.Parameter(torch.empty(R, config.dim)) if moe.router == "analytic" else None
         self.gate_scale = nn.Parameter(torch.empty(R)) if moe.gate == "unit" else None
         self.selection_bias: Tensor
-        self.register_buffer("selection_bias", torch.empty(R, dtype=torch.float32))
+        self.register_buffer(SELECTION_BIAS, torch.empty(R, dtype=torch.float32))
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.selection_bias.device

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -34,6 +33,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
 from lamella.checkpoint.distributed import WeightsOnlyPlanner, checkpoint_reader
+from lamella.checkpoint.seams import FileSystem, FsspecWriter
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.run.failure import Fault

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
+from lamella.architecture.moe_tensors import is_lora
 from lamella.moe.noise import noise_generator
 from lamella.recipe.training import Recipe
 from lamella.titan.config import read_hf_config
@@ -30,7 +31,7 @@ def is_new(recipe: Recipe) -> bool:
 @torch.no_grad()
 def start_lora(model: LamellaDecoder, seed: int) -> None:
     """B is zero, so the deltas are; A has variance 1 / its width, the same on any number of ranks."""
-    lora = [(name, parameter) for name, parameter in model.named_parameters() if ".experts.lora_" in name]
+    lora = [(name, parameter) for name, parameter in model.named_parameters() if is_lora(name)]
     for name, parameter in lora:
         values = torch.zeros(parameter.shape)
         if name.endswith("_a"):

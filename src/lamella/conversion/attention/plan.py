@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from lamella.architecture.converted import (
-    FLOAT32,
     attention_prefix,
     converted_config,
     converted_family,
     converted_tensors,
     dense_config,
-    router_tensors,
+    is_converted,
 )
-from lamella.architecture.families import CONVERTED_PREFIX, may_be_stored
+from lamella.architecture.families import may_be_stored, sizes_of
 from lamella.architecture.moe import AttentionMoEConfig
+from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, WEIGHT, is_float32, router_name, router_shapes
 from lamella.checkpoint.gather import Given
 from lamella.checkpoint.pieces import Piece, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
@@ -48,7 +48,7 @@ def open_dense_or_converted(model: str | Path | None) -> Checkpoint:
     if folder is None or not folder.is_dir():
         return Checkpoint.open(model)
     config = read_config(folder)
-    if not str(config.get("model_type")).startswith(CONVERTED_PREFIX):
+    if not is_converted(config):
         return Checkpoint.open(model)
     if config.get("attention_moe") is not None:
         raise UserError(f"{model} has attention experts already; give the model that it was made of")
@@ -85,28 +85,27 @@ def plan_attention(model: str | Path | None, options: AttentionOptions) -> Conve
 def _plan(source: Checkpoint, config: AttentionMoEConfig, pieces: Mapping[int, Mapping[str, Piece]]) -> WritePlan:
     """The plan with these pieces of the routers, by layer and by their names in it."""
     tensors = [OutputTensor(t.name, t.dtype, t.shape, Stretches.copy(t)) for t in source.tensors.values()]
-    shapes = router_tensors(source.config["hidden_size"], config)
+    shapes = router_shapes(sizes_of(source.config).D, config)
     for layer, made in pieces.items():
         prefix = attention_prefix(layer)
         dtype = source.tensors[f"{prefix}q_proj.weight"].dtype
         tensors += [
-            OutputTensor(name, "F32" if own in FLOAT32 else dtype, shape, made[own])
+            OutputTensor(prefix + name, "F32" if is_float32(name) else dtype, shape, made[name])
             for name, shape in shapes.items()
-            if name.startswith(prefix) and (own := name.removeprefix(prefix))
         ]
     return WritePlan(tensors, attention_model_config(source, config))
 
 
 def _pieces(start: RouterStartValues, config: AttentionMoEConfig) -> dict[str, Piece]:
     return {
-        "router.weight": Given(start.weight_ED),
-        "router.selection_bias": Given(start.bias_E),
-        "router.gate_scale": Given(torch.zeros(config.num_experts)),
+        router_name(WEIGHT): Given(start.weight_ED),
+        router_name(SELECTION_BIAS): Given(start.bias_E),
+        router_name(GATE_SCALE): Given(torch.zeros(config.num_experts)),
     }
 
 
 def attention_model_config(source: Checkpoint, config: AttentionMoEConfig) -> dict[str, Any]:
     """The source's config with the entry `attention_moe`; a dense one's type changes as in slicing."""
-    if source.config["model_type"] != source.family.name:
+    if is_converted(source.config):
         return source.config | {"attention_moe": config.to_dict()}
     return converted_config(source.config, source.family, moe=None, attention_moe=config.to_dict())

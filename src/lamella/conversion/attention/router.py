@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lamella.architecture.model import sizes_of
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.calibrate import CalibrationStep, calibration_tokens
 from lamella.calibrate.layerwise import LayerwiseModel
@@ -39,7 +40,7 @@ def start_routers(
     start = options.router_start(config.num_experts, config.num_experts_per_tok)
     if start == "ridge":
         return _ridge_routers(source, config, options, on_progress)
-    generator, shape = torch.Generator().manual_seed(options.seed), (config.num_experts, source.config["hidden_size"])
+    generator, shape = torch.Generator().manual_seed(options.seed), (config.num_experts, sizes_of(source.config).D)
     std = RANDOM_STD if start == "random" else 0.0
     return {
         layer: RouterStartValues(torch.randn(shape, generator=generator) * std, torch.zeros(config.num_experts))

@@ -14,9 +14,25 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lamella.architecture.converted import FLOAT32, converted_config, moe_tensors
+from lamella.architecture.converted import converted_config
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
+from lamella.architecture.moe_tensors import (
+    DOWN,
+    GATE_SCALE,
+    GATE_UP,
+    OUTPUT_BIAS,
+    SELECTION_BIAS,
+    UP,
+    UP_BIAS,
+    UP_WEIGHT,
+    WEIGHT,
+    expert_name,
+    is_float32,
+    moe_tensors,
+    router_name,
+    shared_name,
+)
 from lamella.checkpoint.gather import GatherColumns, GatherElements, GatherRows, Given
 from lamella.checkpoint.pieces import Piece
 from lamella.checkpoint.plan import OutputTensor, WritePlan
@@ -73,7 +89,7 @@ def _plan(
     def experts(layer: int, parts: dict[str, SourceTensor]) -> list[OutputTensor]:
         stored, made = stored_dtype(parts["down"].dtype, options.dtype), pieces(layer, parts)
         return [
-            OutputTensor(layout.prefix(layer) + name, "F32" if name in FLOAT32 else stored, shape, made[name])
+            OutputTensor(layout.prefix(layer) + name, "F32" if is_float32(name) else stored, shape, made[name])
             for name, shape in moe_tensors(layout.hidden_size, moe.for_layer(layer)).items()
         ]
 
@@ -95,23 +111,23 @@ def decided_sizes(axes: Axes, sizes: MoEConfig, decisions: Mapping[int, Decision
 
 def _pieces(parts: dict[str, SourceTensor], decision: Decision) -> dict[str, Piece]:
     """How each tensor of a layer is made, by its name in the layer."""
-    pieces = {f"experts.trainable_{name}": piece for name, piece in _experts(parts, decision.experts_Ef, decision)}
+    pieces = {expert_name("trainable", part): piece for part, piece in _experts(parts, decision.experts_Ef, decision)}
     if len(decision.shared_n):
-        pieces |= {f"shared.{name}": piece for name, piece in _experts(parts, decision.shared_n[None], decision)}
+        pieces |= {shared_name(part): piece for part, piece in _experts(parts, decision.shared_n[None], decision)}
     given = {
-        "router.weight": decision.router_ED,
-        "router.up_weight": decision.router_up_ED,
-        "router.gate_scale": torch.zeros(len(decision.experts_Ef)),
-        "router.selection_bias": decision.selection_bias_E,
-        "output_bias": decision.output_bias_D,
+        router_name(WEIGHT): decision.router_ED,
+        router_name(UP_WEIGHT): decision.router_up_ED,
+        router_name(GATE_SCALE): torch.zeros(len(decision.experts_Ef)),
+        router_name(SELECTION_BIAS): decision.selection_bias_E,
+        OUTPUT_BIAS: decision.output_bias_D,
     }
     return pieces | {name: Given(value) for name, value in given.items() if value is not None}
 
 
 def _experts(parts: dict[str, SourceTensor], ids_Ef: Tensor, decision: Decision) -> Iterator[tuple[str, Piece]]:
-    yield "down_proj", GatherColumns(parts["down"], ids_Ef, decision.row_scale_D)
+    yield DOWN, GatherColumns(parts["down"], ids_Ef, decision.row_scale_D)
     if "gate" in parts:
-        yield "gate_up_proj", GatherRows(tuple((parts[m], ids_f) for ids_f in ids_Ef for m in ("gate", "up")))
+        yield GATE_UP, GatherRows(tuple((parts[m], ids_f) for ids_f in ids_Ef for m in ("gate", "up")))
     else:
-        yield "up_proj", GatherRows(((parts["up"], ids_Ef.flatten()),))
-        yield "up_bias", GatherElements(parts["up_bias"], ids_Ef)
+        yield UP, GatherRows(((parts["up"], ids_Ef.flatten()),))
+        yield UP_BIAS, GatherElements(parts["up_bias"], ids_Ef)

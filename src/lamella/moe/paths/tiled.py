@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
+from lamella.moe.seams import graph_is_kept
 
 
 class Rows(NamedTuple):
@@ -167,7 +168,7 @@ class _PackedGradients:
 
 def _free(saved: Tensor) -> None:
     """Give a saved activation's memory back before the node does, unless the graph is kept for another backward."""
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    if not graph_is_kept():
         saved.untyped_storage().resize_(0)
 
 

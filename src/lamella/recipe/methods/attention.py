@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lamella.architecture.converted import CONVERTED_PREFIX
-from lamella.architecture.families import FAMILIES
+from lamella.architecture.model import sizes_of
 from lamella.architecture.moe import AttentionMoEConfig, GateKind
+from lamella.architecture.rows import names_of
 from lamella.architecture.sizes import check_experts
 from lamella.errors import UserError
 from lamella.recipe.calibration import CalibrationOptions, balance_problems
@@ -17,7 +17,6 @@ from lamella.recipe.methods.common import MethodOptions, parse_layers
 # of the attention's input onto the norm of what each expert contributes, on calibration text.
 RouterStart = Literal["zero", "random", "ridge"]
 RANDOM_STD = 0.02
-WITH_ATTENTION_EXPERTS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,15 @@ def attention_sizes(options: AttentionOptions, config: dict[str, Any]) -> Attent
     Raises:
         UserError: a family without attention experts, layers that are not there, experts that do not fit the heads.
     """
-    family = FAMILIES[config["model_type"].removeprefix(CONVERTED_PREFIX)]
-    if family.name not in WITH_ATTENTION_EXPERTS:
-        known = ", ".join(WITH_ATTENTION_EXPERTS)
-        raise UserError(f"the attention of {family.name} cannot become experts; that of {known} can")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", family.default_kv_heads) or heads
+    sizes = sizes_of(config)
+    if not sizes.family.attention_experts:
+        known = ", ".join(names_of(lambda family: family.attention_experts))
+        raise UserError(f"the attention of {sizes.family.name} cannot become experts; that of {known} can")
+    heads, kv_heads = sizes.N, sizes.G
     experts = kv_heads if options.experts is None else options.experts
     top_k = experts if options.top_k is None else options.top_k
     check_experts(experts, heads, kv_heads)
-    layers = parse_layers(options.layers, config["num_hidden_layers"])
+    layers = parse_layers(options.layers, sizes.num_layers)
     scale = options.route_scale
     if scale is None:
         scale = 1.0 if options.gate == "unit" else float(top_k)

@@ -202,7 +202,7 @@ def partition_sizes(options: PartitionOptions, config: dict[str, Any]) -> MoECon
     layout = ffn_layout(config)
     layers = options.chosen_layers(layout.num_layers)
     options.check(layout.ffn_width)
-    if options.router == "analytic" and layout.gate is None:
+    if options.router == "analytic" and not layout.gated:
         raise UserError("router 'analytic' is made of gate projections, which this family has none of; use 'ridge'")
     width, shared = layout.ffn_width // options.parts, options.fixed_shared or 0
     chosen = options.active - shared
@@ -217,7 +217,7 @@ def partition_sizes(options: PartitionOptions, config: dict[str, Any]) -> MoECon
         route_scale=float(chosen) if options.scale_factor is None else options.scale_factor,
         router="analytic" if options.router == "analytic" else "linear",
         shared_intermediate_size=shared * width,
-        output_bias=options.adds_bias or layout.down_bias is not None,
-        gated=layout.gate is not None,
+        output_bias=options.adds_bias or layout.output_bias,
+        gated=layout.gated,
         activation=layout.activation,
     )

@@ -66,7 +66,7 @@ def slice_sizes(options: SliceOptions, config: dict[str, Any]) -> MoEConfig:
         routing=options.routing,
         gate=options.gate,
         route_scale=float(top_k),
-        output_bias=layout.down_bias is not None,
-        gated=layout.gate is not None,
+        output_bias=layout.output_bias,
+        gated=layout.gated,
         activation=layout.activation,
     )

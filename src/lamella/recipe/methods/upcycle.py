@@ -77,7 +77,7 @@ def upcycle_sizes(options: UpcycleOptions, config: dict[str, Any]) -> MoEConfig:
         gate=options.gate,
         route_scale=float(G),
         shared_intermediate_size=layout.ffn_width if options.identity else 0,
-        output_bias=layout.down_bias is not None,
-        gated=layout.gate is not None,
+        output_bias=layout.output_bias,
+        gated=layout.gated,
         activation=layout.activation,
     )

@@ -1,0 +1,75 @@
+"""Decoders whose FFN is gated, down(act(gate x) * up x): the tensors of a layer, in transformers' and torchtitan's
+spelling, with their shapes.
+
+Shapes: D model width, F dense FFN width, V vocabulary, H head width, Q = query heads * H, K = key/value heads * H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lamella.architecture.model import Sizes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """A tensor of a decoder, or of each of its layers ({} is the layer)."""
+
+    hf: str
+    titan: str
+    shape: str
+    """Letters of the legend above, such as "Q D"."""
+    only_if: str | None = None
+    """The property of `Sizes` that says whether a model has it; None: every model."""
+
+
+EMBEDDING = Part("model.embed_tokens.weight", "tok_embeddings.weight", "V D")
+FINAL_NORM = Part("model.norm.weight", "norm.weight", "D")
+HEAD = Part("lm_head.weight", "lm_head.weight", "V D")
+
+_LAYER, _TITAN_LAYER = "model.layers.{}.", "layers.{}."
+_ATTENTION = (
+    ("q_proj", "qkv_linear.wq", "Q", "D"),
+    ("k_proj", "qkv_linear.wk", "K", "D"),
+    ("v_proj", "qkv_linear.wv", "K", "D"),
+    ("o_proj", "wo", "D", "Q"),
+)
+_FFN = (("gate_proj", "w1", "F", "D"), ("up_proj", "w3", "F", "D"), ("down_proj", "w2", "D", "F"))
+
+
+def _layer_parts() -> Iterable[Part]:
+    yield Part("input_layernorm.weight", "attention_norm.weight", "D")
+    for hf, titan, rows, columns in _ATTENTION:
+        yield Part(f"self_attn.{hf}.weight", f"attention.{titan}.weight", f"{rows} {columns}")
+    for hf, titan, rows, _ in _ATTENTION:
+        has_it = "output_bias" if hf == "o_proj" else "qkv_bias"
+        yield Part(f"self_attn.{hf}.bias", f"attention.{titan}.bias", rows, has_it)
+    for norm in ("q_norm", "k_norm"):
+        yield Part(f"self_attn.{norm}.weight", f"attention.{norm}.weight", "H", "qk_norm")
+    yield Part("post_attention_layernorm.weight", "ffn_norm.weight", "D")
+    for hf, titan, rows, columns in _FFN:
+        yield Part(f"mlp.{hf}.weight", f"feed_forward.{titan}.weight", f"{rows} {columns}")
+        yield Part(f"mlp.{hf}.bias", f"feed_forward.{titan}.bias", rows, "mlp_bias")
+
+
+LAYER = tuple(Part(_LAYER + part.hf, _TITAN_LAYER + part.titan, *part[2:]) for part in _layer_parts())
+"""A Llama-like layer, in the order in which a checkpoint of ours holds it."""
+
+
+def gated_tensors(sizes: Sizes) -> Shapes:
+    """All tensors of the dense model but the output head, in the order of the model."""
+    letters = {
+        "D": sizes.D, "F": sizes.F, "V": sizes.V, "H": sizes.H, "Q": sizes.N * sizes.H, "K": sizes.G * sizes.H,
+    }  # fmt: skip
+
+    def shape(part: Part) -> tuple[int, ...]:
+        return tuple(letters[letter] for letter in part.shape.split())
+
+    parts = [part for part in LAYER if part.only_if is None or getattr(sizes, part.only_if)]
+    shapes: Shapes = {EMBEDDING.hf: shape(EMBEDDING)}
+    for layer in range(sizes.num_layers):
+        shapes |= {part.hf.format(layer): shape(part) for part in parts}
+    return shapes | {FINAL_NORM.hf: shape(FINAL_NORM)}

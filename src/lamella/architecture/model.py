@@ -1,0 +1,190 @@
+"""What a config.json says of its model, dense or converted: one reading, for conversion, plans, both homes and exports.
+
+Shapes: D model width, F dense FFN width, V vocabulary, N query heads, G key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamella.architecture.reading import Reading, read_meaning
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family, names_of
+from lamella.errors import UserError, did_you_mean
+from lamella.jsons import Json
+
+# transformers' names (modeling_rope_utils); any other would be computed as something else or not at all.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SLIDING = "sliding_attention"
+_SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "word_embed_proj_dim")
+_MAX_LAYERS = 10_000  # a damaged number must not be counted up to
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What transformers takes a config.json for, by names that all families share."""
+
+    family: Family
+    D: int
+    F: int
+    num_layers: int
+    N: int
+    G: int
+    H: int
+    V: int
+    max_positions: int
+    tied: bool
+    """The config's word for it. A file that holds another head than the embedding is not tied all the same."""
+    activation: str
+    """transformers' name of what the FFN computes."""
+    dtype: str
+    """As config.json names it; "float32" where it does not."""
+    rope: Mapping[str, Any] | None
+    """rope_type, rope_theta and what the type needs, whichever spelling config.json has; None: no rope."""
+    windows: tuple[int | None, ...]
+    """For each layer the tokens that it attends to, itself included; None: all."""
+    values: Mapping[str, Any] = field(repr=False, compare=False)
+    """Every field of the family's config class, defaults filled in."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Query, key and value projections have a bias."""
+        return self.family.qkv_bias or self.output_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """The attention's output projection has a bias."""
+        return bool(self.values.get("attention_bias", False))
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family.qk_norm
+
+    @property
+    def mlp_bias(self) -> bool:
+        """The gated FFN's three projections have a bias."""
+        return bool(self.values.get("mlp_bias", False))
+
+    @property
+    def window(self) -> int | None:
+        """The shortest window of any layer that a text of `max_positions` tokens can leave; None: there is none."""
+        windows = [window for window in self.windows if window is not None and window < self.max_positions]
+        return min(windows) if windows else None
+
+
+def sizes_of(config: Json) -> Sizes:
+    """The reading of a config.json, of a dense model or a converted one.
+
+    Raises:
+        UserError: an unknown family, missing sizes, or fields that transformers itself does not accept.
+    """
+    name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
+    family = known_family(name)
+    _check_sizes(config, family)
+    reading = read_meaning(config | {"model_type": name})
+    if reading.model_type != name:
+        family = known_family(reading.model_type, f"; transformers reads this {name} config as one")
+    return _sizes(family, reading)
+
+
+def trainable_sizes(config: Json) -> Sizes:
+    """The reading of a config.json whose model the training home can express.
+
+    Raises:
+        UserError: a family or an activation that cannot be trained, or as `sizes_of`.
+    """
+    can = names_of(lambda family: family.trains)
+    name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
+    if name not in can:
+        raise UserError(f"model_type {name!r} cannot be trained{did_you_mean(name, can)}; {', '.join(can)} can")
+    sizes = sizes_of(config)
+    if not sizes.family.trains:
+        raise UserError(f"transformers reads this {name} config as {sizes.family.name}, which cannot be trained")
+    if sizes.activation != "silu":
+        raise UserError(f"the activation {sizes.activation!r} cannot be trained; only silu (gated) can")
+    return sizes
+
+
+def known_family(name: str, why: str = "") -> Family:
+    """The row of a model type; UserError for an unknown one, `why` behind its name."""
+    if name not in FAMILIES:
+        hint = did_you_mean(name, FAMILIES)
+        raise UserError(f"unknown architecture {name!r}{why}{hint}; those that can be converted: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _sizes(family: Family, reading: Reading) -> Sizes:
+    values = reading.values
+    D, N, layers = values["hidden_size"], values["num_attention_heads"], values["num_hidden_layers"]
+    return Sizes(
+        family=family,
+        D=D,
+        F=values[family.width] or 4 * D,
+        num_layers=layers,
+        N=N,
+        G=values.get("num_key_value_heads") or N,
+        H=values.get("head_dim") or D // N,
+        V=values["vocab_size"],
+        max_positions=values["max_position_embeddings"],
+        tied=values["tie_word_embeddings"],
+        activation=_SAME_ACTIVATION.get(values[family.activation], values[family.activation]),
+        dtype=values["dtype"],
+        rope=_rope(values),
+        windows=_windows(values, layers),
+        values=values,
+    )
+
+
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    rope = values.get("rope_parameters")
+    if rope is None:
+        return None
+    if not isinstance(rope, dict):
+        raise UserError(f"the rope parameters of config.json are {rope!r}, not an object; copy it again")
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        hint = did_you_mean(str(rope_type), ROPE_TYPES)
+        raise UserError(f"unknown rope type {rope_type!r}{hint}; known: {', '.join(ROPE_TYPES)}")
+    for key in ("rope_theta", *(key for key in _ROPE_NUMBERS if rope.get(key) is not None)):
+        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
+            raise UserError(f"{key} of the rope is {rope.get(key)!r}; it must be a positive number")
+    if rope_type != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"rope type {rope_type!r} with partial_rotary_factor {rope['partial_rotary_factor']!r} is not computed by "
+            "transformers for this family; take one of them out of config.json"
+        )
+    return rope
+
+
+def _windows(values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """The class has one window for all layers (Mistral), says each layer's kind (Qwen2), or has none (Llama)."""
+    window, kinds = values.get("sliding_window"), values.get("layer_types")
+    if window is not None and not _is_size(window):
+        raise UserError(f"sliding_window is {window!r}; it must be a positive number of tokens, or null for none")
+    if kinds is None:
+        return (window,) * num_layers
+    if unknown := sorted(set(kinds) - {SLIDING, "full_attention"}):
+        raise UserError(f"layer_types names {', '.join(unknown)}; known are full_attention and {SLIDING}")
+    if window is None and SLIDING in kinds:
+        raise UserError(
+            f"layer_types names {SLIDING}, but there is no window: give sliding_window and use_sliding_window true"
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _check_sizes(config: Json, family: Family) -> None:
+    wrong = [key for key in family.required if not _is_size(config.get(key))]
+    wrong += [key for key in _OPTIONAL_SIZES if config.get(key) is not None and not _is_size(config[key])]
+    if wrong:
+        raise UserError(f"config.json lacks {', '.join(wrong)} (whole numbers); copy it again from the model's source")
+    layers = max(config.get("num_hidden_layers") or 0, config.get("n_layer") or 0)
+    if layers > _MAX_LAYERS:
+        raise UserError(f"config.json says num_hidden_layers {layers}; at most {_MAX_LAYERS}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0

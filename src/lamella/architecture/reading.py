@@ -1,0 +1,124 @@
+"""What a config.json means: transformers' own config object is asked, and nothing else reads the JSON for meaning.
+
+AutoConfig decides which class a config is (Mistral with `layer_types` is Ministral), the class which fields the family
+has (a `sliding_window` in a Llama config is none), old spellings, defaults, and what follows from what.
+
+Imports no torch: transformers' config classes do, so they are asked in another process (about 1.5 s), unless
+transformers has been imported here anyway. Equal configs are asked once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import UserError
+
+# Names that families share whatever their own fields are called (GPT-2's `n_embd` answers to `hidden_size`). The models
+# read `head_dim` even where the class has no such field (Qwen2).
+SHARED_NAMES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "head_dim",
+)  # fmt: skip
+# Of files, hubs and converted models; none says what the dense model computes.
+_NOT_ASKED = ("auto_map", "architectures", "moe", "attention_moe", "_name_or_path", "quantization_config")
+_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The fields of a config as transformers understands them."""
+
+    model_type: str
+    values: Mapping[str, Any]
+    """The class's own fields and `SHARED_NAMES`, nothing that the class does not know."""
+
+
+def read_meaning(config: dict[str, Any]) -> Reading:
+    """transformers' reading of a dense model's config.json.
+
+    Raises:
+        UserError: a config that transformers refuses.
+    """
+    asked = {key: value for key, value in config.items() if key not in _NOT_ASKED}
+    try:
+        text = json.dumps(asked, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config.json is damaged ({error}); copy it again from the model's source") from None
+    answer = _ask(text)
+    if "refused" in answer:
+        raise UserError(f"transformers does not accept this config.json: {answer['refused']}")
+    return Reading(answer["model_type"], answer["values"])
+
+
+@functools.lru_cache(maxsize=256)
+def _ask(text: str) -> dict[str, Any]:
+    if "transformers" in sys.modules:
+        return answer(text)
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode != 0 or not done.stdout:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return {"refused": reason}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(text: str) -> dict[str, Any]:
+    """{model_type, values} of a config.json's text, or {refused: why}; imports transformers."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        own = {field.name for field in fields(config)}
+        names = own | {name for name in SHARED_NAMES if hasattr(config, name)}
+        if null := [name for name in names - own if getattr(config, name) is None]:
+            return {"refused": f"{null[0]} is null, which {type(config).__name__} does not fill in; leave it out"}
+        values = {name: getattr(config, name) for name in sorted(names)}
+        values["dtype"] = str(values.get("dtype") or "float32").removeprefix("torch.")
+        return {"model_type": config.model_type, "values": json.loads(json.dumps(values, default=str))}
+    except (
+        StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, IndexError, OSError,
+        RecursionError, ImportError,
+    ) as error:  # fmt: skip
+        text = " ".join(str(error).replace(folder, "the model's folder").split())
+        return {"refused": text.partition(" in (<class")[0]}
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _WithoutTorch:
+    """Hides torch: transformers' config classes work without it, and importing it takes several seconds."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in ("torch", "torchvision", "torchaudio"):
+            raise ModuleNotFoundError(name)
+
+
+def main() -> None:
+    """Answer one config.json from standard input, in a process of its own."""
+    find = importlib.util.find_spec
+    hidden = _WithoutTorch()
+    sys.meta_path.insert(0, hidden)  # type: ignore[arg-type]
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name.partition(".")[0] in ("torch", "torchvision", "torchaudio") else find(name, package)
+
+    importlib.util.find_spec = find_spec
+    print(json.dumps(answer(sys.stdin.read())))
+
+
+if __name__ == "__main__":
+    main()

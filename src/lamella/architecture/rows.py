@@ -1,0 +1,173 @@
+"""One row per family of dense models: all that conversion, training, plans and exports know of it by name.
+
+A further family is a row here; where its tensors are laid out otherwise, a table like that of `gated` beside it.
+transformers' config classes say the defaults and which fields a family has (`reading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lamella.architecture.gated import LAYER, Part, Shapes, gated_tensors
+from lamella.architecture.two_matrix import MASKS, gpt2_tensors, opt_tensors
+
+if TYPE_CHECKING:
+    from lamella.architecture.model import Sizes
+
+CONVERTED_PREFIX = "lamella_"
+"""Of the model type of converted models."""
+
+
+@dataclass(frozen=True)
+class FFNNames:
+    """Where a layer keeps its FFN. Names are templates: {} is the layer."""
+
+    block: str
+    """Prefix of the tensors of the MoE layer that takes the FFN's place."""
+    up: str
+    down: str
+    gate: str | None = None
+    """None: two matrices, y = down act(up x + up_bias) + down_bias."""
+    up_bias: str | None = None
+    down_bias: str | None = None
+    transposed: bool = False
+    """Matrices are stored [in, out]; else [out, in]."""
+    modules: tuple[str, ...] = ("mlp",)
+    """Of transformers' layer: what is called in the FFN's place, first the one that is given x."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Names of the modules of transformers' decoder."""
+
+    layers: str = "layers"
+    final_norm: str = "norm"
+    masks_documents: bool = True
+    """The model itself keeps documents apart by their positions; else it is given a mask."""
+
+
+@dataclass(frozen=True)
+class GGUFNames:
+    """GGUF's names of a family's tensors."""
+
+    top: dict[str, str]
+    """Stem of the name in the file -> stem of transformers' name."""
+    in_layer: dict[str, str]
+    """The same within a layer, behind `blk.N.` and `model.layers.N.`."""
+    interleaved: bool = False
+    """Rows of query and key heads lie interleaved, (i, i + H/2 -> 2i, 2i + 1), for llama.cpp's kind of rope."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between dense decoders."""
+
+    name: str
+    """`model_type` of the dense config."""
+    architecture: str
+    """The transformers class of the dense model."""
+    tensors: Callable[[Sizes], Shapes]
+    """Names and shapes of the dense model's tensors, but the output head."""
+    ffn: FFNNames
+    required: tuple[str, ...]
+    """Sizes without which config.json says too little; transformers would take those of some published model."""
+    layer: tuple[Part, ...] = ()
+    """A layer's tensors in both spellings, of families that can be trained."""
+    width: str = "intermediate_size"
+    """The field that names F; null means 4 D."""
+    activation: str = "hidden_act"
+    """The field that names what the FFN computes."""
+    qkv_bias: bool = False
+    """Query, key and value always have a bias, the output projection never. Else the field `attention_bias` gives all
+    four one, in classes that have it."""
+    qk_norm: bool = False
+    modules: Modules = Modules()
+    gguf: GGUFNames | None = None
+    """None: not read from GGUF."""
+    trains: bool = False
+    """The training home can express it."""
+    attention_experts: bool = False
+    llama_like: bool = False
+    """Its layers are Llama's, but for biases and norms in the attention: norms before attention and FFN, nothing
+    scaled, all of each head rotated. What stock mixtures of experts hold."""
+    prefix: str = ""
+    """transformers' names begin so; files saved from the bare decoder lack it."""
+    ignored: tuple[str, ...] = ()
+    """Ends of the names of tensors that old files hold and transformers computes."""
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
+
+    @property
+    def converted_architecture(self) -> str:
+        return f"Lamella{self.architecture.replace('LMHeadModel', 'ForCausalLM')}"
+
+    @property
+    def converted_config_class(self) -> str:
+        return self.converted_architecture.removesuffix("ForCausalLM") + "Config"
+
+
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_GGUF = GGUFNames(_GGUF_TOP, _GGUF_LAYER)
+
+_MLP = "model.layers.{}.mlp."
+_GATED = FFNNames(_MLP, f"{_MLP}up_proj.weight", f"{_MLP}down_proj.weight", gate=f"{_MLP}gate_proj.weight")
+
+
+def _gated(
+    name: str, architecture: str, *, gguf: GGUFNames = _GGUF, qkv_bias: bool = False, qk_norm: bool = False
+) -> Family:
+    """A Llama-like family."""
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return Family(
+        name, architecture, gated_tensors, _GATED, required, LAYER, qkv_bias=qkv_bias, qk_norm=qk_norm, gguf=gguf,
+        trains=True, attention_experts=True, llama_like=True,
+    )  # fmt: skip
+
+
+_GPT2 = "transformer.h.{}.mlp."
+_OPT = "model.decoder.layers.{}."
+_ROWS = (
+    _gated("llama", "LlamaForCausalLM", gguf=GGUFNames(_GGUF_TOP, _GGUF_LAYER, interleaved=True)),
+    _gated("mistral", "MistralForCausalLM"),
+    _gated("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+    _gated("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+    Family(
+        "gpt2", "GPT2LMHeadModel", gpt2_tensors,
+        FFNNames(
+            _GPT2, f"{_GPT2}c_fc.weight", f"{_GPT2}c_proj.weight", None, f"{_GPT2}c_fc.bias", f"{_GPT2}c_proj.bias",
+            transposed=True,
+        ),
+        ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size"),
+        width="n_inner", activation="activation_function",
+        modules=Modules("h", "ln_f"), prefix="transformer.", ignored=MASKS,
+    ),
+    # transformers' OPT layer calls fc1, the activation and fc2 itself: the MoE layer stands in fc1's place
+    Family(
+        "opt", "OPTForCausalLM", opt_tensors,
+        FFNNames(
+            f"{_OPT}fc1.", f"{_OPT}fc1.weight", f"{_OPT}fc2.weight", None, f"{_OPT}fc1.bias", f"{_OPT}fc2.bias",
+            modules=("fc1", "activation_fn", "fc2"),
+        ),
+        (
+            "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+            "vocab_size",
+        ),
+        width="ffn_dim", activation="activation_function",
+        modules=Modules("layers", "final_layer_norm", masks_documents=False), prefix="model.",
+    ),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in _ROWS}
+
+
+def names_of(ability: Callable[[Family], object]) -> list[str]:
+    """The names of the families that have an ability."""
+    return [family.name for family in FAMILIES.values() if ability(family)]

@@ -1,0 +1,82 @@
+"""Private names of torchtitan, and of torch beneath it, that the training home touches, each with its reason.
+
+tests/titan/test_seams.py fails, and says which and why, when a library changes one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch._utils
+from torch import nn
+
+
+class Hook(NamedTuple):
+    """A private method of torchtitan that a class of ours replaces."""
+
+    where: str
+    """The class that defines it, module and name."""
+    method: str
+    parameters: tuple[str, ...]
+    why: str
+
+
+HOOKS = (
+    Hook(
+        "torchtitan.models.common.decoder.Decoder", "_create_flex_attention_mask",
+        ("self", "positions", "attn_config", "mask_mods"), "adds the sliding window to the documents' mask",
+    ),
+    Hook(
+        "torchtitan.models.common.rope.CosSinRoPE", "_precompute_cache", ("self",),
+        "transformers' linear scaling, and Llama 3.1's to the last bit",
+    ),
+    Hook(
+        "torchtitan.protocols.module.Module", "_init_self_buffers", ("self", "buffer_device"),
+        "selection biases and statistics are buffers that begin on the meta device",
+    ),
+    Hook(
+        "torchtitan.components.checkpointer.dcp.CheckpointManager", "_save", ("self", "curr_step", "last_step"),
+        "old checkpoints are removed behind the last one, too",
+    ),
+    Hook(
+        "torchtitan.components.checkpointer.dcp.CheckpointManager", "_load", ("self", "step"),
+        "takes the newest checkpoint whose every byte is as it was written",
+    ),
+    Hook(
+        "torchtitan.components.checkpointer.dcp.CheckpointManager", "_find_load_step", ("self", "folder"),
+        "`_load` has looked already",
+    ),
+    Hook(
+        "torchtitan.components.checkpointer.dcp.CheckpointManager", "_purge_stale_checkpoints", ("self",),
+        "the store knows which are committed, remote ones too",
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def accelerator_answer(kind: str, module: ModuleType) -> Iterator[None]:
+    """Inside, torch answers `kind` to who asks which accelerator there is, and `module` for its functions.
+
+    torchtitan asks these private functions once, when it is imported, and takes "cuda" where there is none.
+    """
+    asked: Any = torch._utils
+    ask_type, ask_module = asked._get_available_device_type, asked._get_device_module
+    asked._get_available_device_type = lambda: kind
+    asked._get_device_module = lambda wanted: module if wanted == kind else ask_module(wanted)
+    try:
+        yield
+    finally:
+        asked._get_available_device_type, asked._get_device_module = ask_type, ask_module
+
+
+def computed_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the activations of a model that FSDP has sharded: a stage of a pipeline must know it to receive.
+
+    FSDP does not say its mixed precision policy in public.
+    """
+    policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
+    return policy.param_dtype or torch.float32
