@@ -205,14 +205,3 @@ def test_an_untied_head_is_said(tmp_path: Path, caplog) -> None:
     convert(dense, tmp_path / "moe", SliceOptions(slices=4))
     assert "the file holds another lm_head.weight" in caplog.text
     assert json.loads((tmp_path / "moe/config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_more_chat_templates_are_carried(tmp_path: Path) -> None:
-    dense = tiny_checkpoint(tmp_path / "dense")
-    (dense / "additional_chat_templates").mkdir()
-    (dense / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
-    (dense / "additional_chat_templates/notes.txt").write_text("no template")
-    convert(dense, tmp_path / "moe", SliceOptions(slices=4))
-    assert [p.name for p in (tmp_path / "moe/additional_chat_templates").iterdir()] == ["tools.jinja"]
-    export(tmp_path / "moe", "dense", tmp_path / "back", check=False)
-    assert (tmp_path / "back/additional_chat_templates/tools.jinja").read_text() == "{{ messages }}"

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import lamella
 from lamella.checkpoint.seams import FsspecReader, FsspecWriter, metadata_path
 from lamella.moe.seams import graph_is_kept
-from lamella.titan.seams import HOOKS, Hook
+from lamella.titan.seams import HOOKS, FSDPMeshInfo, Hook, HSDPMeshInfo, ShardPlacementResult
 
 SOURCE = Path(lamella.__file__).parent
 LIBRARIES = ("torch", "torchtitan")
@@ -104,3 +104,9 @@ def test_the_readers_of_checkpoints(tmp_path: Path) -> None:
     assert issubclass(FsspecReader, FileSystemReader)
     assert hasattr(FsspecWriter, "write_data")
     assert Path(metadata_path(FileSystemReader(tmp_path), None)) == tmp_path / ".metadata"
+
+
+def test_torch_still_places_parameters_on_other_ranks() -> None:
+    assert set(ShardPlacementResult.__annotations__) == {"placement", "mesh_info"}
+    fields = set(HSDPMeshInfo.__dataclass_fields__) & set(FSDPMeshInfo.__dataclass_fields__)
+    assert {"mesh", "shard_mesh_dim", "replicate_mesh_dim"} <= fields

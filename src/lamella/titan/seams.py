@@ -14,6 +14,13 @@ import torch
 import torch._utils
 from torch import nn
 
+# A parameter's own mesh (experts over fewer ranks than the rest) has no public spelling yet.
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+__all__ = [
+    "HOOKS", "FSDPMeshInfo", "HSDPMeshInfo", "Hook", "ShardPlacementResult", "accelerator_answer", "computed_dtype",
+]  # fmt: skip
+
 
 class Hook(NamedTuple):
     """A private method of torchtitan that a class of ours replaces."""

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from lamella.titan.decoder import Block, LamellaDecoder
+from lamella.titan.seams import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 Placement: TypeAlias = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]
 
