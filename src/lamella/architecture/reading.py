@@ -29,7 +29,7 @@ SHARED_NAMES = (
 )  # fmt: skip
 # Of files, hubs and converted models; none says what the dense model computes.
 _NOT_ASKED = ("auto_map", "architectures", "moe", "attention_moe", "_name_or_path", "quantization_config")
-_TIMEOUT_S = 120
+_TIMEOUT_S = 600  # a machine that has no memory left reads every library from the disk
 
 
 @dataclass(frozen=True)
