@@ -298,6 +298,18 @@ def data_prepare(
     run_prepare(sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=chosen, overwrite=overwrite)
 
 
+@data_app.command("show")
+def data_show(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As in `data` of a recipe.")],
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer is used.")],
+    count: Annotated[int, typer.Option(help="Records to show.", min=1)] = 1,
+) -> None:
+    """Print the first records as a model sees them, with marks around what it learns of them."""
+    from lamella.data.command import run_show
+
+    run_show(source, model, count=count)
+
+
 @app.command()
 def recipes(
     name: Annotated[

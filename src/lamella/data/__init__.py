@@ -1,7 +1,8 @@
 """From text to samples.
 
     sources, files      what a source's name means; the files of a folder, their forms, what is left out
-    readers, texts      files of records and of text -> records, from any place on
+    readers, arrow      files of records -> records, from any place on
+    texts               files of text -> records, or pieces of one, likewise
     records             what of a record is its text or conversation, and what is refused
     chat                a record's `messages` -> text by the chat template, and the spans that are learned
     tokenizer           texts -> ids, and for conversations which of them are learned

@@ -40,7 +40,10 @@ class ChatRenderer:
     def __call__(self, conversation: Conversation, where: str) -> Text:
         """The conversation's text and the spans of its answers; `where` it stands, for errors (UserError)."""
         check_messages(conversation.messages, where)
-        spelled = self._spelled(conversation, where)
+        try:
+            spelled = self._spelled(conversation, where)
+        except RecursionError:
+            raise UserError(f"{where}: the messages are nested too deeply; mend or remove the record") from None
         if _GENERATION_MARK.search(self._template(spelled)):
             text, spans = self._render(spelled, where, marks=True)
         else:

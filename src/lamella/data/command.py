@@ -1,4 +1,4 @@
-"""`lamella data prepare`: progress and summary for people."""
+"""`lamella data prepare` and `lamella data show` for people."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lamella.data.prepare import UNIT_BYTES, Done, prepare
+from lamella.data.prepare import UNIT_BYTES, Done, prepare, renderer
 from lamella.data.prepared import read_manifest
-from lamella.data.readers import Policy
-from lamella.data.sources import describe_source, open_source
+from lamella.data.readers import BadRecords, Policy
+from lamella.data.sources import describe_source, open_source, records
+from lamella.data.tokenizer import DocumentTokenizer
+from lamella.errors import UserError
 
 LINE_EVERY_S = 10.0
+BEGIN, END = "\u27e6", "\u27e7"  # white square brackets, which texts hardly have
+SHOWN_CHARS = 4000
 
 
 def run_prepare(
@@ -41,6 +45,38 @@ def run_prepare(
             report=progress.show,
         )  # fmt: skip
     print(summary(out))
+
+
+def run_show(source: str, model: str, *, count: int = 1) -> None:
+    """Print the first records as they are learned: what lies between the marks is, all else is context."""
+    opened = open_source(source)
+    print(describe_source(opened))
+    tokenizer = DocumentTokenizer(model)
+    render, shown = renderer(tokenizer, model), 0
+    for record in records(opened, BadRecords()):
+        if record.is_blank:
+            continue
+        text = render(record, "all")
+        (tokens,) = tokenizer.encoder([text])
+        learned = len(tokens.ids) if tokens.learned is None else int(tokens.learned.sum())
+        print(f"\n{record.where}: {len(tokens.ids):,} tokens, {learned:,} of them learned (between {BEGIN} and {END})")
+        print(marked(tokenizer.encoder.marked(text)))
+        shown += 1
+        if shown == count:
+            return
+    if not shown:
+        raise UserError(f"{source} holds no text; use another source")
+
+
+def marked(parts: list[tuple[str, bool]]) -> str:
+    """The text with marks around what is learned; long stretches lose their middle."""
+    return "".join(f"{BEGIN}{shortened(part)}{END}" if learned else shortened(part) for part, learned in parts)
+
+
+def shortened(text: str) -> str:
+    cut = len(text) - SHOWN_CHARS
+    half = SHOWN_CHARS // 2
+    return text if cut <= 0 else f"{text[:half]}[... {cut:,} characters ...]{text[-half:]}"
 
 
 def summary(out: Path) -> str:

@@ -26,8 +26,8 @@ from lamella.architecture.tokenizer_files import template_fingerprint
 from lamella.data.chat import ChatRenderer
 from lamella.data.files import MANIFEST
 from lamella.data.prepared import Manifest, ShardEntry, TokenFolder, open_prepared, read_manifest
-from lamella.data.readers import BadRecords, Piece, Policy, Record
-from lamella.data.records import Conversation
+from lamella.data.readers import BadRecords, Policy, Record
+from lamella.data.records import Conversation, Piece
 from lamella.data.shards import ShardWriter
 from lamella.data.sources import Source, fingerprint, is_prepared, open_source, records
 from lamella.data.tokenizer import Around, DocumentTokenizer, Encoder, Text, Tokens
@@ -178,7 +178,7 @@ def plain_text(content: str | Piece, split: str) -> Text:
     """Of a document that is no conversation, or of a piece of one."""
     if isinstance(content, str):
         return Text(content)
-    around = Around(content.before, content.after, content.is_first, content.is_last, content.begins(split))
+    around = Around(content.begin, content.end, content.is_first, content.is_last, content.begins(split))
     return Text(content.text, around=around)
 
 

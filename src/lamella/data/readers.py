@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import xxhash
 
 from lamella.data.files import DAMAGED, Form, Opened
-from lamella.data.records import BYTE_ORDER_MARK, CHAT_FIELDS, Conversation, record_content
+from lamella.data.records import BYTE_ORDER_MARK, Conversation, Piece, record_content
 from lamella.errors import UserError
 
 Policy = Literal["fail", "skip"]
@@ -53,23 +53,6 @@ class Place(NamedTuple):
 FIRST = Place()
 
 
-class Piece(NamedTuple):
-    """A stretch of a document that is read bit by bit, with what stands around it."""
-
-    before: str
-    text: str
-    after: str
-    is_first: bool = False
-    """Whether the document begins with it."""
-    is_last: bool = False
-    opens_side: bool = False
-    """Whether the document's part of its split begins with it."""
-
-    def begins(self, split: str) -> bool:
-        """Whether a document begins with it in the stream of this split; "all": of everything."""
-        return self.is_first or (self.opens_side and split != "all")
-
-
 class Record(NamedTuple):
     """A document as it is read, or a piece of one."""
 
@@ -91,7 +74,9 @@ class Record(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """Whether it is a text without a letter in it; of a document in pieces none is."""
+        """Whether it is a document without a letter in it; pieces belong to one that has."""
+        if isinstance(self.content, Piece):
+            return self.content.is_first and self.content.is_last and not self.content.text.strip()
         return isinstance(self.content, str) and not self.content.strip()
 
 
@@ -250,52 +235,3 @@ def _values(opened: Opened, is_array: bool, offset: int) -> Iterator[tuple[Any, 
         offset += len(text[at:end].encode())
         at, chunk, begins = end, _CHUNK_BYTES, False
         yield value, offset
-
-
-def read_parquet(
-    file: Path, form: Form, name: str, field: str | None, bad: BadRecords, start: Place
-) -> Iterator[Record]:
-    """A record a row."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
-        bad(UserError(f"{file} is not a parquet file ({error}); mend or remove it"))
-        return
-    names = table.schema_arrow.names
-    wanted = [field] if field else ["text", "messages"]
-    columns = [column for column in (*wanted, *CHAT_FIELDS) if column in names]
-    if not set(wanted).intersection(names):
-        record_content(dict.fromkeys(names), field, str(file))
-    row_bytes = file.stat().st_size // max(1, table.metadata.num_rows)
-    group, row = _group_of(table.metadata, start.records)
-    groups = range(group, table.metadata.num_row_groups)
-    try:
-        for batch in table.iter_batches(batch_size=1024, columns=columns, row_groups=groups):
-            for values in batch.to_pylist():
-                where = f"{file}, row {row}"
-                row += 1
-                if row <= start.records:
-                    continue
-                try:
-                    content = record_content(values, field, where)
-                except UserError as error:
-                    bad(error)
-                else:
-                    end = Place(start.file, row * row_bytes, row, row * row_bytes)
-                    yield Record(f"{name}:{row - 1}", content, where, row_bytes, end)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        bad(UserError(f"{file}, behind row {row}: cannot be read ({error}); mend or remove the file"))
-
-
-def _group_of(metadata: Any, row: int) -> tuple[int, int]:
-    """(the row group of a parquet file that holds this row, its first row); behind the last, an empty group."""
-    first = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if row < first + rows:
-            return group, first
-        first += rows
-    return metadata.num_row_groups, first

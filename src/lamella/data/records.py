@@ -15,7 +15,7 @@ Message = dict[str, Any]
 BYTE_ORDER_MARK = "\ufeff"
 CHAT_FIELDS = ("tools", "chat_template_kwargs")
 """Beside a record's messages, what its rendering depends on; as in `apply_chat_template` and in TRL's data."""
-_OLD_FIELDS = ("functions", "function_call")
+OLD_FIELDS = ("functions", "function_call")
 
 
 class Conversation(NamedTuple):
@@ -26,6 +26,30 @@ class Conversation(NamedTuple):
     """JSON schemas of the functions that the assistant may call."""
     options: dict[str, Any] | None = None
     """More variables of the template, such as {"enable_thinking": False}."""
+
+
+class Edge(NamedTuple):
+    """Where two pieces of a document meet: the text on either side of it, the same for both of them."""
+
+    before: str = ""
+    after: str = ""
+
+
+class Piece(NamedTuple):
+    """A stretch of a document that is read bit by bit, with what stands around it."""
+
+    begin: Edge
+    text: str
+    end: Edge
+    is_first: bool = False
+    """Whether the document begins with it."""
+    is_last: bool = False
+    opens_side: bool = False
+    """Whether the document's part of its split begins with it."""
+
+    def begins(self, split: str) -> bool:
+        """Whether a document begins with it in the stream of this split; "all": of everything."""
+        return self.is_first or (self.opens_side and split != "all")
 
 
 def record_content(record: Any, field: str | None, where: str) -> str | Conversation:
@@ -86,9 +110,13 @@ def _from_json(text: str, what: str) -> Any:
 
 
 def _conversation(messages: list[Any], record: dict[str, Any], where: str) -> Conversation:
-    for name in _OLD_FIELDS:
+    for name in OLD_FIELDS:
         if record.get(name):
             raise UserError(f"{where}: {name!r} beside the messages is an old form; write the functions as 'tools'")
+    try:  # a list may hold its messages as strings
+        messages = [json.loads(m) if isinstance(m, str) and m.startswith("{") else m for m in messages]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a message is a string but no JSON ({error}); mend or remove the record") from None
     tools, options = (_beside(record, name, where) for name in CHAT_FIELDS)
     if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
         raise UserError(f"{where}: 'tools' must be a list of JSON schemas, as an array or as a string that holds one")

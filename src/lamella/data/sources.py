@@ -30,20 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lamella.data.arrow import read_parquet
 from lamella.data.files import MANIFEST, READABLE, Form, check_file, describe, find_files, form_of, has_known_suffix
 from lamella.data.readers import (
     FIRST,
     BadRecords,
-    Piece,
     Place,
     Record,
     Split,
     read_json,
     read_jsonl,
-    read_parquet,
     split_of,
 )  # fmt: skip
-from lamella.data.records import record_content
+from lamella.data.records import Piece, record_content
 from lamella.data.texts import read_text
 from lamella.errors import UserError, did_you_mean
 from lamella.installation import find_file

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import codecs
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from lamella.data.files import DAMAGED, Form, Opened
-from lamella.data.readers import HELDOUT_ONE_IN, BadRecords, Piece, Place, Record, Split, damage
+from lamella.data.readers import HELDOUT_ONE_IN, BadRecords, Place, Record, Split, damage
+from lamella.data.records import Edge, Piece
 from lamella.errors import UserError
 
 PIECE_BYTES = 1 << 18
 CONTEXT_BYTES = 4096
 """On either side of a piece."""
-_SEARCHED_BYTES = 1 << 16
+_SEARCHED_BYTES = 1 << 12
+# Behind it tokens end: one between two characters that are no spaces.
+_LINE_END = re.compile(rb"(?<=\S)\r?\n(?=\S)")
 
 
 class Stretch(NamedTuple):
@@ -67,15 +71,14 @@ def _stretches(opened: Opened, offset: int, border: int | None) -> Iterator[Stre
     """The file from byte `offset` on, in pieces; `opened` stands CONTEXT_BYTES before it, or at its begin."""
     before, waiting, is_end = opened.stream.read(min(offset, CONTEXT_BYTES)), b"", False
     while True:
-        is_before_border = border is not None and offset < border
-        size = min(PIECE_BYTES, border - offset) if border is not None and is_before_border else PIECE_BYTES
-        while not is_end and len(waiting) < size + CONTEXT_BYTES:
+        most = PIECE_BYTES + PIECE_BYTES // 2  # so that the last one is no shorter than half of the others
+        while not is_end and len(waiting) < most + CONTEXT_BYTES:
             raw = opened.stream.read(PIECE_BYTES)
             waiting, is_end = waiting + raw, not raw
         if not waiting:
             return
-        is_exact = len(waiting) <= size or offset + size == border
-        size = min(size, len(waiting)) if is_exact else cut(waiting, size)
+        rest = border - offset if border is not None and offset < border else len(waiting)
+        size = rest if rest <= most else cut(waiting, PIECE_BYTES)
         piece, waiting = waiting[:size], waiting[size:]
         is_last = is_end and not waiting
         yield Stretch(offset, before, piece, waiting[:CONTEXT_BYTES], is_last, opened.consumed(offset + size))
@@ -104,7 +107,20 @@ def _content(file: Path, part: Stretch, border: int | None, bad: BadRecords) -> 
     if is_whole:
         return text
     before = without_mark(part.before) if part.offset <= CONTEXT_BYTES else part.before
-    return Piece(newlines(decoded_within(before)), text, newlines(decoded_within(part.after)), is_last=part.is_last)
+    tail = (part.before + part.raw)[-CONTEXT_BYTES:]
+    tail = without_mark(tail) if part.offset + len(part.raw) <= CONTEXT_BYTES else tail
+    begin, end = edge(before, (part.raw + part.after)[:CONTEXT_BYTES]), edge(tail, part.after)
+    return Piece(begin, text, end, is_last=part.is_last)
+
+
+def edge(before: bytes, after: bytes) -> Edge:
+    """Without the parts of characters at the outer ends; empty where anything else is no UTF-8."""
+    begins = next((i for i in range(min(4, len(before))) if before[i] & 0xC0 != 0x80), 0)
+    try:
+        known = codecs.getincrementaldecoder("utf-8")().decode(after)
+        return Edge(newlines(before[begins:].decode("utf-8")), newlines(known))
+    except UnicodeDecodeError:
+        return Edge()
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -117,11 +133,6 @@ def _is_utf8(raw: bytes) -> bool:
 
 def without_mark(raw: bytes) -> bytes:
     return raw.removeprefix(codecs.BOM_UTF8)
-
-
-def decoded_within(raw: bytes) -> str:
-    """Without what is no UTF-8, such as the parts of characters at either end."""
-    return raw.decode("utf-8", "ignore")
 
 
 def newlines(text: str) -> str:
@@ -169,9 +180,7 @@ def heldout_from(file: Path, form: Form, changed_ns: int, num_bytes: int) -> int
     with Opened(file, form.compression, first) as opened:
         raw = opened.stream.read(_SEARCHED_BYTES)
     at = target - first
-    while (end := raw.find(b"\n", at)) >= 0:
-        if not raw[end + 1 : end + 2].isspace():
-            return first + end + 1
-        at = end + 1
-    space = raw.find(b" ", target - first)
-    return first + (space if space >= 0 else character_before(raw, target - first))
+    for ends in (_LINE_END, re.compile(rb"\n"), re.compile(rb"(?= )")):
+        if found := ends.search(raw, at):
+            return first + found.end()
+    return first + character_before(raw, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from lamella.architecture.tokenizer_files import tokenizer_settings
+from lamella.data.records import Edge
 from lamella.errors import UserError
 
 # What of tokenizer_config.json changes the ids; the rest differs between versions of transformers.
@@ -21,10 +22,10 @@ _SETTINGS = ("eos_token", "bos_token", "add_bos_token", "add_eos_token")
 
 
 class Around(NamedTuple):
-    """Where a text is a piece of a document: what stands before and behind it there, and whether that is at an end."""
+    """Where a text is a piece of a document: its edges, and whether they are the document's."""
 
-    before: str
-    after: str
+    begin: Edge
+    end: Edge
     is_first: bool
     is_last: bool
     begins: bool
@@ -58,8 +59,8 @@ class Encoder:
     conversation is as its template rendered it, nothing added.
 
     Pieces of a document become the tokens of the whole: each is tokenised within what stands around it. They differ
-    from those only where a token of the whole runs across the end of a piece, or depends on more than is around it;
-    there the piece is tokenised by itself, so that no character is lost or comes twice.
+    from those only where a token depends on more than that, as within a word or a row of spaces of some thousand
+    characters; there the piece is tokenised by itself, so that no character is lost or comes twice.
     """
 
     tokenizer_json: str
@@ -101,7 +102,7 @@ class Encoder:
         return [Tokens(self._array(ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id])) for ids in rows]
 
     def _chats(self, texts: list[Text]) -> list[Tokens]:
-        encodings = self._tokenizer().encode_batch([t.text for t in texts], add_special_tokens=False)
+        encodings = self._encoded([t.text for t in texts])
         return [
             Tokens(self._array(e.ids), learned_tokens(e.offsets, text.learned or (), text.text))
             for e, text in zip(encodings, texts, strict=True)
@@ -110,22 +111,42 @@ class Encoder:
     def _pieces(self, texts: list[Text]) -> list[Tokens]:
         if not texts:
             return []
-        around = [t.around for t in texts if t.around is not None]
-        within = [a.before + t.text + a.after for t, a in zip(texts, around, strict=True)]
-        encodings = self._tokenizer().encode_batch(within, add_special_tokens=False)
         prefix, suffix = self._added()
         pieces = []
-        for text, a, encoding in zip(texts, around, encodings, strict=True):
-            own = tokens_within(encoding.offsets, len(a.before), len(a.before) + len(text.text))
-            if own is None:
-                ids = self._tokenizer().encode(text.text, add_special_tokens=False).ids
-            else:
-                ids = encoding.ids[own]
-            ids = [*(prefix if a.is_first else ()), *ids, *(suffix if a.is_last else ())]
-            if a.is_last and (not ids or ids[-1] != self.eos_id):
+        for text, ids in zip(texts, self._own_ids(texts), strict=True):
+            assert text.around is not None
+            _, _, is_first, is_last, begins = text.around
+            ids = [*(prefix if is_first else ()), *ids, *(suffix if is_last else ())]
+            if is_last and (not ids or ids[-1] != self.eos_id):
                 ids.append(self.eos_id)
-            pieces.append(Tokens(self._array(ids), goes_on=not a.begins))
+            pieces.append(Tokens(self._array(ids), goes_on=not begins))
         return pieces
+
+    def _own_ids(self, texts: list[Text]) -> Iterator[list[int]]:
+        """The ids of the whole that begin within each piece. Where two pieces meet, both read what is around that
+        place in the same way, and give a token that crosses it to the first of them."""
+        edges = [edge for t in texts if t.around is not None for edge in t.around[:2]]
+        offsets = [encoding.offsets for encoding in self._encoded([edge.before + edge.after for edge in edges])]
+        shifts = [crossing(o, len(edge.before)) for o, edge in zip(offsets, edges, strict=True)]
+        owned = []
+        for i, text in enumerate(texts):
+            begin, end = edges[2 * i : 2 * i + 2]
+            first, last = shifts[2 * i : 2 * i + 2]
+            whole = begin.before + text.text + end.after
+            at, to = len(begin.before) + first, len(begin.before) + len(text.text) + last
+            owned.append((whole[:at], whole[at:to], whole[to:]))
+        for parts, encoding in zip(owned, self._encoded(["".join(parts) for parts in owned]), strict=True):
+            before, own, after = parts
+            tries = ((before, after), ("", after), (before, ""), ("", ""))
+            for i, (left, right) in enumerate(tries):
+                encoding = encoding if i == 0 else self._encoded([left + own + right])[0]
+                ids = tokens_within(encoding.offsets, len(left), len(left) + len(own))
+                if ids is not None:
+                    yield encoding.ids[ids]
+                    break
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        return self._tokenizer().encode_batch(texts, add_special_tokens=False)
 
     def _added(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and behind a text."""
@@ -164,6 +185,11 @@ def _untrimmed(part: Any) -> Any:
         vocabulary = "vocab" in part or "merges" in part
         return part if vocabulary else {k: k != "trim_offsets" and _untrimmed(v) for k, v in part.items()}
     return [_untrimmed(entry) for entry in part] if isinstance(part, list) else part
+
+
+def crossing(offsets: list[tuple[int, int]], at: int) -> int:
+    """How many characters behind `at` a token ends that begins before it; 0: none does."""
+    return max((end - at for begin, end in offsets if begin < at < end), default=0)
 
 
 def tokens_within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice | None:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lamella.conversion import DEFAULT_OUT, SliceOptions, convert
 from lamella.conversion.command import progress_bar
+from lamella.data.sources import describe_source, open_source
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import EMBEDDED, check_json_path, model_path, open_checkpoint, write_json
 from lamella.evaluate.logit_match import Check, logit_match
@@ -71,6 +72,8 @@ def evaluate_and_print(folder: str, json_path: Path | None, **options: Any) -> N
     """See `lamella.evaluate.perplexity.evaluate`; prints a table."""
     check_json_path(json_path)
     _quiet_transformers()
+    if data := options.get("data"):
+        print(describe_source(open_source(data)), file=sys.stderr)
     with Console(stderr=True).status(f"evaluating {folder}"):
         results = evaluate(folder, **options)
     names = {"model": folder, "dense": options.get("dense") or ""}

@@ -62,6 +62,8 @@ def perplexity(
         nats += summed_nats(logits_LV, labels_L.to(model.device))
         scored.append(labels_L[labels_L != IGNORE_INDEX])
     ids = torch.cat(scored)
+    if not len(ids):
+        raise UserError(f"the {count} windows hold nothing to predict, such as answers; score more or other text")
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     num_bytes, mean = len(text.encode()), nats / len(ids)

@@ -128,6 +128,8 @@ class MixedSamples:
             part = f"{name} {count / num_samples:.1%} of the samples, {epochs}"
             if num_cut := getattr(samples, "num_cut", 0):
                 part += f", {num_cut} conversations longer than a sample are cut"
+            if left_out := getattr(getattr(samples, "tokens", None), "left_out", ""):
+                part += f", {left_out}"
             parts.append(part)
         return "; ".join(parts)
 
@@ -226,6 +228,29 @@ def check_objective(objective: str, samples: MixedSamples) -> None:
             f"objective: sft learns the answers in conversations, and {', '.join(samples.names)} holds none; "
             "name a file whose records have messages"
         )
+
+
+def has_label(sample: Sample) -> bool:
+    """Whether there is anything to predict in it."""
+    return bool((sample.labels_L != IGNORE_INDEX).any())
+
+
+def check_learnable(samples: MixedSamples) -> None:
+    """UserError for a source of which no sample has anything to predict; looks no further than the first that has."""
+    for i, source in samples.sized.items():
+        if not any(_has_readable_label(source, position) for position in range(len(source))):
+            raise UserError(
+                f"nothing can be learned from {samples.names[i]}: no sample has a token to predict, because answers "
+                f"are missing, have weight 0, or begin behind the first {source.seq_len} tokens; look at it with "
+                "`lamella data show`, or raise seq_len"
+            )
+
+
+def _has_readable_label(source: Samples, position: int) -> bool:
+    try:
+        return has_label(source.sample(position))
+    except BadData:
+        return True  # the policy on bad data decides
 
 
 def spread(samples: MixedSamples, count: int) -> list[Sample]:

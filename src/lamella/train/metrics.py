@@ -49,6 +49,8 @@ class LamellaMetrics(MetricsProcessor):
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
         self.is_rank0 = torch.distributed.get_rank() == 0
         self.line: Json = {}
+        self.steps_without_labels = 0
+        """Since the start of this process."""
 
     def attach(
         self,
@@ -107,6 +109,7 @@ class LamellaMetrics(MetricsProcessor):
             "mfu": mfu,
             "peak_gib": peak_gib,
             "skipped_steps": self.skips.total,
+            "steps_without_labels": self.steps_without_labels,
             **asdict(routing),
         }
         logger.info(f"step {step}: loss {global_avg_loss:.5f}, grad_norm {grad_norm:.4f}, {tokens_per_s:.0f} tokens/s")

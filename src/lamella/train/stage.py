@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
+from lamella.data.sources import describe_source, open_source
 from lamella.errors import UserError
 from lamella.installation import command
 from lamella.recipe.training import Recipe, differences
@@ -72,6 +73,8 @@ def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
         if rank == 0:
             print(f"{run.path} is finished: {recipe.steps} steps. Set out= to another folder for a new run.")
         return None
+    if rank == 0:
+        _say_what_was_found(recipe)
     config = _trainer_config(recipe, run)
     if rank == 0 and not run.exists():
         try:
@@ -83,6 +86,11 @@ def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
         launched = float(os.environ.get(LAUNCHED_AT, psutil.Process().create_time()))
         run.event("start", time=launched, attempt=attempt_number())
     return config
+
+
+def _say_what_was_found(recipe: Recipe) -> None:
+    for word in dict.fromkeys(portion.source for portion in [*recipe.data, *(recipe.heldout_data or [])]):
+        print(f"data {describe_source(open_source(word))}", flush=True)
 
 
 def _is_finished_without_its_model(recipe: Recipe) -> bool:
@@ -131,7 +139,7 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     return_freed_memory()
     torch.set_num_threads(recipe.threads_per_rank or default_threads())
     from lamella.train.assemble import has_gpu, model_config, trainer_config
-    from lamella.train.data import check_objective, open_samples, steps_of_data
+    from lamella.train.data import check_learnable, check_objective, open_samples, steps_of_data
 
     if recipe.offload == "cpu" and not has_gpu():
         raise UserError(
@@ -145,6 +153,7 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
         recipe.data, "train", *common, recipe.seed, num_samples, model.vocab_size, recipe.on_bad_data, looked_at
     )
     check_objective(recipe.objective, train)
+    check_learnable(train)
     steps = steps_of_data(train, recipe.steps, recipe.samples_per_step, recipe.on_exhausted)
     recipe = recipe.model_copy(update={"steps": steps, "warmup_steps": min(recipe.warmup_steps, steps)})
     heldout = None

@@ -32,7 +32,7 @@ from lamella.titan.flops import forward_flops_per_token
 from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
-from lamella.train.data import MixedSamples, SampleLoader, spread
+from lamella.train.data import MixedSamples, SampleLoader, has_label, spread
 from lamella.train.distil import DistilLoss, Lesson, load_teacher
 from lamella.train.fit_router import fit_router
 from lamella.train.heldout import HeldOut
@@ -105,6 +105,7 @@ class LamellaTrainer(Trainer):
         self.optimizers.register_step_pre_hook(lambda *_: self._before_update())
         self.lr_schedulers.follow(self.skips)
         self.watch = Watch(self.model, self.run, self.recipe, self.device, self.mesh)
+        self.notes: list[str] = []
         self.heldout = self._open_heldout(config.heldout)
         self.teacher = self._open_teacher(config) if self.recipe.objective == "distil" else None
         self._show_where_it_stands(config.heart)
@@ -144,6 +145,9 @@ class LamellaTrainer(Trainer):
             return None
         rank, size = self.batch_place
         chosen = spread(samples, self.recipe.heldout_samples)
+        if not any(has_label(sample) for sample in chosen):
+            self.notes.append("the held-out samples have nothing to predict, so no held-out loss is measured")
+            return None
         return HeldOut(chosen, rank, size, self.recipe.samples_per_micro_batch, self.mesh, self.stages)
 
     def _open_teacher(self, config: Config) -> LamellaDecoder | None:
@@ -176,6 +180,11 @@ class LamellaTrainer(Trainer):
         self.enter("optimizer")
         skipped = self.skips.look(p for part in self.model_parts for p in part.parameters())
         self.balance.update(move=not skipped)
+        if not bool(self.labels_of_step):
+            self.metrics.steps_without_labels += 1
+            logger.warning(f"step {self.step} has nothing to predict: its gradient is 0")
+            if self.is_rank0:
+                self.run.event("no_labels", step=self.step)
 
     def train(self) -> State:
         """Train to the last step, or until a signal asks to stop; returns the state of the run."""
@@ -185,6 +194,9 @@ class LamellaTrainer(Trainer):
         self.metrics.attach(self.run, progress, self.balance.report, self.data_epochs, self.watch, self.skips)
         self.write_status("running")
         self.say_start(progress)
+        for note in self.notes:
+            logger.warning(note)
+            progress.say(f"WARNING: {note}")
         logger.info(f"Data: {self.samples.describe(self.recipe.steps * self.recipe.samples_per_step)}")
         if first_step == 0:
             self.metrics.finish_step(0, self.heldout_loss())
@@ -228,6 +240,19 @@ class LamellaTrainer(Trainer):
             if self.is_rank0:
                 self.run.event("skip", step=self.step, in_a_row=self.skips.in_a_row)
             self.skips.stop_if_hopeless(self.step)
+
+    def forward_backward_step(
+        self,
+        *,
+        input_dict: dict[str, Tensor] | list[dict[str, Tensor]],
+        labels: Tensor | list[Tensor],
+        global_valid_tokens: Tensor,
+    ) -> Tensor:
+        """Of a step without a label the loss and the gradient are 0; torchtitan would divide by 0."""
+        self.labels_of_step = global_valid_tokens
+        return super().forward_backward_step(
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens.clamp(min=1)
+        )
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
