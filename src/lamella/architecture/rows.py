@@ -116,14 +116,15 @@ _GGUF_LAYER = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_GGUF = GGUFNames(_GGUF_TOP, _GGUF_LAYER)
+GATED_GGUF = GGUFNames(_GGUF_TOP, _GGUF_LAYER)
+"""Of Llama-like families."""
 
 _MLP = "model.layers.{}.mlp."
 _GATED = FFNNames(_MLP, f"{_MLP}up_proj.weight", f"{_MLP}down_proj.weight", gate=f"{_MLP}gate_proj.weight")
 
 
 def _gated(
-    name: str, architecture: str, *, gguf: GGUFNames = _GGUF, qkv_bias: bool = False, qk_norm: bool = False
+    name: str, architecture: str, *, gguf: GGUFNames = GATED_GGUF, qkv_bias: bool = False, qk_norm: bool = False
 ) -> Family:
     """A Llama-like family."""
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -16,20 +16,18 @@ import re
 import numpy as np
 import torch
 
+from lamella.architecture.families import HEAD
+from lamella.architecture.moe_tensors import of_layer
+from lamella.architecture.rows import GATED_GGUF
 from lamella.checkpoint.pieces import Stretches, Values
 from lamella.checkpoint.plan import OutputTensor
 from lamella.export.experts import PARTS, Chain, Expert, experts, named, router, shared_expert, zero_expert
-from lamella.export.model import EMBEDDING, EXPERT_PARTS, HEAD, ConvertedModel
+from lamella.export.model import EMBEDDING, ConvertedModel
 from lamella.export.stock import dense_layers_first, experts_needed, no_output_bias, no_window
 from lamella.jsons import Json
 
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+_TOP = {hf: gguf for gguf, hf in GATED_GGUF.top.items()}
+_IN_LAYER = {hf: gguf for gguf, hf in GATED_GGUF.in_layer.items()}
 _GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's expert_gating_func
 _ROPES = ("default", "linear", "yarn", "llama3")
 _NARROW = 32  # neurons of parts that only have to be there; the width of a quantised block
@@ -49,7 +47,7 @@ def needs(model: ConvertedModel) -> list[str]:
     if model.rope_type == "yarn" and not model.dense_hf.rope_parameters.get("truncate", True):
         problems.append("its YaRN rope rounds the range of dimensions, this model's does not (truncate)")
     if model.rope_type == "llama3" and model.attention.qkv_bias:
-        problems.append(f"with llama3 rope its attention has no biases, that of {model.family} has")
+        problems.append(f"with llama3 rope its attention has no biases, that of {model.family.name} has")
     return problems
 
 
@@ -147,7 +145,7 @@ def _head_dim(model: ConvertedModel) -> int:
 def _backbone(model: ConvertedModel, architecture: str) -> list[OutputTensor]:
     tensors = []
     for name, source in model.tensors.items():
-        if any(part in name for part in EXPERT_PARTS) or name.endswith(".rotary_emb.inv_freq"):
+        if of_layer(name) or name.endswith(".rotary_emb.inv_freq"):
             continue
         tensors.append(OutputTensor(_gguf_name(name, architecture), source.dtype, source.shape, Stretches.copy(source)))
     if HEAD not in model.tensors and architecture == "step35":  # glm4moe takes the embedding where there is no head
