@@ -90,10 +90,11 @@ def export(
         checked = target.check(model.folder, temporary, target.mode, check_tokens) if check else None
         parity = checked.describe() if checked else None
         gguf_file = next((file.name for file in temporary.glob("*.gguf")), None)
+        num_bytes = (temporary / gguf_file).stat().st_size if gguf_file else plan.total_bytes
         (temporary / "README.md").write_text(card(model, to, plan, parity, gguf_file), encoding="utf-8")
     architecture = plan.config["general.architecture"] if gguf_file else plan.config["architectures"][0]
     difference = checked.max_abs_logit_diff if checked else None
-    return ExportReport(out, to, architecture, plan.total_bytes, difference, parity)
+    return ExportReport(out, to, architecture, num_bytes, difference, parity)
 
 
 def fitting_targets(model: ConvertedModel) -> list[str]:
