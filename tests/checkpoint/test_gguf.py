@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lamella.conversion import Checkpoint, SliceOptions, convert
+from lamella.checkpoint.source import Checkpoint
+from lamella.conversion import SliceOptions, convert
 from lamella.errors import UserError
 from lamella.hf.models import load
 from support.gguf_file import write_gguf
