@@ -78,6 +78,15 @@ def is_trained(name: str, trains: str) -> bool:
     return trains == "all" or (trains == "experts+router" and is_router(name))
 
 
+def stays_in_model(name: str, trains: str) -> bool:
+    """Whether the parameter of this (torchtitan) name is, throughout a run, what the file of its model says.
+
+    So is what does not train, but for routers, whose rows may be drawn or fitted when a run begins. Such weights are
+    held in the file's precision and are not written into checkpoints.
+    """
+    return not is_trained(name, trains) and ".router." not in name
+
+
 def _translate(name: str, table: dict[str, str]) -> str:
     layer = _LAYER.search(name)
     template = name if layer is None else f"{name[: layer.start()]}{{}}{name[layer.end() :]}"

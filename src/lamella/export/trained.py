@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,8 +18,12 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lamella.architecture.moe_tensors import is_float32
+from lamella.architecture.converted import converted_tensors
 from lamella.architecture.names import hf_name
 from lamella.checkpoint.distributed import checkpoint_reader
+from lamella.checkpoint.manifest import changed_tensors
+from lamella.checkpoint.source import read_config, read_folder
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.recipe.sections import LoRA
 from lamella.run.folder import RunDir
@@ -49,7 +56,7 @@ def materialise(run_dir: str | Path, step: int | None = None, dtype: torch.dtype
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _check_whole(run.store(), step)
-        _write_weights(run.store().path(step), temporary, dtype or model_dtype(run.model))
+        _write_weights(run, step, temporary, dtype or model_dtype(run.model))
         for file in run.model.iterdir():
             if file.is_dir():
                 shutil.copytree(file, temporary / file.name, copy_function=shutil.copyfile)
@@ -105,15 +112,26 @@ def _check_whole(store: CheckpointStore, step: int) -> None:
         raise UserError(f"{store.path(step)} is damaged: {problems[0]}; {advice}")
 
 
-def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
-    """Shards of at most 5 GB, one in memory at a time."""
+class _Trained(NamedTuple):
+    """A tensor in a distributed checkpoint."""
+
+    name: str
+    """As training has it."""
+    size: torch.Size
+    dtype: torch.dtype
+
+
+def _write_weights(run: RunDir, step: int, out: Path, dtype: torch.dtype) -> None:
+    """Shards of at most 5 GB, one in memory at a time: what was trained, and from the model what was not."""
+    checkpoint = run.store().path(step)
     entries = checkpoint_reader(checkpoint).read_metadata().state_dict_metadata
-    model = {
-        name: entry
+    tensors: dict[str, _Trained | SourceTensor] = {
+        hf_name(name): _Trained(name, entry.size, entry.properties.dtype)
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHER_STATE)
     }
-    shards = _shards(model, dtype)
+    tensors |= _still_in_model(run, tensors)
+    shards = _shards({name: math.prod(_shape(tensor)) for name, tensor in tensors.items()}, dtype)
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         for i in range(1, len(shards) + 1)
@@ -121,11 +139,8 @@ def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for file, shard in zip(names, shards, strict=True):
-        state = {name: torch.empty(model[name].size, dtype=model[name].properties.dtype) for name in shard}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=checkpoint_reader(checkpoint), no_dist=True)
-        hf = {hf_name(name): _cast(name, tensor, dtype) for name, tensor in state.items()}
+        values = _read(checkpoint, {name: tensors[name] for name in shard})
+        hf = {name: _cast(name, tensor, dtype) for name, tensor in values.items()}
         save_file(hf, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(hf, file)
         total_bytes += sum(t.nbytes for t in hf.values())
@@ -134,15 +149,48 @@ def _write_weights(checkpoint: str, out: Path, dtype: torch.dtype) -> None:
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _still_in_model(run: RunDir, trained: Container[str]) -> dict[str, SourceTensor]:
+    """Those tensors of the model that its checkpoints leave out, since training does not change them."""
+    config = read_config(run.model)
+    if all(config.get(entry) is None for entry in ("moe", "attention_moe")):
+        return {}  # a dense model is trained whole
+    missing = [name for name in converted_tensors(config) if name not in trained]
+    if not missing:
+        return {}
+    folder = run.model_folder()
+    found = read_folder(folder)
+    if changed := sorted(set(changed_tensors(folder)).intersection(missing)):
+        raise UserError(f"{folder}: {changed[0]} is not what the conversion wrote; put an undamaged copy of it there")
+    return {name: found[name] for name in missing}
+
+
+def _shape(tensor: _Trained | SourceTensor) -> tuple[int, ...]:
+    return tuple(tensor.size) if isinstance(tensor, _Trained) else tensor.shape
+
+
+def _read(checkpoint: str, tensors: dict[str, _Trained | SourceTensor]) -> dict[str, torch.Tensor]:
+    """The values, by the names of transformers, in the given order."""
+    trained = {t.name: torch.empty(t.size, dtype=t.dtype) for t in tensors.values() if isinstance(t, _Trained)}
+    if trained:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(trained, storage_reader=checkpoint_reader(checkpoint), no_dist=True)
+    return {
+        name: trained[t.name] if isinstance(t, _Trained) else t.read(0, t.numel).view(t.shape)
+        for name, t in tensors.items()
+    }
+
+
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if is_float32(name) else tensor.to(dtype)
 
 
-def _shards(model: dict[str, TensorStorageMetadata], dtype: torch.dtype) -> list[list[str]]:
+def _shards(numel: dict[str, int], dtype: torch.dtype) -> list[list[str]]:
+    """Names of the tensors of each file, given the numbers in each tensor."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, entry in model.items():
-        num_bytes = entry.size.numel() * dtype.itemsize
+    for name, count in numel.items():
+        num_bytes = count * dtype.itemsize
         if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
             shards.append([])
             size = 0

@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lamella.architecture.names import is_trained
+from lamella.architecture.names import is_trained, stays_in_model
 from lamella.plan.model import DTYPE_BYTES, Model, Weight
 from lamella.recipe.training import Recipe
 
 MASTER_BYTES = 4
-"""Sharded weights, sums of gradients and the optimizer's moments are float32."""
+"""What trains, sums of gradients and the optimizer's moments are float32."""
 Device = Literal["gpu", "cpu"]
 
 
@@ -166,8 +166,17 @@ class Layout:
         parallel = self.recipe.parallel
         return self.shards if parallel.expert == 1 else self.shards * parallel.tensor // parallel.expert
 
+    def stays_in_model(self, weight: Weight) -> bool:
+        """Whether checkpoints leave it out, as it is what the model's file says."""
+        return stays_in_model(weight.name, self.recipe.trains)
+
     def held_bytes(self, weight: Weight) -> int:
-        return self.shard_numel(weight) * (self.compute_bytes if self.is_whole(weight) else MASTER_BYTES)
+        """Of a rank's shard: float32 for what trains, half of it for what does not where the file or, for whole
+        weights, the computation is in half precision."""
+        if not self.stays_in_model(weight):
+            return self.shard_numel(weight) * (self.compute_bytes if self.is_whole(weight) else MASTER_BYTES)
+        in_file = DTYPE_BYTES[self.model.dtype]
+        return self.shard_numel(weight) * (self.compute_bytes if self.is_whole(weight) or in_file == 4 else in_file)
 
     def gathered_bytes(self, weights: list[Weight]) -> int:
         """The bytes of an FSDP group's weights while it is computed; those that are whole are there already."""

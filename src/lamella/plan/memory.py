@@ -62,7 +62,8 @@ class Memory:
         }
         self.offloads = layout.recipe.offload == "cpu"
         self.teacher = None if layout.teacher is None else Memory(layout.of_teacher(layout.teacher))
-        self.staging = {"checkpoint staging": sum(self.state.values())} if self._saves_while_training() else {}
+        saved = sum(layout.held_bytes(w) for w in weights if not layout.stays_in_model(w)) + self.state["optimizer"]
+        self.staging = {"checkpoint staging": saved} if self._saves_while_training() else {}
         self.held = {"buffers": self._buffers()} | ({} if self.offloads else self.state)
         if layout.device == "cpu":
             self.held |= self.staging
@@ -93,13 +94,11 @@ class Memory:
         return (self.state | gradients if self.offloads else {}) | self.staging
 
     def checkpoint_bytes(self) -> int:
-        """On disk, of all ranks and stages: weights and moments once."""
-        numel = dict.fromkeys((False, True), 0)
-        trained = 0
-        for weight in self.layout.model.weights():
-            numel[self.layout.is_whole(weight)] += weight.numel
-            trained += weight.numel if self.layout.trains(weight) else 0
-        return MASTER_BYTES * (numel[False] + 2 * trained) + self.layout.compute_bytes * numel[True]
+        """On disk, of all ranks and stages: weights that may have changed and moments, once."""
+        saved = [weight for weight in self.layout.model.weights() if not self.layout.stays_in_model(weight)]
+        numel = sum(weight.numel for weight in saved)
+        trained = sum(weight.numel for weight in saved if self.layout.trains(weight))
+        return MASTER_BYTES * (numel + 2 * trained)
 
     def _saves_while_training(self) -> bool:
         recipe = self.layout.recipe

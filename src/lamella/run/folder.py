@@ -140,6 +140,23 @@ class RunDir:
         """The hash of the model that the run began with."""
         return json.loads((self.model / "fingerprint.json").read_text())["fingerprint"]
 
+    def model_folder(self) -> Path:
+        """The folder of the model that the run began with, where the weights that do not train still are.
+
+        Raises:
+            UserError: it is gone, or holds other weights.
+        """
+        known = json.loads((self.model / "fingerprint.json").read_text())
+        places = dict.fromkeys([Path(self.recipe().model), Path(known.get("path", self.recipe().model))])
+        for place in places:
+            if (place / "config.json").is_file() and model_fingerprint(place) == known["fingerprint"]:
+                return place
+        there = " or ".join(map(str, places))
+        raise UserError(
+            f"{self.path} keeps only what it trained; the other weights are in its model, which is not in {there} "
+            "any more: put it back there"
+        )
+
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with a run to continue it, as hashes: recipe, model, tokenizer."""
         values = self.recipe().model_dump(exclude_defaults=True)  # a key that a later version adds changes nothing
@@ -159,7 +176,10 @@ class RunDir:
                     copy = self.model / source.relative_to(model)
                     copy.parent.mkdir(exist_ok=True)
                     shutil.copyfile(source, copy)
-        write_atomic(self.model / "fingerprint.json", json.dumps({"fingerprint": model_fingerprint(model)}))
+        write_atomic(
+            self.model / "fingerprint.json",
+            json.dumps({"fingerprint": model_fingerprint(model), "path": str(model.resolve())}),
+        )
         write_atomic(self.config, recipe.to_yaml())
 
     def check_same_run(self, recipe: Recipe, model: Path) -> None:

@@ -116,6 +116,8 @@ class LamellaDecoder(Decoder):
         trains: str = "experts+router"
         """As in a recipe."""
         frozen_weights: str = "sharded"
+        file_dtype: str = "float32"
+        """In which the model's file holds its weights, by torch's name."""
         """"sharded" or "replicated"."""
 
         def update_from_config(self, *, config: Trainer.Config, **kwargs: object) -> None:

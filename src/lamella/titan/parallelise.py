@@ -11,7 +11,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig,
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
-from lamella.architecture.names import is_trained
+from lamella.architecture.names import is_trained, stays_in_model
 from lamella.titan.context import ContextShare
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.inner_attention import share_keys
@@ -34,8 +34,8 @@ def parallelize(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, model.config.trains))
     replicated = model.config.frozen_weights == "replicated"
-    if replicated:
-        _cast_frozen(model, TORCH_DTYPE_MAP[training.mixed_precision_param])
+    computed_in = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    _hold_frozen(model, computed_in if replicated else frozen_dtype(model.config.file_dtype, computed_in))
     if parallel_dims.cp_enabled:
         _share_out_tokens(model, parallel_dims.get_mesh("cp"))
     if parallel_dims.tp_enabled:
@@ -51,10 +51,16 @@ def parallelize(
     return model
 
 
-def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """What does not train is held in the dtype of the computation, as FSDP casts what it gathers."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+def frozen_dtype(file_dtype: str, computed_in: torch.dtype) -> torch.dtype:
+    """The dtype in which weights that do not train are held: the file's where it is a half precision, else that of the
+    computation. FSDP casts what it gathers to the latter, so the results are those of float32 copies."""
+    held = getattr(torch, file_dtype)
+    return held if held.itemsize < torch.float32.itemsize else computed_in
+
+
+def _hold_frozen(model: LamellaDecoder, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if stays_in_model(name, model.config.trains):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -47,6 +47,7 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
     config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
     config.trains, config.frozen_weights = recipe.trains, _frozen_weights(recipe)
+    config.file_dtype = _dtype_name(recipe.model)
     if recipe.parallel.context > 1 and attention == "varlen":
         raise UserError("parallel.context needs attention: flex or sdpa; varlen kernels want whole samples")
     check_fit(recipe, read_model(recipe.model), str(recipe.model))
@@ -65,7 +66,7 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
         return None
     attention = "sdpa" if not has_gpu() else "flex" if recipe.attention == "auto" else recipe.attention
     config = decoder_config(folder, attention, recipe.expert_path, recipe.seq_len)
-    config.trains = "nothing"
+    config.trains, config.file_dtype = "nothing", _dtype_name(folder)
     if config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {folder} has {config.vocab_size} token ids, the model {student.vocab_size}; "
@@ -82,13 +83,17 @@ def _frozen_weights(recipe: Recipe) -> str:
     """Replicated weights are held in the precision of the computation, which must not change them."""
     if recipe.frozen_weights == "auto":
         return "sharded" if has_gpu() or recipe.precision == "bfloat16" else "replicated"
-    dtype = str(model_dtype(Path(recipe.model))).removeprefix("torch.")
+    dtype = _dtype_name(recipe.model)
     if recipe.frozen_weights == "replicated" and _precision(recipe) not in ("float32", dtype):
         raise UserError(
             f"frozen_weights: replicated would round the {dtype} weights of {recipe.model} to {_precision(recipe)}; "
             f"set frozen_weights: sharded or precision: float32"
         )
     return recipe.frozen_weights
+
+
+def _dtype_name(model: str) -> str:
+    return str(model_dtype(Path(model))).removeprefix("torch.")
 
 
 def _precision(recipe: Recipe) -> str:

@@ -29,16 +29,20 @@ from torch.futures import Future
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from lamella.architecture.names import stays_in_model
 from lamella.checkpoint.distributed import WeightsOnlyPlanner, checkpoint_reader
 from lamella.checkpoint.seams import FileSystem, FsspecWriter
+from lamella.checkpoint.manifest import changed_tensors
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.run.failure import Fault
 from lamella.run.folder import RunDir
 from lamella.run.store import CheckpointStore
+from lamella.titan.decoder import LamellaDecoder
 from lamella.train import fault_hook
 
 StateDict: TypeAlias = dict[str, object]
@@ -155,6 +159,13 @@ class CommittedCheckpoints(CheckpointManager):
         self.run = RunDir(Path(base_folder))
         self.store = CheckpointStore(self.folder)
         self.identity = self.run.identity()
+        decoders = cast(list[LamellaDecoder], parts["model_parts"])
+        self.in_model = {
+            name
+            for part in decoders
+            for name in map(canonical_fqn, dict(part.named_parameters()))
+            if stays_in_model(name, part.config.trains)
+        }
         self.stager: DefaultStager | None = None
 
     @torch.no_grad()
@@ -167,6 +178,7 @@ class CommittedCheckpoints(CheckpointManager):
         to_hf: bool = False,
     ) -> object:
         """Write a step, and commit it; the future of a save that goes on, or None."""
+        state_dict = {name: value for name, value in state_dict.items() if name not in self.in_model}
         step = int(posixpath.basename(checkpoint_id).removeprefix("step-"))
         commit = partial(self._commit, step, self._about(step), time.perf_counter())
         writer = CommittingWriter(self.store.unfinished(step), step, commit)
@@ -181,12 +193,36 @@ class CommittedCheckpoints(CheckpointManager):
         return future
 
     def dcp_load(self, state_dict: StateDict, checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """Load a checkpoint without running what its pickles say; weights of a model's folder as torchtitan does."""
+        """Load a checkpoint, and from the model's folder what does not train; no pickle of theirs runs anything."""
+        self._check_model()
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-        dcp.load(state_dict, storage_reader=checkpoint_reader(checkpoint_id), planner=WeightsOnlyPlanner())
-        if MODEL in self.states:
-            self.states[MODEL].load_state_dict(state_dict)
+        self._load_from_model({n: t for n, t in state_dict.items() if n in self.in_model and isinstance(t, torch.Tensor)})
+        trained = {name: value for name, value in state_dict.items() if name not in self.in_model}
+        dcp.load(trained, storage_reader=checkpoint_reader(checkpoint_id), planner=WeightsOnlyPlanner())
+        self.states[MODEL].load_state_dict(state_dict | trained)
+
+    def _load_from_model(self, tensors: dict[str, torch.Tensor]) -> None:
+        if not tensors:
+            return
+        assert self.sd_adapter is not None
+        reader = self.sd_adapter.get_hf_storage_reader(self.initial_load_path, False)
+        dcp.load(self.sd_adapter.to_hf(tensors), storage_reader=reader)
+
+    def _check_model(self) -> None:
+        """Each rank reads a share of the model's tensors, whose hashes its manifest has; Fault where one differs."""
+        folder = Path(str(self.initial_load_path))
+        mine = list(changed_tensors(folder, dist.get_rank(), dist.get_world_size()))
+        shares: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, mine)
+        if changed := sorted({name for share in shares for name in share}):
+            more = f" and {len(changed) - 1} more" if changed[1:] else ""
+            raise Fault(
+                "storage",
+                f"{folder}: {changed[0]}{more} is not what the conversion wrote; convert the model again, or put an "
+                "undamaged copy there",
+                retryable=False,
+            )
 
     def _about(self, step: int) -> Json:
         data = self.states["dataloader"].state_dict()
