@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from lamella.data.packing import IGNORE_INDEX
@@ -37,13 +38,17 @@ RUNS_ON_3 = {
     "full_ac": {"activation_checkpointing": "full"},
     "replicated": {"frozen_weights": "replicated", "activation_checkpointing": "full"},
     "replicated_all": {"frozen_weights": "replicated", "trains": "all", "steps": 4},
+    "chunked": {"loss_chunk_tokens": 8},
+    "chunked_all": {"loss_chunk_tokens": 8, "trains": "all", "weight_decay": 0.1},
+    "half": {"model": "half-model", "steps": 4},
+    "half_in_float32": {"model": "half-in-float32", "steps": 4},
     "flat": {"model": "flat-model", "bias_rate": 0.05},
     "flat_quantile": {"model": "flat-model", "balancing": "quantile"},
     "annealed": {"model": "flat-model", "top_k_schedule": "{start: 8, ramp_steps: 4}"},
     "warmed_router": {"router_warmup_steps": 4, "trains": "all", "rest_lr_scale": 0.1},
     "sent_to_slices": {"routing_loss": "{coefficient: 1.0, to_slices: [text.md]}"},
     "fitted": {
-        "router_fit": "{to_slices: [text.md], to_twins: [digits.md], samples: 12}",
+        "router_fit": "{to_slices: [text.md], to_twins: [digits.md], samples: 64}",
         "trains": "experts",
         "data": FITTED,
         "heldout_data": "[{0}/text.md]",
@@ -81,6 +86,26 @@ def words(folder: Path, name: str, **changes) -> list[str]:
     return [f"{key}={value.format(folder) if 'data' in key else value}" for key, value in settings.items()]
 
 
+def write_texts(folder: Path, text: str, characters: int = 4000) -> None:
+    """A folder of documents, of which some are held out."""
+    folder.mkdir()
+    for number, start in enumerate(range(0, len(text), characters)):
+        (folder / f"{number:03}.md").write_text(text[start : start + characters])
+
+
+def write_half_models(folder: Path) -> None:
+    """The same weights, rounded to bfloat16, in a file of bfloat16 and in one of float32."""
+    rounded = {name: t.bfloat16() for name, t in load_file(folder / "twin-model" / "model.safetensors").items()}
+    for name, dtype in (("half-model", torch.bfloat16), ("half-in-float32", torch.float32)):
+        shutil.copytree(folder / "twin-model", folder / name)
+        tensors = {key: t.float() if "selection_bias" in key else t.to(dtype) for key, t in rounded.items()}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+        (folder / name / "lamella.json").unlink(missing_ok=True)  # its hashes are the other file's
+        config = json.loads((folder / name / "config.json").read_text())
+        config |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+        (folder / name / "config.json").write_text(json.dumps(config))
+
+
 def write_conversations(folder: Path) -> None:
     template = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
     (folder / "twin-model" / "chat_template.jinja").write_text(
@@ -96,11 +121,12 @@ def write_conversations(folder: Path) -> None:
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     trainable_moe(folder / "twin-model")
+    write_half_models(folder)
     trainable_moe(folder / "flat-model", routing="flat")
     trainable_moe(folder / "partitioned-model", moe_changes=PARTITIONED | {"router": "linear"})
-    (folder / "text.md").write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
-    (folder / "digits.md").write_text(" ".join(str(i**3) for i in range(4000)))
-    (folder / "short.md").write_text("a short text, " * 24)  # one document of the train split: 10 samples
+    write_texts(folder / "text.md", "\n".join(topics.topics[name] for name in sorted(topics.topics)[:40]))
+    write_texts(folder / "digits.md", " ".join(str(i**3) for i in range(4000)))
+    (folder / "short.md").write_text("a short text, " * 26)  # 10 samples, and a tenth that is held out
     trainable_moe(folder / "two-slices", slices=2, hidden_size=48, intermediate_size=96)
     trainable_moe(folder / "uneven-model", slices=2)
     prepare([str(folder / "text.md")], folder / "twin-model", folder / "prepared", unit_bytes=20_000)
@@ -211,6 +237,36 @@ def test_frozen_experts_keep_their_bytes(runs, name):
     assert all(key in changed for key in before if "trainable" in key or "router.weight" in key)
     others = {key for key in before if ".mlp.experts." not in key and ".mlp.router." not in key}
     assert others <= changed if name in ("all", "replicated_all") else not others & changed
+
+
+def test_a_loss_in_chunks_is_that_of_all_logits(runs):
+    for chunked, whole in (("chunked", "whole"), ("chunked_all", "all")):
+        assert losses(runs, chunked) == pytest.approx(losses(runs, whole), abs=REORDERED)
+        assert heldout(runs, chunked) == pytest.approx(heldout(runs, whole), abs=REORDERED)
+
+
+def test_frozen_weights_in_the_files_precision_change_nothing(runs):
+    assert losses(runs, "half") == losses(runs, "half_in_float32")
+    assert heldout(runs, "half") == heldout(runs, "half_in_float32")
+    before = load_file(runs / "half-model" / "model.safetensors")
+    after = load_file(materialise(runs / "half") / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before if "frozen" in key)
+    assert {key: t.dtype for key, t in before.items()} == {key: t.dtype for key, t in after.items()}
+
+
+@pytest.mark.faults
+def test_checkpoints_hold_what_was_trained_and_nothing_else(runs):
+    def saved(name: str) -> set[str]:
+        run = RunDir(runs / name)
+        entries = FileSystemReader(run.checkpoint(run.steps()[-1])).read_metadata().state_dict_metadata
+        return {key for key in entries if key.startswith(("layers.", "tok_embeddings.", "norm.", "lm_head."))}
+
+    trained = ("trainable_gate_up_proj", "trainable_down_proj")
+    router = ("router.weight", "router.selection_bias")  # drawn, and moved, at the start of a run
+    assert {key.partition(".moe.")[2].removeprefix("experts.") for key in saved("whole")} == {*trained, *router}
+    assert {key.partition(".moe.")[2].removeprefix("experts.") for key in saved("experts")} == {*trained, *router}
+    assert not any("frozen" in key for key in saved("all"))
+    assert {"tok_embeddings.weight", "norm.weight"} <= saved("all")
 
 
 def test_only_experts_train_when_told_so(runs):

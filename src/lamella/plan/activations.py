@@ -107,8 +107,11 @@ def _routing_bytes(layout: Layout, layer: int) -> int:
 
 
 def logits_bytes(layout: Layout) -> int:
-    """At the start of the backward pass: log-softmax, its gradient and that of the logits, all float32."""
-    return 3 * layout.tokens * layout.model.V * 4
+    """At the start of the backward pass: log-softmax, its gradient and that of the logits, all float32, of the tokens
+    whose logits are computed at once; and in chunks the float32 gradient of the last hidden states."""
+    chunks = layout.recipe.loss_chunks
+    hidden_gradient = 4 * layout.tokens * layout.model.D if chunks > 1 else 0
+    return 3 * layout.tokens // chunks * layout.model.V * 4 + hidden_gradient
 
 
 def teacher_logits_bytes(layout: Layout) -> int:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
@@ -163,11 +163,13 @@ def trainer_config(
     return overlay(config, recipe.torchtitan)
 
 
-def loss_config(recipe: Recipe, vocab_size: int) -> CrossEntropyLoss.Config:
-    """torchtitan's config of the recipe's loss."""
+def loss_config(recipe: Recipe, vocab_size: int) -> BaseLoss.Config:
+    """The loss, in chunks of tokens where the recipe allows it."""
     if recipe.objective == "distil":
         return DistilLoss.Config(global_vocab_size=vocab_size, distil=recipe.distil)
-    return CrossEntropyLoss.Config(global_vocab_size=vocab_size)
+    whole = CrossEntropyLoss.Config(global_vocab_size=vocab_size)
+    chunks = recipe.loss_chunks
+    return whole if chunks == 1 else ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=whole)
 
 
 def training_config(recipe: Recipe) -> TrainingConfig:

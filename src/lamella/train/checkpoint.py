@@ -197,7 +197,8 @@ class CommittedCheckpoints(CheckpointManager):
         self._check_model()
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-        self._load_from_model({n: t for n, t in state_dict.items() if n in self.in_model and isinstance(t, torch.Tensor)})
+        kept = {n: t for n, t in state_dict.items() if n in self.in_model and isinstance(t, torch.Tensor)}
+        self._load_from_model(kept)
         trained = {name: value for name, value in state_dict.items() if name not in self.in_model}
         dcp.load(trained, storage_reader=checkpoint_reader(checkpoint_id), planner=WeightsOnlyPlanner())
         self.states[MODEL].load_state_dict(state_dict | trained)
