@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.converted import converted_tensors
+from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.names import hf_name
 from lamella.checkpoint.distributed import checkpoint_reader
 from lamella.checkpoint.manifest import changed_tensors

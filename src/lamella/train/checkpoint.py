@@ -35,8 +35,8 @@ from torchtitan.tools.utils import GarbageCollection
 
 from lamella.architecture.names import stays_in_model
 from lamella.checkpoint.distributed import WeightsOnlyPlanner, checkpoint_reader
-from lamella.checkpoint.seams import FileSystem, FsspecWriter
 from lamella.checkpoint.manifest import changed_tensors
+from lamella.checkpoint.seams import FileSystem, FsspecWriter
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.run.failure import Fault
