@@ -20,6 +20,9 @@ MAX_LOGIT_DIFFERENCE = 1e-3
 # Logits are compared at this many places of a sequence, its first and last among them: all of a long one, over a
 # vocabulary of 128,000, would be larger than the model.
 MAX_COMPARED = 256
+# Of a text with gaps, the share of places that must agree within MAX_LOGIT_DIFFERENCE; 1.5e-3 was seen at one of 64,
+# 7e-5 at the median of them and 8e-5 at most without gaps (SmolLM2 with a random softmax router, as Mixtral).
+MOST_PLACES = 0.9
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ def _difference(model: PreTrainedModel, reference: Reference) -> float:
     found = _logits(model, reference.ids_1L, reference.positions_1L, reference.kept)
     if found.shape != reference.logits.shape:
         return float("inf")
-    return (found - reference.logits).abs().max().item()
+    by_place = (found - reference.logits).abs().amax(dim=-1)
+    # With gaps a text means nothing, and rounding may tip a router at a place; a lost scaling shows at nearly all.
+    return by_place.quantile(MOST_PLACES if reference.positions_1L is not None else 1.0).item()
 
 
 @torch.no_grad()
