@@ -90,7 +90,8 @@ def prepare(recipe: Recipe, rank: int) -> LamellaTrainer.Config | None:
 
 def _say_what_was_found(recipe: Recipe) -> None:
     for word in dict.fromkeys(portion.source for portion in [*recipe.data, *(recipe.heldout_data or [])]):
-        print(f"data {describe_source(open_source(word))}", flush=True)
+        if (source := open_source(word)).kind == "files":
+            print(f"data {describe_source(source)}", flush=True)
 
 
 def _is_finished_without_its_model(recipe: Recipe) -> bool:
