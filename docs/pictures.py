@@ -66,7 +66,7 @@ def way_of_data() -> None:
         (1, "dense checkpoint", "safetensors, GGUF,\nhub name"),
         (31, "MoE checkpoint", "same logits,\n8 slices + 8 twins"),
         (61, "run directory", "recipe, metrics,\ncheckpoints"),
-        (91, "for others", "GLM4-MoE, Mixtral,\ndense again"),
+        (91, "for others", "GLM4-MoE, Mixtral,\nGGUF, dense again"),
     ]
     for x, name, what in stations:
         box(ax, x, 13, 20, 11, color=FROZEN if x < 60 else TWIN)
