@@ -160,7 +160,7 @@ def verify(
     ] = 256,
     seq_len: Annotated[int, typer.Option(help=SEQ_LEN)] = 256,
     ratios: Annotated[bool, typer.Option(help="Also measure what random routing does to the perplexity.")] = True,
-    device: Device = "cpu",
+    device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
     """Compare a converted model's logits with those of the dense model that it was made of."""
@@ -197,7 +197,7 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="Compute in float32, bfloat16 or float16, or as the file is stored (auto).")
     ] = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
     """Measure the perplexity of a model on a text, if asked for with a dense model beside it."""

@@ -1,5 +1,7 @@
 """Perplexity, routing controls and their commands, on a tiny model."""
 
+import gc
+import inspect
 import json
 import math
 import subprocess
@@ -8,14 +10,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from lamella import cli
 from lamella.conversion import SliceOptions, convert
 from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import model_path, open_checkpoint
+from lamella.evaluate.commands import verify
 from lamella.evaluate.differences import compare, compare_reordered, kl_divergence, logits_of
-from lamella.evaluate.logit_match import Check, fp32_bounds
+from lamella.evaluate.logit_match import Check, fp32_bounds, logit_match
 from lamella.evaluate.perplexity import evaluate, perplexity, text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode, routed_as, routing_controls
 from lamella.hf.computing import Computing
@@ -190,3 +195,32 @@ def test_the_commands(dense, moe, text, tmp_path):
     done = run_cli("evaluate", "/missing")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: no such model: /missing")
+
+
+@pytest.fixture
+def most_models_at_once():
+    """A list whose last entry is the largest number of models with weights that were alive in a forward pass."""
+    most = [0]
+
+    def count(module, _):
+        if isinstance(module, PreTrainedModel) and hasattr(module, "lm_head"):
+            models = [m for m in gc.get_objects() if isinstance(m, PreTrainedModel) and hasattr(m, "lm_head")]
+            most.append(max(most[-1], sum(m.lm_head.weight.device.type != "meta" for m in models)))
+
+    gc.collect()
+    handle = register_module_forward_pre_hook(count)
+    yield most
+    handle.remove()
+
+
+def test_one_model_is_loaded_at_a_time(dense, moe, text, most_models_at_once):
+    evaluate(moe, text, dense, split=None, max_tokens=128, seq_len=128)
+    assert most_models_at_once[-1] == 1
+    assert all(check.passed for check in logit_match(dense, moe, data=text, tokens={"float32": 128}, seq_len=128))
+    assert most_models_at_once[-1] == 1
+
+
+def test_the_device_is_the_gpu_where_there_is_one():
+    """Defaults, in Python and on the command line."""
+    for function in (evaluate, logit_match, verify, cli.verify, cli.evaluate):
+        assert inspect.signature(function).parameters["device"].default == "auto", function

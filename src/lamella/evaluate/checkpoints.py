@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lamella.architecture.families import sizes_of
 from lamella.checkpoint.embedded import embedded_model
@@ -64,6 +65,28 @@ def open_checkpoint(name: str | Path, dtype: torch.dtype | str = "auto", device:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load the model {name}: {reason}") from error
     return model.requires_grad_(False)
+
+
+def without_weights(name: str | Path) -> PreTrainedModel:
+    """The model as its config.json says, on the meta device: its modules and their configs, and no memory.
+
+    Raises:
+        UserError: no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load the model {name}: {reason}") from error
+
+
+def free_device_memory() -> None:
+    """Give back what models held that nothing refers to any more, cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

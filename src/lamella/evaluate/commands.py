@@ -35,7 +35,7 @@ def verify(
     bf16_tokens: int = 256,
     seq_len: int = 256,
     ratios: bool = True,
-    device: str = "cpu",
+    device: str = "auto",
     json_path: Path | None = None,
 ) -> bool:
     """The logit match, and with `ratios` the routing controls; prints a table. True if every check passes.

@@ -67,8 +67,13 @@ def kl_divergence(reference_LV: Tensor, other_LV: Tensor) -> float:
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, windows: Iterable[Tensor]) -> list[Tensor]:
-    """Logits [L, V] of each window [L] of token ids, in the model's dtype and on its device."""
-    return [model(ids_L[None].to(model.device), use_cache=False).logits[0] for ids_L in windows]
+    """Logits [L, V] of each window [L] of token ids, in the model's dtype, in main memory."""
+    return [_logits(model, ids_L).cpu() for ids_L in windows]
+
+
+def _logits(model: PreTrainedModel, ids_L: Tensor) -> Tensor:
+    """[L, V], on the model's device."""
+    return model(ids_L[None].to(model.device), use_cache=False).logits[0]
 
 
 @torch.inference_mode()
@@ -76,13 +81,14 @@ def compare(references: list[Tensor], model: PreTrainedModel, windows: Iterable[
     """The model's logits on each window against reference logits [L, V]."""
     difference = Difference()
     for reference_LV, ids_L in zip(references, windows, strict=True):
-        difference.add(reference_LV, logits_of(model, [ids_L])[0])
+        difference.add(reference_LV.to(model.device), _logits(model, ids_L))
     return difference
 
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt_L: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """`count` most likely tokens one after another, end-of-text included, and the logits [count, V] of each choice."""
+    """`count` most likely tokens one after another, end-of-text included, and the logits [count, V] of each choice, in
+    main memory."""
     ids_1L, cache, tokens, logits = prompt_L[None].to(model.device), None, [], []
     for _ in range(count):
         output = model(ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -90,7 +96,7 @@ def greedy(model: PreTrainedModel, prompt_L: Tensor, count: int) -> tuple[list[i
         logits.append(output.logits[0, -1].float())
         ids_1L = logits[-1].argmax().view(1, 1)
         tokens.append(int(ids_1L))
-    return tokens, torch.stack(logits)
+    return tokens, torch.stack(logits).cpu()
 
 
 class ReorderedFFN(nn.Module):

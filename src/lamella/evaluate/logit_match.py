@@ -14,6 +14,9 @@ MoE has slices, the neurons drawn at random. The MoE may lie FLOOR_FACTOR times 
 Greedy tokens must be the same. In bf16 two tokens can be tied within the rounding: a departure passes there if the
 dense logits of the two tokens lie within four standard deviations of what the floor does to the gap of two logits
 (a logit's deviation is sqrt(pi/2) times its mean |difference|, that of a gap sqrt(2) times more).
+
+One model is on the device at a time; the dense model's logits wait in main memory. Llama 3.1 8B sliced, in float32, has
+13.67e9 weights: 54.7 GB of a GPU's 80, where the dense model beside it (32.1 GB more) would not fit.
 """
 
 from __future__ import annotations
@@ -26,18 +29,22 @@ from dataclasses import asdict, dataclass
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
+    DTYPES,
     check_length,
     check_same_text_interface,
     ffn_width,
+    free_device_memory,
     has_moe_layers,
     is_converted,
     model_path,
     open_checkpoint,
+    parse_device,
+    without_weights,
 )
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import text_samples
@@ -121,7 +128,7 @@ def logit_match(
     data: str = "python-docs",
     tokens: dict[str, int] | None = None,
     seq_len: int = 256,
-    device: str = "cpu",
+    device: str = "auto",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Every check, for each dtype in `tokens` ({"float32": 512, "bfloat16": 256}: tokens of held-out text).
@@ -138,23 +145,19 @@ def logit_match(
     for dtype, count in tokens.items():
         samples = text_samples(data, "heldout", model_path(moe_name), seq_len, None)
         windows[dtype] = [samples.sample(i).input_ids_L for i in range(min(len(samples), max(1, count // seq_len)))]
+    dense, moe = without_weights(dense_name), _must_be_the_dense_model(without_weights(moe_name), moe_name)
+    check_length(seq_len, dense, moe)
+    check_same_text_interface(dense, moe)
     checks: list[Check] = []
     for dtype, ids in windows.items():
-        on_step(f"{dtype}: loading both models")
-        dense, other = (open_checkpoint(name, dtype, device) for name in (dense_name, moe_name))
-        check_length(seq_len, dense, other)
-        moe = _must_be_the_dense_model(other, moe_name)
-        check_same_text_interface(dense, moe)
-        on_step(f"{dtype}: dense against transformers")
-        checks.append(_sanity(dense, dense_name, dtype, ids[:1]))
-        checks += _dtype_checks(dense, moe, dtype, ids, on_step)
+        checks += _dtype_checks(dense_name, moe_name, moe, dtype, ids, device, on_step)
     return checks
 
 
 def _must_be_the_dense_model(moe: PreTrainedModel, name: str) -> ConvertedForCausalLM:
     """The model; UserError where its logits need not match in any mode."""
     if is_converted(moe):
-        if not checked_modes(moe):
+        if not checked_modes(moe, routes=True):
             raise UserError(
                 f"{name} has neither frozen slices nor all experts active with unit gates: its logits need not be the "
                 f"dense model's; compare the two by `lamella evaluate {name} --dense DIR`"
@@ -163,53 +166,99 @@ def _must_be_the_dense_model(moe: PreTrainedModel, name: str) -> ConvertedForCau
     raise UserError(f"{name} is a dense model; pass a converted one; `{command('lamella convert')}` makes it")
 
 
-def _sanity(dense: PreTrainedModel, name: str, dtype: str, windows: list[Tensor]) -> Check:
-    """What this package loaded, against the architecture's own class in transformers: the same bits."""
-    (architecture,) = dense.config.architectures or ["no architecture"]
+def _plain_logits(name: str, dtype: str, device: str, windows: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """(class, logits) of the architecture's own class in transformers."""
+    path = model_path(name)
+    (architecture,) = AutoConfig.from_pretrained(path).architectures or ["no architecture"]
     cls = getattr(transformers, architecture)
     with quiet_loading():
-        plain = cls.from_pretrained(model_path(name), dtype=dense.dtype).to(dense.device).eval()
-    figure = compare(logits_of(plain, windows), dense, windows).max_abs
-    return Check(dtype, f"dense, {cls.__name__}", "max |logit difference|", figure, 0.0, reason="the same computation")
+        plain = cls.from_pretrained(path, dtype=DTYPES[dtype]).to(parse_device(device)).eval()
+    return cls.__name__, logits_of(plain, windows)
 
 
-def _dtype_checks(
-    dense: PreTrainedModel, moe: ConvertedForCausalLM, dtype: str, windows: list[Tensor], on_step: Callable[[str], None]
-) -> Iterator[Check]:
-    layers, parts = _summed_in_parts(moe, ffn_width(dense))
+@dataclass(frozen=True)
+class Reference:
+    """What there is to know of the dense model when it is gone again."""
+
+    logits: list[Tensor]
+    """[L, V] of each window, in main memory."""
+    greedy: tuple[list[int], Tensor]
+    floors: list[Difference]
+    sanity: Check
+
+
+def _reference(
+    name: str, moe: ConvertedForCausalLM, dtype: str, windows: list[Tensor], device: str, on_step: Callable[[str], None]
+) -> Reference:
+    """The dense model's side of the comparison, with the floor. The model itself is freed on return.
+
+    Args:
+        moe: says which layers are summed in how many parts; without weights.
+    """
+    on_step(f"{dtype}: the dense model in transformers")
+    cls, plain = _plain_logits(name, dtype, device, windows[:1])
+    free_device_memory()
+    on_step(f"{dtype}: loading the dense model")
+    dense = open_checkpoint(name, dtype, device)
     on_step(f"{dtype}: logits of the dense model")
-    references = logits_of(dense, windows)
+    logits = logits_of(dense, windows)
+    figure = compare(plain, dense, windows[:1]).max_abs
+    sanity = Check(dtype, f"dense, {cls}", "max |logit difference|", figure, 0.0, reason="the same computation")
+    layers, parts = _summed_in_parts(moe, ffn_width(dense))
     floors = []
     for seed in FLOOR_SEEDS:
         on_step(f"{dtype}: floor {seed + 1} of {len(FLOOR_SEEDS)}")
-        floors.append(compare_reordered(references, dense, parts, layers, windows, seed))
-    floor = max(floors, key=lambda f: f.max_abs)
-    yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
-    bounds = floor_bounds(floors)
-    if dtype == "float32":
-        terms = ffn_width(dense) + _attention_terms(moe, len(windows[0]))
-        bounds = fp32_bounds(terms, len(layers), floor.max_logit)
+        floors.append(compare_reordered(logits, dense, parts, layers, windows, seed))
     on_step(f"{dtype}: greedy tokens of the dense model")
+    return Reference(logits, greedy(dense, windows[0][:PROMPT_TOKENS], GREEDY_TOKENS), floors, sanity)
+
+
+def _dtype_checks(
+    dense_name: str,
+    moe_name: str,
+    shape: ConvertedForCausalLM,
+    dtype: str,
+    windows: list[Tensor],
+    device: str,
+    on_step: Callable[[str], None],
+) -> Iterator[Check]:
+    """The rows of one dtype. `shape` is the converted model without its weights."""
+    reference = _reference(dense_name, shape, dtype, windows, device, on_step)
+    free_device_memory()
+    yield reference.sanity
+    floor = max(reference.floors, key=lambda f: f.max_abs)
+    yield from _rows(dtype, "floor: dense, sums in another order", floor, None)
+    bounds = floor_bounds(reference.floors)
+    if dtype == "float32":
+        terms = ffn_width(shape) + _attention_terms(shape, len(windows[0]))
+        bounds = fp32_bounds(terms, len(_summed_in_parts(shape, ffn_width(shape))[0]), floor.max_logit)
+    on_step(f"{dtype}: loading the converted model")
+    moe = open_checkpoint(moe_name, dtype, device)
+    assert is_converted(moe)
     prompt = windows[0][:PROMPT_TOKENS]
-    expected = greedy(dense, prompt, GREEDY_TOKENS)
-    for what in checked_modes(moe):
+    for what in checked_modes(moe, routes=_routes_as_converted(moe)):
         on_step(f"{dtype}: {what}")
         with _as(moe, what):
-            yield from _rows(dtype, what, compare(references, moe, windows), bounds)
-            yield _greedy_check(dtype, what, expected, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
+            yield from _rows(dtype, what, compare(reference.logits, moe, windows), bounds)
+            yield _greedy_check(dtype, what, reference.greedy, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
 
 
-def checked_modes(moe: ConvertedForCausalLM) -> list[str]:
-    """The modes in which this model must be the dense one.
+def _routes_as_converted(moe: ConvertedForCausalLM) -> bool:
+    """Whether no router has been trained: its rows are zero, as conversion writes them."""
+    return not any(layer.router.weight.any() for layer in moe.moe_layers)
 
-    With slices "routed" only before training (rows of the router are zero), "random" only where every slice is drawn
-    once (twin). Without them "routed", where all experts are chosen with unit gates.
+
+def checked_modes(moe: ConvertedForCausalLM, routes: bool) -> list[str]:
+    """The modes in which this model must be the dense one; its weights are not looked at.
+
+    With slices "routed" only before training (`routes`: rows of the router are zero), "random" only where every slice
+    is drawn once (twin). Without them "routed", where all experts are chosen with unit gates.
     """
     heads = all(_all_chosen(attention.config) for attention in moe.attention_experts)
     if not has_moe_layers(moe) or not moe.moe_layers[0].config.num_frozen_experts:
         return ["routed"] if heads and all(_all_chosen(layer.config) for layer in moe.moe_layers) else []
     modes = ["dense"]
-    if heads and not any(layer.router.weight.any() for layer in moe.moe_layers):
+    if heads and routes:
         modes.append("routed")
     if heads and moe.moe_layers[0].config.routing == "twin":
         modes.append("random, no noise")

@@ -25,9 +25,13 @@ from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     check_length,
     check_same_text_interface,
+    free_device_memory,
     is_converted,
     model_path,
     open_checkpoint,
+    parse_device,
+    parse_dtype,
+    without_weights,
 )
 
 
@@ -103,9 +107,11 @@ def evaluate(
     seq_len: int = 1024,
     mode: Mode | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> dict[str, Perplexity]:
     """The perplexity of a model, and of a dense one on the same tokens: {"model": ..., "dense": ...}.
+
+    One model is on the device at a time.
 
     Args:
         folder, dense: see `lamella.evaluate.checkpoints.model_path`.
@@ -120,16 +126,34 @@ def evaluate(
     path = model_path(folder)
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = open_checkpoint(path, dtype, device)
-    check_length(seq_len, model)
-    if mode is not None:
-        if not is_converted(model):
-            raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
-        model.set_mode(mode)
-    results = {"model": perplexity(model, samples, tokenizer, max_tokens)}
+    parse_dtype(dtype), parse_device(device)
+    shape = without_weights(path)
+    check_length(seq_len, shape)
+    if mode is not None and not is_converted(shape):
+        raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
     if dense is not None:
-        baseline = open_checkpoint(dense, dtype, device)
+        baseline = without_weights(dense)
         check_length(seq_len, baseline)
-        check_same_text_interface(baseline, model)
-        results["dense"] = perplexity(baseline, samples, tokenizer, max_tokens)
+        check_same_text_interface(baseline, shape)
+    results = {}
+    for key, name, what in (("model", path, mode), ("dense", dense, None)):
+        if name is not None:
+            results[key] = _perplexity_of(name, what, samples, tokenizer, max_tokens, dtype, device)
+            free_device_memory()
     return results
+
+
+def _perplexity_of(
+    name: str,
+    mode: Mode | None,
+    samples: PackedSamples,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+    dtype: str,
+    device: str,
+) -> Perplexity:
+    model = open_checkpoint(name, dtype, device)
+    if mode is not None:
+        assert is_converted(model)
+        model.set_mode(mode)
+    return perplexity(model, samples, tokenizer, max_tokens)
