@@ -18,6 +18,7 @@ from lamella.installation import unfit_libraries_told
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import prepare_stages
 from lamella.run.folder import write_atomic
+from lamella.run.gpus import rank_environment
 from lamella.run.processes import StopRequest, die_with_parent
 from lamella.run.supervise import REFUSAL_FILE
 
@@ -36,6 +37,7 @@ def main(words: list[str] | None = None) -> None:
         for recipe in stages:
             recipe.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
         alone_without_torchrun()
+        os.environ.update(rank_environment())
         with unfit_libraries_told():
             from lamella.train.stage import leave_group, train_stage
 

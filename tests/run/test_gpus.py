@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lamella.errors import UserError
-from lamella.run.gpus import check_seen, driver_version, visible_gpus
+from lamella.run.gpus import check_seen, driver_version, rank_environment, visible_gpus
 
 
 @pytest.fixture
@@ -42,3 +44,15 @@ def test_gpus_that_torch_does_not_see_are_a_refusal(devices, tmp_path, monkeypat
     check_seen(3, "2.14.1", "13.0", devices, version)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     check_seen(0, "2.14.1", "13.0", devices, version)
+
+
+def test_ranks_get_growing_segments_and_caches_on_their_own_node(devices, tmp_path):
+    added = rank_environment(devices, {}, tmp_path)
+    assert added["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert Path(added[name]).parent.parent == tmp_path
+    assert len(set(added.values())) == 3
+    assert rank_environment(devices, added, tmp_path) == {}  # what is set already stays
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert "PYTORCH_ALLOC_CONF" not in rank_environment(devices, {name: "max_split_size_mb:128"}, tmp_path)
+    assert "PYTORCH_ALLOC_CONF" not in rank_environment(devices, {"CUDA_VISIBLE_DEVICES": ""}, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def visible_gpus(devices: Path = DEVICES, environment: Mapping[str, str] = os.en
             break
         count += 1
     return count
+
+
+def rank_environment(
+    devices: Path = DEVICES, environment: Mapping[str, str] = os.environ, local: Path | None = None
+) -> dict[str, str]:
+    """What is added to a rank's environment before it imports torch; what is set already stays.
+
+    Segments that can grow keep memory from being cut up by layers that are gathered and freed. Compiled kernels lie on
+    the node's own disk: home folders are shared, and slow for many small files.
+
+    Args:
+        local: a folder of this node; None: the system's for temporary files.
+    """
+    folder = (local or Path(tempfile.gettempdir())) / f"lamella-{os.getuid()}"
+    added = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    if visible_gpus(devices, environment) and "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # its older name
+        added["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: value for name, value in added.items() if name not in environment}
 
 
 def driver_version(file: Path = DRIVER) -> str | None:
