@@ -12,10 +12,10 @@ from lamella.titan.config import decoder_config
 from lamella.titan.decoder import LamellaDecoder
 
 
-def load_titan(folder: Path) -> LamellaDecoder:
+def load_titan(folder: Path, attention: str = "sdpa") -> LamellaDecoder:
     """The torchtitan model of the folder, weights loaded, in evaluation mode."""
     with torch.device("meta"):
-        model = decoder_config(folder).build()
+        model = decoder_config(folder, attention).build()
     model.to_empty(device="cpu")
     with torch.no_grad():
         model.init_weights()

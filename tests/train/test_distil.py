@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchtitan.config import TrainingConfig
 
 from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError
@@ -97,3 +98,32 @@ def test_what_cannot_teach_is_refused(tmp_path):
         check("twin", distil={"teacher": str(tmp_path / "other")})
     recipe = Recipe(model=str(tmp_path / "twin"), seq_len=16, distil=Distil(teacher="nowhere"))
     assert teacher_config(recipe, model_config(recipe)) is None  # another objective has no teacher
+
+
+def test_a_teacher_makes_its_own_masks_and_no_longer_caches_than_samples(tmp_path):
+    """The student's attention is flex, without a window; the teacher's is sdpa, within 4 tokens."""
+    tiny_moe("llama", tmp_path / "student")
+    tiny_moe("mistral", tmp_path / "teacher", sliding_window=4)
+    settings = {"objective": "distil", "distil": {"teacher": str(tmp_path / "teacher")}, "seq_len": 16}
+    recipe = make_recipe({"model": str(tmp_path / "student")} | settings)
+    config = teacher_config(recipe, model_config(recipe))
+    assert config is not None
+    teacher = config.build()
+    for layer in teacher.layers.values():
+        assert layer.attention.rope.cache.shape[0] == 16 < config.dim * 16
+    teacher = load_titan(tmp_path / "teacher")
+    student = load_titan(tmp_path / "student", attention="flex")
+    tokens = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16).expand(2, 16)
+    told = {"positions": positions, "attention_masks": student.get_attention_masks(positions)}
+    assert torch.equal(distil.teacher_logits(teacher, tokens, told), teacher(tokens, positions))
+    unlimited = load_titan(tmp_path / "teacher")
+    unlimited.config.sliding_window = None
+    assert not torch.allclose(unlimited(tokens, positions), teacher(tokens, positions), atol=1e-3)
+
+
+def test_an_offloaded_teachers_weights_wait_in_main_memory(monkeypatch):
+    monkeypatch.setattr(distil, "device_type", "cuda")
+    for offload, where in ((True, "cpu"), (False, "cuda")):
+        weights, buffers = distil.devices_of(TrainingConfig(enable_cpu_offload=offload))
+        assert (weights.type, buffers.type) == (where, "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
         raise UserError(
             f"seq_len {recipe.seq_len} is longer than the teacher's {config.max_seq_len} positions; lower it"
         )
+    for layer in config.layers:  # torchtitan does this for the student: no cache for positions that do not come
+        layer.attention.rope = dataclasses.replace(layer.attention.rope, max_seq_len=recipe.seq_len)
     return config
 
 

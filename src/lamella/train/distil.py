@@ -87,6 +87,22 @@ class DistilLoss(CrossEntropyLoss):
         return self.distil.weight * kl + (1 - self.distil.weight) * loss, metrics
 
 
+@torch.no_grad()
+def teacher_logits(teacher: LamellaDecoder, inputs_BL: Tensor, student_keywords: dict[str, Tensor]) -> Tensor:
+    """[B, L, V]. Of what the student is told the teacher gets the positions: it makes masks for its own attention.
+
+    Args:
+        student_keywords: what the student's forward is given besides the token ids.
+    """
+    return teacher(inputs_BL, positions=student_keywords.get("positions"))
+
+
+def devices_of(training: TrainingConfig) -> tuple[torch.device, torch.device]:
+    """Where a model's weights and its buffers lie: FSDP fetches offloaded weights from main memory, never buffers."""
+    device = torch.device(device_type)
+    return (torch.device("cpu") if training.enable_cpu_offload else device), device
+
+
 def load_teacher(
     folder: Path,
     config: LamellaDecoder.Config,
@@ -106,9 +122,10 @@ def load_teacher(
         ac_config=None,
         dump_folder="",
     )
-    model.to_empty(device=device_type)
+    weights, buffers = devices_of(training)
+    model.to_empty(device=weights)
     with torch.no_grad():
-        model.init_weights()
+        model.init_weights(buffer_device=buffers)
     state = names.to_hf(model.state_dict())
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
     model.load_state_dict(names.from_hf(state), strict=False)  # a tied head is in neither form

@@ -33,7 +33,7 @@ from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
 from lamella.train.data import MixedSamples, SampleLoader, has_label, spread
-from lamella.train.distil import DistilLoss, Lesson, load_teacher
+from lamella.train.distil import DistilLoss, Lesson, load_teacher, teacher_logits
 from lamella.train.fit_router import fit_router
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import LamellaMetrics
@@ -285,7 +285,7 @@ class LamellaTrainer(Trainer):
         """The logits [B, L, V] of the model beside the student, or of the dense model inside it."""
         with self.train_context():
             if self.teacher is not None:
-                return self.teacher(inputs, **keywords)
+                return teacher_logits(self.teacher, inputs, keywords)
             return self.model(inputs, **keywords, mode="dense")
 
     def restore(self) -> None:
