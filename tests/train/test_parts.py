@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -22,7 +23,7 @@ from lamella.train.balance import Balance, start_routing
 from lamella.train.data import MixedSamples, SampleLoader, spread, steps_of_data
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import known_peak_flops, scalars
-from lamella.train.overlay import OWNED, REFUSED, overlay
+from lamella.train.overlay import OWNED, REFUSED, WORKS, is_known, overlay
 from lamella.train.stage import prepare
 from support.models import save_llama, tiny_moe, trainable_moe
 from support.titan import load_titan
@@ -231,7 +232,17 @@ def test_recipe_reaches_torchtitan(tmp_path):
         ({"training": {"gc_freqq": 1}}, r"'training.gc_freqq' \(did you mean 'gc_freq'\?\)"),
         ({"training": {"gc_debug": "maybe"}}, "training.gc_debug: .*boolean"),
         ({"training": {"steps": 3}}, "training.steps is set by the recipe: use steps"),
-        ({"parallelism": {"spmd_backend": "spmd_types"}}, "does not work with this model"),
+        ({"parallelism": {"spmd_backend": "spmd_types"}}, "has no use here: the experts are plain tensors"),
+        ({"parallelism": {"pipeline_parallel_schedule": "GPipe"}}, "is for pipelines; set parallel.pipeline"),
+        ({"parallelism": {"enable_fsdp_symm_mem": True}}, "enable_fsdp_symm_mem=True has no use here"),
+        ({"compile": {"enable": True}}, "compile.enable=True has no use here"),
+        ({"compile": {"enable_async_tensor_parallel": True}}, "enable_async_tensor_parallel=True has no use"),
+        ({"activation_checkpoint": {"memory_budget": 0.5}}, "activation_checkpoint is off; .*memory_budget: it needs"),
+        ({"activation_checkpoint": {"early_stop": True}}, "activation_checkpoint is off"),
+        ({"float8": {"recipe_name": "rowwise"}}, "float8 cannot be set: products are computed in `precision`"),
+        ({"mxfp8": {}}, "mxfp8 cannot be set"),
+        ({"loss": {"num_chunks": 8}}, "loss is set by the recipe: use"),
+        ({"debug": {"moe_force_load_balance": True}}, "see `balancing`"),
         ({"parallelism": {"expert_parallel_degree": 2}}, "is set by the recipe: use parallel.expert"),
         ({"checkpoint": {"async_mode": "sometimes"}}, "checkpoint.async_mode"),
     ],
@@ -241,14 +252,33 @@ def test_bad_torchtitan_sections_are_refused(section, message, tmp_path):
         trainer(tmp_path, torchtitan=section)
 
 
-def test_owned_and_refused_options_exist(tmp_path):
-    """Else the tables went stale with a new torchtitan."""
-    config = trainer(tmp_path)
-    for path in [*OWNED, *REFUSED]:
+def leaves(config, prefix=""):
+    """Paths of all options, sections that the recipe owns left out."""
+    for field in dataclasses.fields(config):
+        path, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if path not in OWNED and dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path
+
+
+def test_what_becomes_of_every_option_is_known(tmp_path):
+    """All of torchtitan's config: set by the recipe, refused but for one value, or works. A new option fails here."""
+    config = trainer(tmp_path, activation_checkpointing="selective")
+    paths = list(leaves(config))
+    assert [path for path in paths if not is_known(path)] == []
+    sections = {path.rpartition(".")[0] for path in paths}
+    assert {*OWNED, *REFUSED, *WORKS} - {*paths, *sections} == set()  # else the tables went stale
+    for path, (only, _) in REFUSED.items():
         value = config
         for part in path.split("."):
             value = getattr(value, part)
+        assert value == only, path
     assert overlay(config, {}) == config
+    changed = overlay(config, {"activation_checkpoint": {"preserve_rng_state": False}})
+    assert not changed.activation_checkpoint.preserve_rng_state
+    with pytest.raises(UserError, match=r"memory_budget cannot be set: it needs compiled blocks"):
+        overlay(config, {"activation_checkpoint": {"memory_budget": 0.5}})
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torchtitan.config import ParallelismConfig
 
 from lamella.jsons import Json
 
@@ -34,6 +36,9 @@ OWNED = {
     "checkpoint.initial_load_path": "model",
     "checkpoint.folder": "checkpoint_folder",
     "checkpoint.async_mode": "checkpoint_async",
+    "loss": "objective",
+    "tokenizer": "model",
+    "optimizer.param_groups": "lr, router_lr_scale, weight_decay and their like",
     "metrics.log_freq": "log_every_steps",
     "metrics.enable_tensorboard": "tensorboard",
     "dataloader": "data",
@@ -48,15 +53,82 @@ OWNED = {
     "parallelism.pipeline_parallel_degree": "parallel.pipeline",
     "parallelism.pipeline_parallel_microbatch_size": "samples_per_micro_batch",
     "recipe": "the other keys of the recipe",
+    "heldout": "heldout_data",
+    "teacher": "distil.teacher",
+    "stream": "the other keys of the recipe",
+    "stop": "the other keys of the recipe",
+    "heart": "the other keys of the recipe",
 }
-# Known not to work with this model yet.
-REFUSED = {
-    "parallelism.pipeline_parallel_schedule": ("1F1B", "GPipe"),
-    "parallelism.spmd_backend": ("partial_dtensor",),
-    "compile.enable": (False,),
-}
-
 Config = TypeVar("Config", bound="DataclassInstance")
+
+NO_COMPILE = "the blocks are not compiled"
+# Path -> (the only value that is taken, why another one would do nothing here, or harm).
+REFUSED: dict[str, tuple[object, str]] = {
+    "training.disable_cuda_graphs": (True, "some expert paths wait for the host"),
+    "training.dtype": ("float32", "weights are trained in float32; `precision` says how they are computed"),
+    "parallelism.enable_fsdp_symm_mem": (False, "FSDP's collectives do not use symmetric memory"),
+    "parallelism.spmd_backend": ("partial_dtensor", "the experts are plain tensors"),
+    "parallelism.pipeline_parallel_schedule_csv": ("", "a schedule has a name"),
+    "parallelism.context_parallel_load_balancer": ("headtail", "tokens are shared out from both ends"),
+    "parallelism.context_parallel_ptrr_mask_key": (None, "tokens are shared out from both ends"),
+    "metrics.disable_color_printing": (True, "torchtitan's lines go to a log file"),
+    "metrics.save_tb_folder": ("tensorboard", "a run directory has fixed names"),
+    "metrics.save_for_all_ranks": (False, "metrics are those of all ranks together"),
+    "checkpoint.initial_load_model_only": (True, "a run begins with a model"),
+    "checkpoint.initial_load_in_hf": (True, "a run begins with a model in transformers' layout"),
+    "checkpoint.initial_load_in_hf_quantized": (False, "quantised weights cannot be trained"),
+    "checkpoint.last_save_model_only": (False, "the last checkpoint could not be resumed"),
+    "checkpoint.last_save_in_hf": (False, "a run's model is written by `lamella export`"),
+    "checkpoint.export_dtype": ("float32", "a run's model is written by `lamella export`"),
+    "checkpoint.exclude_from_loading": ([], "a run is resumed whole"),
+    "checkpoint.create_seed_checkpoint": (False, "weights come from the model"),
+    "checkpoint.load_only": (False, "a run could not be resumed"),
+    "compile.enable": (False, NO_COMPILE),
+    "compile.enable_async_tensor_parallel": (False, NO_COMPILE),
+    "compile.components": (["model", "loss"], NO_COMPILE),
+    "compile.backend": ("inductor", NO_COMPILE),
+    "comm.mode": ("default", "the ranks are real"),
+    "debug.spmd_typechecking": (False, "the experts are plain tensors"),
+    "debug.moe_force_load_balance": (False, "it is for torchtitan's own MoE; see `balancing`"),
+    "debug.batch_invariant": (False, "it is for inference"),
+    "override.imports": ([], "modules of a run come from its model"),
+}
+# Values of a text that are taken.
+SCHEDULES = ("1F1B", "GPipe")
+# Options of torchtitan that this config does not reach: words that somebody may look for.
+UNREACHABLE = {
+    "memory_budget": "it needs compiled blocks; set activation_checkpointing: selective or full",
+    "float8": "products are computed in `precision`",
+    "mxfp8": "products are computed in `precision`",
+    "mx": "products are computed in `precision`",
+    "nvfp4": "products are computed in `precision`",
+    "quantization": "products are computed in `precision`",
+    "converters": "products are computed in `precision`",
+}
+# These do what torchtitan says of them. A section stands for all that is in it.
+WORKS = frozenset({
+    "profiler", "metrics.enable_wandb", "optimizer.implementation", "optimizer.optimizer_factory_kwargs_by_name",
+    "training.mixed_precision_reduce", "training.gc_freq", "training.gc_debug",
+    "parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule",
+    "parallelism.module_fqns_per_model_part", "parallelism.pipeline_parallel_first_stage_less_layers",
+    "parallelism.pipeline_parallel_last_stage_less_layers", "parallelism.pipeline_parallel_layers_per_stage",
+    "checkpoint.load_step", "checkpoint.enable_first_step_checkpoint",
+    "activation_checkpoint",
+    "comm.init_timeout_seconds", "comm.train_timeout_seconds", "comm.trace_buf_size", "comm.save_traces_folder",
+    "comm.save_traces_file_prefix",
+    "debug.deterministic", "debug.deterministic_warn_only", "debug.detect_anomaly", "debug.print_config",
+    "debug.save_config_file", "debug.enable_structured_logging",
+})  # fmt: skip
+
+
+def _is_in(path: str, table: Iterable[str]) -> bool:
+    """Whether the table has the path, or a section that it is in."""
+    return any(path == entry or path.startswith(f"{entry}.") for entry in table)
+
+
+def is_known(path: str) -> bool:
+    """Whether it is said what becomes of a torchtitan option."""
+    return path in REFUSED or _is_in(path, OWNED) or _is_in(path, WORKS)
 
 
 def overlay(config: Config, values: Json) -> Config:
@@ -78,12 +150,14 @@ def _overlay(config: Config, values: Json, prefix: str, problems: list[str]) -> 
     changes = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if key not in fields:
+        if key in UNREACHABLE and key not in fields:
+            problems.append(f"{path} cannot be set: {UNREACHABLE[key]}")
+        elif key not in fields:
             problems.append(f"unknown key {path!r}{did_you_mean(str(key), fields)}")
         elif path in OWNED:
             problems.append(f"{path} is set by the recipe: use {OWNED[path]}")
-        elif path in REFUSED and value not in REFUSED[path]:
-            problems.append(f"{path}={value!r} does not work with this model; it must be {REFUSED[path][0]!r}")
+        elif refusal := _refusal(config, path, value):
+            problems.append(refusal)
         else:
             changes[key] = _field(getattr(config, key), hints[key], value, path, problems)
     if problems:
@@ -93,6 +167,31 @@ def _overlay(config: Config, values: Json, prefix: str, problems: list[str]) -> 
     except (ValueError, AssertionError) as error:
         problems.append(f"{prefix.rstrip('.') or 'torchtitan'}: {error}")
         return config
+
+
+def _refusal(config: object, path: str, value: object) -> str | None:
+    """Why this value of an option is not taken, if so."""
+    if path in REFUSED and value != REFUSED[path][0]:
+        only, why = REFUSED[path]
+        return f"{path}={value!r} has no use here: {why}; it must be {only!r}"
+    name = path.rpartition(".")[2]
+    if isinstance(config, ParallelismConfig) and _is_for_pipelines(name):
+        if config.pipeline_parallel_degree == 1:
+            return f"{path} is for pipelines; set parallel.pipeline, too"
+        if name == "pipeline_parallel_schedule" and value not in SCHEDULES:
+            return f"{path}={value!r} does not work with this model; it must be one of {', '.join(SCHEDULES)}"
+    if path == "activation_checkpoint" and getattr(config, name) is None:
+        budget = (
+            "; memory_budget: " + UNREACHABLE["memory_budget"]
+            if isinstance(value, dict) and "memory_budget" in value
+            else ""
+        )
+        return f"{path} is off; set activation_checkpointing: selective or full, too{budget}"
+    return None if is_known(path) or dataclasses.is_dataclass(getattr(config, name)) else f"{path}: not known"
+
+
+def _is_for_pipelines(name: str) -> bool:
+    return name.startswith("pipeline_parallel_") or name == "module_fqns_per_model_part"
 
 
 def _field(current: object, hint: type, value: object, path: str, problems: list[str]) -> object:
