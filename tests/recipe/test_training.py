@@ -51,6 +51,8 @@ def test_all_errors_come_at_once():
         ({"data": [{"source": "a", "weight": float("nan")}]}, "data.0.weight: .* finite"),
         ({"heldout_data": [{"source": s, "weight": 0} for s in "ab"]}, "the weights of heldout_data sum to 0"),
         ({"data": [{"source": "a", "wieght": 1}]}, r"unknown key 'data.0.wieght' \(did you mean 'weight'\?\)"),
+        ({"data": [{"source": "a", "streem": True}]}, r"unknown key 'data.0.streem' \(did you mean 'stream'\?\)"),
+        ({"str": 3}, "unknown key 'str'"),  # what pydantic calls a branch of a union, too
         ({"trains": "everything"}, "trains: "),
         ({"twin_share": 0.5}, "twin_share: "),
         ({"parallel": {"experts": 2}}, r"unknown key 'parallel.experts' \(did you mean 'expert'\?\)"),

@@ -138,7 +138,7 @@ def _types(hint: Any) -> set[Any]:
 
 def _lines(error: ValidationError, kind: type[Any], also_known: Iterable[str], where: str) -> list[str]:
     lines = []
-    problems = [(*_place(kind, problem["loc"]), problem) for problem in error.errors()]
+    problems = [(*_place(kind, problem["loc"], problem["type"] in _UNKNOWN), problem) for problem in error.errors()]
     for keys, known, problem in problems:
         key, cause = ".".join(keys), problem.get("ctx", {}).get("error")
         if problem["type"] in _UNKNOWN:
@@ -168,13 +168,14 @@ def _near(problem: Any) -> str:
     return did_you_mean(str(problem["input"]), [word.strip("'") for word in expected])
 
 
-def _place(kind: type[Any], location: Sequence[str | int]) -> tuple[list[str], list[str]]:
+def _place(kind: type[Any], location: Sequence[str | int], ends_in_key: bool) -> tuple[list[str], list[str]]:
     """(the keys on the way to a problem, those known in its section); pydantic's names of union branches are none."""
     keys: list[str] = []
     here = [kind]
     for i, part in enumerate(location):
         named = [fields_of(section)[part] for section in here if part in fields_of(section)]
-        if isinstance(part, int) or named or (i == len(location) - 1 and not _is_branch(part, here)):
+        last = i == len(location) - 1
+        if isinstance(part, int) or named or (last and (ends_in_key or not _is_branch(part, here))):
             keys.append(str(part))
         elif any(section.__name__ == part for section in here):
             here = [section for section in here if section.__name__ == part]
@@ -184,5 +185,6 @@ def _place(kind: type[Any], location: Sequence[str | int]) -> tuple[list[str], l
 
 
 def _is_branch(part: str | int, here: list[type[Any]]) -> bool:
-    names = [section.__name__ for section in here]
-    return str(part).startswith("literal[") or any(name in str(part) for name in [*names, "int", "float", "str"])
+    """Whether pydantic calls a branch of a union so: a type, or what wraps one, as in `function-after[f(), int]`."""
+    name = str(part).removeprefix("constrained-")
+    return "[" in name or name in [*(section.__name__ for section in here), "int", "float", "str", "bool", "none"]
