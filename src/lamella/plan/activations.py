@@ -65,6 +65,9 @@ def _attention_bytes(layout: Layout, layer: int) -> int:
     if heads is None:
         q, kv = model.N * model.H, 2 * model.G * model.H * gathered
         out = T * q * b + T * model.N * 4
+    elif layout.attention == "flex" and gathered == 1:  # told in the score function; beside them the weighed heads
+        q, kv = model.N * model.H, 2 * model.G * model.H
+        out = T * model.N * (2 * model.H * b + 4) + T * heads.num_experts
     else:  # wider by the features that hide, beside the projections; keys and values of every expert; weighed heads
         wider = model.H + HIDING_FEATURES
         q, kv = model.N * (model.H + wider), 2 * (model.G * model.H + heads.num_experts * wider * gathered)

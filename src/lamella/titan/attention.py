@@ -3,7 +3,8 @@
 All heads are computed for all tokens, as in the definition, so training saves nothing; `lamella.moe.attention.routed`
 computes routed rows alone, for generation. What an expert was not given is hidden from its queries by one more feature
 of queries (1) and keys (0, or far below 0), so that every kernel, mask and context share of the dense attention serves
-as it is.
+as it is. FlexAttention is told in its score function instead: its kernels round the width of a head up to a power of
+two, and 128 + 8 to 256. (Under context parallelism keys of other ranks come with the feature.)
 
 Shapes: B batch, L sequence, T = B*L tokens, D model width, N query heads, G key/value heads, E experts, H head width.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchtitan.models.common.attention import GQAttention
@@ -19,6 +21,7 @@ from torchtitan.protocols.module import Module
 
 from lamella.architecture.moe import AttentionMoEConfig, Mode
 from lamella.moe.attention.heads import attention_scores, expert_weights, fixed_attention_routing, route_attention
+from lamella.titan.inner_attention import GatheringFlexAttention, ScoreMod
 from lamella.titan.masks import Masks
 from lamella.titan.routed import Routed, Router
 
@@ -88,13 +91,28 @@ class ExpertAttention(GQAttention):
             q_BLNH, k_BLGH = self.q_norm(q_BLNH), self.k_norm(k_BLGH)
         q_BLNH, k_BLGH = self.rope(q_BLNH, k_BLGH, positions)
         E = chosen_BLE.shape[-1]
-        k_BLEH, v_BLEH = (x.repeat_interleave(E // self.n_kv_heads, dim=2) for x in (k_BLGH, v_BLGH))
-        q, k, v = hide_unchosen(q_BLNH, k_BLEH, v_BLEH, chosen_BLE)
-        out_BLNH = self.inner_attention(
-            q, k, v, attention_masks=attention_masks, scale=self.head_dim**-0.5, enable_gqa=self.n_heads > E
-        )[..., : self.head_dim]
+        if isinstance(self.inner_attention, GatheringFlexAttention) and self.inner_attention.key_group is None:
+            out_BLNH = self.inner_attention(
+                q_BLNH, k_BLGH, v_BLGH, attention_masks=attention_masks, scale=self.head_dim**-0.5,
+                enable_gqa=self.n_heads > self.n_kv_heads, score_mod=unseen_score(chosen_BLE, self.n_heads // E),
+            )  # fmt: skip
+        else:
+            k_BLEH, v_BLEH = (x.repeat_interleave(E // self.n_kv_heads, dim=2) for x in (k_BLGH, v_BLGH))
+            q, k, v = hide_unchosen(q_BLNH, k_BLEH, v_BLEH, chosen_BLE)
+            out_BLNH = self.inner_attention(
+                q, k, v, attention_masks=attention_masks, scale=self.head_dim**-0.5, enable_gqa=self.n_heads > E
+            )[..., : self.head_dim]
         weights_BLN = weights_BLE.repeat_interleave(self.n_heads // E, dim=2).to(out_BLNH.dtype)
         return self.wo((out_BLNH * weights_BLN[..., None]).flatten(2))
+
+
+def unseen_score(chosen_BLE: Tensor, heads_per_expert: int) -> ScoreMod:
+    """Leaves a head's score for the keys that its expert was given, and puts it far below for the others."""
+
+    def score_mod(score: Tensor, b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(chosen_BLE[b, k, head // heads_per_expert], score, UNSEEN)
+
+    return score_mod
 
 
 def hide_unchosen(q_BLNH: Tensor, k_BLEH: Tensor, v_BLEH: Tensor, chosen_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:

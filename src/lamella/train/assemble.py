@@ -22,6 +22,7 @@ from lamella.run.folder import RunDir
 from lamella.run.store import absolute
 from lamella.titan.config import decoder_config
 from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.inner_attention import FLEX_LEAST_WIDTH, check_kernels
 from lamella.titan.parallelise import parallelize
 from lamella.titan.state_dict import LamellaStateDictAdapter
 from lamella.train.checkpoint import CommittedCheckpoints
@@ -41,9 +42,7 @@ def has_gpu() -> bool:
 
 def model_config(recipe: Recipe) -> LamellaDecoder.Config:
     """The torchtitan config of the recipe's model; UserError where the two do not fit."""
-    attention = recipe.attention
-    if attention == "auto":
-        attention = "flex" if has_gpu() else "sdpa"
+    attention = _attention(recipe, recipe.model)
     if attention != "sdpa" and not has_gpu():
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
     config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
@@ -56,6 +55,19 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
     return config
 
 
+def _attention(recipe: Recipe, folder: str) -> str:
+    """The kind of attention of the model in a folder; UserError where this GPU lacks its kernels."""
+    kind = recipe.attention
+    if not has_gpu():
+        return "sdpa" if kind == "auto" else kind
+    width = read_model(folder).H
+    if kind == "auto":
+        kind = "flex" if width >= FLEX_LEAST_WIDTH else "sdpa"
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    check_kernels(kind, width, _precision(recipe), major)
+    return kind
+
+
 def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDecoder.Config | None:
     """The config of the model beside the student that it learns from, if there is one.
 
@@ -65,7 +77,7 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
     folder = recipe.distil.teacher
     if recipe.objective != "distil" or folder is None:
         return None
-    attention = "sdpa" if not has_gpu() else "flex" if recipe.attention == "auto" else recipe.attention
+    attention = _attention(recipe, folder) if has_gpu() else "sdpa"
     config = decoder_config(folder, attention, recipe.expert_path, recipe.seq_len)
     config.trains, config.file_dtype = "nothing", _dtype_name(folder)
     if config.vocab_size != student.vocab_size:
