@@ -28,7 +28,11 @@ def find_file(name: str | Path) -> Path:
     A name that is neither is given back as it is; the caller says what is missing.
     """
     path = Path(name)
-    if path.exists() or path.parts[:1] != ("launch",) or ".." in path.parts:
+    try:
+        exists = path.exists()
+    except OSError as error:  # longer than a name of a file can be
+        raise UserError(f"{str(name)[:80]} is not the name of a file: {error.strerror}") from None
+    if exists or path.parts[:1] != ("launch",) or ".." in path.parts:
         return path
     own = LAUNCH.joinpath(*PurePosixPath(path).parts[1:])
     return own if own.is_file() else path

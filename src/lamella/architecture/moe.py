@@ -218,6 +218,8 @@ class AttentionMoEConfig:
 
 def _known_keys(cls: type[Any], values: Json, entry: str) -> Json:
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise UserError(f"the {entry} config is {values!r}; it must be an object")
     for key in values:
         if key not in fields:
             raise UserError(f"unknown key {key!r} in the {entry} config{did_you_mean(key, fields)}")
@@ -228,4 +230,19 @@ def _known_keys(cls: type[Any], values: Json, entry: str) -> Json:
     ]
     if missing:
         raise UserError(f"the {entry} config lacks {', '.join(missing)}")
+    for key, value in values.items():
+        if not _is_of_type(value, str(fields[key].type)):
+            raise UserError(f"{key} of the {entry} config is {value!r}; it must be {fields[key].type}")
     return values
+
+
+def _is_of_type(value: object, kind: str) -> bool:
+    """Whether a value of a config.json can be that of a field; a choice is checked by its own list."""
+    if kind.startswith("tuple[int"):
+        return isinstance(value, list | tuple) and all(_is_of_type(item, "int") for item in value)
+    if kind.startswith("dict[int"):
+        return isinstance(value, dict) and all(
+            str(key).isdecimal() and isinstance(fields, dict) for key, fields in value.items()
+        )
+    types = {"int": int, "float": (int, float), "bool": bool}.get(kind, str)
+    return isinstance(value, types) and isinstance(value, bool) == (kind == "bool")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_header
 from lamella.checkpoint.tying import as_stored, say_once, stray_files
 from lamella.errors import UserError
-from lamella.jsons import Json
+from lamella.jsons import Json, json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -107,13 +106,7 @@ def read_stored_config(folder: Path) -> Json:
 def read_json(path: Path, if_missing: str) -> Json:
     if not path.is_file():
         raise UserError(if_missing)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return values
+    return json_object(path.read_bytes(), str(path))
 
 
 def read_folder(folder: Path) -> dict[str, SourceTensor]:
@@ -140,7 +133,8 @@ def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
     files = sorted({str(file) for file in weight_map.values()})
     if outside := [file for file in files if Path(file).name != file]:
         raise UserError(f"{INDEX_FILE} names {outside[0]}, which is not a file beside it")
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if missing := [file for file in files if file not in present]:
         raise UserError(f"{INDEX_FILE} names {', '.join(missing)}, not in {folder}; download what is missing")
     headers = {file: read_header(folder / file) for file in files}
     if lost := [name for name, file in weight_map.items() if name not in headers[file]]:

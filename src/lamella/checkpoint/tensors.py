@@ -99,7 +99,7 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
         header = json.loads(read_bytes(path, 8, length).tobytes())
         header.pop("__metadata__", None)
         entries = [(name, _entry(path, name, 8 + length, fields)) for name, fields in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} has a broken safetensors header ({error}); download it again") from None

@@ -47,7 +47,7 @@ from lamella.evaluate.checkpoints import (
     without_weights,
 )
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
-from lamella.evaluate.perplexity import text_samples
+from lamella.evaluate.perplexity import check_ids, text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
 from lamella.hf.models import ConvertedForCausalLM, quiet_loading
 from lamella.installation import command
@@ -141,12 +141,15 @@ def logit_match(
         UserError: no such model or data; `moe_name` is no conversion, or one of another model.
     """
     tokens = {"float32": 512, "bfloat16": 256} if tokens is None else tokens
-    windows = {}
+    windows, texts = {}, []
     for dtype, count in tokens.items():
         samples = text_samples(data, "heldout", model_path(moe_name), seq_len, None)
+        texts.append(samples)
         windows[dtype] = [samples.sample(i).input_ids_L for i in range(min(len(samples), max(1, count // seq_len)))]
     dense, moe = without_weights(dense_name), _must_be_the_dense_model(without_weights(moe_name), moe_name)
     check_length(seq_len, dense, moe)
+    for samples in texts:
+        check_ids(data, samples, model_path(moe_name), dense, moe)
     check_same_text_interface(dense, moe)
     checks: list[Check] = []
     for dtype, ids in windows.items():

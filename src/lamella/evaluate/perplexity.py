@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lamella.architecture.moe import Mode
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
 from lamella.data.sources import Split
+from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     check_length,
@@ -97,6 +98,12 @@ def text_samples(data: str, split: Split | None, tokenizer: str, seq_len: int, m
     return PackedSamples(token_file(data, split, tokenizer, max_tokens=limit), seq_len)
 
 
+def check_ids(data: str, samples: PackedSamples, tokenizer: str, *models: PreTrainedModel) -> None:
+    """UserError for text with a token id that one of the models does not have."""
+    for model in models:
+        check_vocabulary(data, samples.tokens.largest_id, model.get_input_embeddings().num_embeddings, tokenizer)
+
+
 def evaluate(
     folder: str,
     data: str = "python-docs",
@@ -129,11 +136,13 @@ def evaluate(
     parse_dtype(dtype), parse_device(device)
     shape = without_weights(path)
     check_length(seq_len, shape)
+    check_ids(data, samples, path, shape)
     if mode is not None and not is_converted(shape):
         raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
     if dense is not None:
         baseline = without_weights(dense)
         check_length(seq_len, baseline)
+        check_ids(data, samples, path, baseline)
         check_same_text_interface(baseline, shape)
     results = {}
     for key, name, what in (("model", path, mode), ("dense", dense, None)):

@@ -44,7 +44,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         has_alias = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
         values = None if has_alias else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if has_alias:
         raise UserError(f"{name} uses YAML aliases (*name); write the value out")
@@ -67,5 +67,5 @@ def set_by_word(values: dict[str, Any], word: str) -> None:
         values = values[parent]
     try:
         values[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"the value of {key} is not valid YAML: {error}") from None

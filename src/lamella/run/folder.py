@@ -26,7 +26,7 @@ import xxhash
 
 from lamella.architecture.tokenizer_files import template_fingerprint, tokenizer_hash
 from lamella.errors import UserError
-from lamella.jsons import Json
+from lamella.jsons import Json, json_object
 from lamella.recipe.files import parse_yaml
 from lamella.recipe.result import CONFIG, MODEL, result_folder, result_of
 from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
@@ -102,7 +102,7 @@ class RunDir:
         """
         if not self.status_file.is_file():
             return {"state": "none", "step": 0}
-        return json.loads(self.status_file.read_text())
+        return json_object(self.status_file.read_bytes(), str(self.status_file))
 
     def write_status(
         self,
@@ -125,11 +125,11 @@ class RunDir:
 
     def events(self, *kinds: str) -> list[Json]:
         """All events, or those of some kinds."""
-        return [line for line in _json_lines(self.events_file) if not kinds or line["event"] in kinds]
+        return [line for line in _json_lines(self.events_file) if not kinds or line.get("event") in kinds]
 
     def metrics(self) -> Iterator[Json]:
         """The logged lines; where a resumed run logged a step again, only the later line."""
-        lines = {line["step"]: line for line in self.all_metrics()}
+        lines = {line["step"]: line for line in self.all_metrics() if isinstance(line.get("step"), int)}
         yield from (lines[step] for step in sorted(lines))
 
     def all_metrics(self) -> list[Json]:
@@ -202,11 +202,13 @@ def run_of_result(folder: Path) -> tuple[RunDir, int] | None:
 
 def _json_lines(file: Path) -> Iterator[Json]:
     """The whole lines of a file that may not exist; a full disk can leave half of one."""
-    for text in file.read_text().splitlines() if file.is_file() else ():
+    for text in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            yield json.loads(text)
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict):
+            yield line
 
 
 def model_differences(old: Path, new: Path) -> list[str]:
