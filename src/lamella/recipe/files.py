@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from lamella.errors import UserError
 from lamella.installation import command, find_file
 
+MAX_DEPTH = 50
 MAX_RECIPE_BYTES = 1_000_000
 
 
@@ -39,10 +40,20 @@ def read_recipe_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
+def _events(text: str) -> Iterator[yaml.Event]:
+    """What the parser finds; ValueError where it is nested so deeply that reading it would take minutes."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels inside of each other")
+        yield event
+
+
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """A YAML mapping without aliases (small files of them grow without bound) and without Python objects."""
     try:
-        has_alias = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        has_alias = any(isinstance(event, yaml.AliasEvent) for event in _events(text))
         values = None if has_alias else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name} is not valid YAML: {error}") from None

@@ -27,7 +27,7 @@ import xxhash
 from lamella.architecture.tokenizer_files import template_fingerprint, tokenizer_hash
 from lamella.errors import UserError
 from lamella.jsons import Json, json_object
-from lamella.recipe.files import parse_yaml
+from lamella.recipe.files import parse_yaml, read_recipe_text
 from lamella.recipe.result import CONFIG, MODEL, result_folder, result_of
 from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
 from lamella.run.store import CheckpointStore, absolute
@@ -84,7 +84,7 @@ class RunDir:
         """The recipe with which the run was begun."""
         if not self.exists():
             raise UserError(f"{self.path} is no run directory: it holds no config.yaml")
-        return make_recipe(parse_yaml(self.config.read_text(), str(self.config)))
+        return make_recipe(parse_yaml(read_recipe_text(self.config), str(self.config)))
 
     def store(self) -> CheckpointStore:
         """The store of this run's checkpoints."""
