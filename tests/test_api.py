@@ -42,6 +42,7 @@ def test_a_model_and_its_tokenizer_that_generate_at_once(tmp_path: Path, method:
             assert torch.equal(again(text).logits, model(text).logits)
 
 
+@pytest.mark.slow
 def test_again_with_progress_and_a_report(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "dense", vocab_size=VOCAB)
     save_tokenizer(tmp_path / "dense")
@@ -58,6 +59,7 @@ def test_again_with_progress_and_a_report(tmp_path: Path) -> None:
         assert [verdict["layer"] for verdict in model.lamella_report.notes["guard"]] == [1]
 
 
+@pytest.mark.slow
 def test_a_calibration_says_how_far_it_is_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,6 +174,7 @@ for name in {names!r}:
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     D, F, V, T = 128, 512, 16384, 2048
     sizes = {"hidden_size": D, "head_dim": 32, "intermediate_size": F, "vocab_size": V}

@@ -353,6 +353,7 @@ def test_the_command_exits_with_2(arguments: list[str], message: str, tmp_path: 
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_command_converts_once_and_says_what_next(tmp_path: Path) -> None:
     dense, out = tiny_checkpoint(tmp_path / "dense"), tmp_path / "moe"
     before = tree(tmp_path)
@@ -370,6 +371,7 @@ def test_the_command_converts_once_and_says_what_next(tmp_path: Path) -> None:
     assert "--overwrite" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_default_folder_is_kept_where_it_holds_this_conversion(tmp_path: Path) -> None:
     """Training and verifying make it as well, so the commands work in any order; another conversion is refused."""
     dense = tiny_checkpoint(tmp_path / "dense")

@@ -261,6 +261,7 @@ def test_files_beside_the_weights_are_copied_untouched(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "moe/lamella.json").read_text())["source"]["licence"] == "llama3.1"
 
 
+@pytest.mark.slow
 def test_auto_classes_with_remote_code(tmp_path: Path) -> None:
     """In a fresh process that has not imported lamella."""
     convert(tiny_checkpoint(tmp_path / "dense", "qwen3"), tmp_path / "moe", SliceOptions(slices=4))

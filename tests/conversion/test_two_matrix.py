@@ -295,6 +295,7 @@ def with_text(family: str, tmp_path: Path) -> tuple[str, str]:
     return str(dense), str(tmp_path / "moe")
 
 
+@pytest.mark.slow
 def test_the_logit_match_passes_and_sees_damage(with_text: tuple[str, str], family: str) -> None:
     tokens = {"float32": 512, "bfloat16": 512}
     checks = logit_match(*with_text, tokens=tokens)

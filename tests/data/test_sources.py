@@ -22,6 +22,7 @@ def write_parquet(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 @pytest.mark.parametrize("source", EMBEDDED_SOURCES)
+@pytest.mark.slow
 def test_embedded_sources_split_in_two_parts_that_make_the_whole(source):
     train, heldout, everything = (list(documents(source, split)) for split in ("train", "heldout", None))
     assert sorted(train + heldout) == sorted(everything)

@@ -130,6 +130,7 @@ def test_broken_records_are_passed_over_from_any_place_on(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("done", [1, 40, 150, 400])  # 400: in the third epoch of most
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_where_it_was(tmp_path, tokenizer, kind, done):
     stream, resumed = (open_stream(tmp_path, kind, tokenizer) for _ in range(2))
     stream.sample(done - 1)

@@ -177,6 +177,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_the_commands(dense, moe, text, tmp_path):
     report = tmp_path / "report.json"
     done = run_cli(

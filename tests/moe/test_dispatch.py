@@ -128,6 +128,7 @@ def test_grouped_keeps_no_more_than_a_dense_ffn():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.slow
 def test_triton_kernels_in_the_interpreter():
     """Triton reads TRITON_INTERPRET when it is imported, hence another process."""
     file = Path(__file__).with_name("interpreted_kernels.py")

@@ -242,6 +242,7 @@ def test_a_dense_model_trains_as_a_whole(llama3):
 
 
 @pytest.mark.parametrize("words", [[], [str(SHIPPED / "demo.yaml")], [str(SHIPPED / "new-domain.yaml")]])
+@pytest.mark.slow
 def test_a_default_model_is_planned_before_it_is_made(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(words, json_path=Path("plan.json"))
