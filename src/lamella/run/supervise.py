@@ -26,7 +26,7 @@ from lamella.recipe.training import Recipe
 from lamella.run.effective import effective_time
 from lamella.run.failure import ATTEMPT, cause, forget, watchdog_spoke
 from lamella.run.folder import RunDir
-from lamella.run.heartbeat import forget_beats, lost_ranks, place_of, who_hangs
+from lamella.run.heartbeat import EVERY_S, forget_beats, lost_ranks, place_of, who_hangs
 from lamella.run.processes import LAUNCH_ID, die_with_parent, kill_launch
 
 # Where rank 0 writes what is wrong with the input, instead of printing it amid torchrun's own words.
@@ -109,11 +109,14 @@ class Supervisor:
             self.command, env=environment, stdout=subprocess.DEVNULL if self.quiet else None, stderr=errors,
             start_new_session=True, preexec_fn=lambda: die_with_parent(supervisor),
         )  # fmt: skip
-        deadline, lost = None, []
+        deadline, lost, next_look = None, list[int](), 0.0
         self.lost = []
         while (code := self.process.poll()) is None:
-            if deadline is None and (cause(self.run) is not None or (lost := lost_ranks(self.run))):
-                deadline = time.monotonic() + AFTER_FAILURE_S
+            now = time.monotonic()
+            if deadline is None and now >= next_look:
+                next_look, lost = now + EVERY_S, lost_ranks(self.run)
+            if deadline is None and (lost or cause(self.run) is not None):
+                deadline = now + AFTER_FAILURE_S
             if deadline is not None and time.monotonic() > deadline:
                 self.lost = lost
                 self.process.kill()  # and with it its ranks, which die with their parent
