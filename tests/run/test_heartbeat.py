@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 from lamella.recipe.training import Recipe
 from lamella.run.folder import RunDir
 from lamella.run.heartbeat import Heartbeat, lost_ranks, read_beats, who_hangs
@@ -114,4 +117,25 @@ def test_a_device_is_where_its_markers_say_not_where_the_host_is(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert who_hangs(run).startswith("all ranks hang in step 5, forward")
+    heart.end()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_behind_its_host_is_found_behind(tmp_path):
+    from lamella.train.trainer import _marker
+
+    run, _ = new_run(tmp_path)
+    heart = Heartbeat(run, 0, every_s=0.02)
+    heart.mark = _marker
+    heart.enter("forward", 1)
+    torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
+    began = time.monotonic()
+    heart.enter("backward", 1)
+    assert time.monotonic() - began < 0.5  # nothing was waited for
+    time.sleep(0.3)
+    assert read_beats(run)[0].place == "step 1, forward"
+    torch.cuda.synchronize()
+    time.sleep(0.3)
+    assert read_beats(run)[0].place == "step 1, backward"
     heart.end()

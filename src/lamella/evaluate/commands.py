@@ -72,6 +72,7 @@ def evaluate_and_print(folder: str, json_path: Path | None, **options: Any) -> N
     """See `lamella.evaluate.perplexity.evaluate`; prints a table."""
     check_json_path(json_path)
     _quiet_transformers()
+    model_path(folder)  # what is wrong with it is the only thing said
     if data := options.get("data"):
         print(describe_source(open_source(data)), file=sys.stderr)
     with Console(stderr=True).status(f"evaluating {folder}"):

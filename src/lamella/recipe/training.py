@@ -144,7 +144,8 @@ class Recipe(Strict):
     """The model is computed in this precision; weights, sums over ranks and optimizer are float32. auto: bfloat16 where
     there is a GPU."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Attention is computed by this implementation; auto: flex where there is a GPU, sdpa elsewhere."""
+    """Attention is computed by this implementation; auto: flex where there is a GPU and heads have 16 features or more,
+    sdpa elsewhere."""
     expert_path: ExpertPath = "auto"
     """Experts are computed by this implementation; auto takes the fastest measured for the shapes at hand."""
     loss_chunk_tokens: PositiveInt = 1024
