@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lamella.cli_data import Overwrite, data_app
 from lamella.errors import UserError
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
@@ -28,7 +29,6 @@ Words = Annotated[
         help="A recipe, as a file or a name of `lamella recipes`, and settings that replace its own.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every tensor that would be written, and write nothing.")]
 JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too.")]
 Device = Annotated[str, typer.Option(help="The model is computed here: cpu, cuda, or auto for a GPU if there is one.")]
@@ -258,56 +258,7 @@ def slurm(
     raise typer.Exit(code)
 
 
-data_app = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-
-@data_app.callback()
-def _data() -> None:
-    """Prepare text for training."""
-
-
-@data_app.command("prepare")
-def data_prepare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...", help="A text as in `data` of a recipe; SOURCE#FIELD reads that field of its records."
-        ),
-    ],
-    model: Annotated[str, typer.Option(help="Take the tokenizer of this model, a folder or a hub name.")],
-    out: Annotated[Path, typer.Option(help="Write the shards to this folder, or go on with it after a kill.")],
-    workers: Annotated[
-        int | None, typer.Option(help="Tokenise with this many processes.", show_default="the cores", min=1)
-    ] = None,
-    shard_mb: Annotated[
-        int | None,
-        typer.Option(help="A shard holds this many MiB of text, the most that a kill loses.", show_default="64", min=1),
-    ] = None,
-    on_bad_data: Annotated[
-        str, typer.Option(help="Fail on a broken record, or skip it; blank ones are left out.")
-    ] = "fail",
-    overwrite: Overwrite = False,
-) -> None:
-    """Tokenise text once, in parallel, into shards that training opens at any place; go on after a kill."""
-    from lamella.data.readers import policy
-
-    chosen = policy(on_bad_data)  # refuses before anything large is imported
-    from lamella.data.command import run_prepare
-
-    run_prepare(sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=chosen, overwrite=overwrite)
-
-
-@data_app.command("show")
-def data_show(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As in `data` of a recipe.")],
-    model: Annotated[str, typer.Option(help="Folder or hub name of the model whose tokenizer is used.")],
-    count: Annotated[int, typer.Option(help="Records to show.", min=1)] = 1,
-) -> None:
-    """Print the first records as a model sees them, with marks around what it learns of them."""
-    from lamella.data.command import run_show
-
-    run_show(source, model, count=count)
 
 
 @app.command()

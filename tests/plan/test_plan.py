@@ -19,38 +19,25 @@ from lamella.plan.command import make_layout, most_ranks, run
 from lamella.plan.compute import flops_per_token
 from lamella.plan.memory import Memory
 from lamella.plan.model import make_model, read_model
-from lamella.plan.report import plan_text, plan_values
+from lamella.plan.report import plan_values
 from lamella.plan.start import starting_model
 from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.stages import prepare_recipe, prepare_stages
-from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
 from lamella.titan import attention as titan_attention
 from lamella.titan.flops import training_flops_per_token
 from lamella.train import distil
 from lamella.train.assemble import model_config
 from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
+from support.planning import LLAMA3_8B, recipe
 from support.titan import load_titan
 
 SLICES = SliceOptions()
+LLAMA3_PARAMETERS = 8_030_261_248  # as its model card counts
+FFN = 3 * 4096 * 14336
 
-LLAMA3_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
-}  # fmt: skip
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
 RECIPES = sorted(SHIPPED.glob("llama3-8b*.yaml"))
-
-
-def recipe(**settings):
-    return make_recipe({"seq_len": 16, "samples_per_step": 8} | settings)
-
-
-@pytest.fixture
-def llama3(tmp_path):
-    path = tmp_path / "llama3.json"
-    path.write_text(json.dumps(LLAMA3_8B | {"max_position_embeddings": 32768}))
-    return path
 
 
 @pytest.mark.parametrize("family", TRAINABLE_FAMILIES)
@@ -358,53 +345,6 @@ def test_the_result_of_a_run_is_planned_before_it_is_written_out(tmp_path):
     RunDir(Path(first.out)).create(first, Path(first.model))
     model = starting_model(recipe(model=str(tmp_path / "run" / "hf" / "step-4"))).model
     assert model.moe == read_model(tmp_path / "moe").moe.with_lora(2, 4)
-
-
-@pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_the_copy_of_an_asynchronous_save_is_counted_in_main_memory(offload, llama3):
-    def memory(gpu, **settings):
-        return Memory(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, gpu))
-
-    settings = {"checkpoint_async": True, "offload": offload}
-    on_gpu, plain = memory("H100", **settings), memory("H100", offload=offload)
-    state, saved = sum(on_gpu.state.values()), 3 * on_gpu.state["optimizer"] // 2  # what trains, and its two moments
-    assert on_gpu.peak() == plain.peak()
-    assert on_gpu.main_memory() == plain.main_memory() | {"checkpoint staging": saved}
-    assert sum(plain.main_memory().values()) == (0 if offload == "none" else state + plain.main_memory()["gradients"])
-
-
-def test_on_cpu_the_copy_of_an_asynchronous_save_is_in_the_peak(llama3):
-    def memory(**settings):
-        return Memory(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, "cpu", read_model(llama3)))
-
-    plain, saving = memory(objective="distil"), memory(objective="distil", checkpoint_async=True)
-    saved = 3 * saving.state["optimizer"] // 2  # what trains, and its two moments
-    assert saving.peak().parts == plain.peak().parts | {"checkpoint staging": saved}
-    assert saving.peak().total_bytes == plain.peak().total_bytes + saved
-    assert memory(objective="distil", checkpoint_async=True, save_every_steps=1000).peak() == plain.peak()
-
-
-def test_a_checkpoint_holds_what_trains_and_its_moments(llama3):
-    """Llama 3 8B in 8 slices: 5.64B trained parameters, of 12 bytes each; not the 8B that stay in the model's file."""
-    planned = Memory(make_layout(recipe(), read_model(llama3, 8), 8, "H100")).checkpoint_bytes()
-    assert planned == 12 * (32 * 3 * 4096 * 14336 + 32 * 8 * 4096)
-    assert planned < 64 * 2**30
-
-
-@pytest.mark.parametrize("gpu", ["cpu", "H100"])
-def test_checkpoint_staging_has_a_line_of_its_own(gpu, llama3):
-    def lines(**settings):
-        return plan_text(
-            plan_values(make_layout(recipe(**settings), read_model(llama3, SLICES), 8, gpu), gpu)
-        ).splitlines()
-
-    (line,) = [line for line in lines(checkpoint_async=True) if "checkpoint staging" in line]
-    assert line.endswith(" GiB")
-    assert not any("checkpoint staging" in line for line in lines())
-
-
-LLAMA3_PARAMETERS = 8_030_261_248  # as its model card counts
-FFN = 3 * 4096 * 14336
 
 
 @pytest.mark.parametrize(
