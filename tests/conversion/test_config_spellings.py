@@ -161,6 +161,12 @@ REFUSED = {
     "sliding layers without a window": (
         Spelling("qwen2", {"layer_types": ["sliding_attention"] * 3}), "there is no window",
     ),
+    "sliding layers of SmolLM3 whose window is not used": (
+        Spelling("smollm3", {"layer_types": ["sliding_attention"] * 3, "sliding_window": WINDOW}), "there is no window",
+    ),
+    "a head width of StableLM": (Spelling("stablelm", {"head_dim": 16}), "take head_dim out"),
+    "mlp_bias in Granite": (Spelling("granite", {"mlp_bias": True}), "mlp_bias is true"),
+    "gelu in OLMo 2": (Spelling("olmo2", {"hidden_act": "gelu"}), "hidden_act is 'gelu'"),
     "another number of layer_types": (Spelling("qwen3", {"layer_types": ["full_attention"]}), "layer_types"),
     "layers of a kind that the model lacks": (
         Spelling("qwen3", {"layer_types": ["chunked_attention"] * 3}), "chunked_attention",

@@ -17,7 +17,7 @@ from lamella.errors import UserError
 from lamella.export import export
 from lamella.hf.models import load
 from lamella.recipe.methods.common import parse_layers
-from support.models import CONFIGS, LLAMA3_ROPE, tiny_checkpoint
+from support.models import LLAMA3_ROPE, WIDELY_TESTED, tiny_checkpoint
 from support.slicing import dense_ffn, moe_prefix, sliced_by_hand
 from support.tensors import bits_equal, read_all
 
@@ -64,7 +64,7 @@ def logits(folder: Path, tokens: torch.Tensor, mode: str | None = None) -> torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", WIDELY_TESTED)
 def test_every_family(family: str, sharded: bool, dtype: torch.dtype, tmp_path: Path, tokens: torch.Tensor) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", family, sharded, dtype)
     report = convert(dense, tmp_path / "moe", SliceOptions(slices=4))

@@ -13,7 +13,7 @@ from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
-from support.models import CONFIGS, tiny_checkpoint
+from support.models import WIDELY_TESTED, tiny_checkpoint
 
 EXACT = 2e-5  # fp32, logits of order 1: weights that add up to 1 within a rounding, another order of sums
 
@@ -36,7 +36,7 @@ EXACT_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", WIDELY_TESTED)
 @pytest.mark.parametrize("variant", EXACT_VARIANTS)
 def test_copies_are_the_dense_model_at_the_start(tmp_path: Path, family: str, variant: str) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", family)

@@ -13,21 +13,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Exaone4Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 BOS, EOS = 256, 257
 VOCAB = 258
 CONFIGS = {
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt2": GPT2Config,
-    "opt": OPTConfig,
+    "opt": OPTConfig, "olmo2": Olmo2Config, "granite": GraniteConfig, "smollm3": SmolLM3Config,
+    "ministral": MinistralConfig, "exaone4": Exaone4Config, "stablelm": StableLmConfig, "cohere": CohereConfig,
 }  # fmt: skip
 # What these call the width of the FFN; they have neither key-value heads nor a head_dim of their own.
 TWO_MATRIX = {"gpt2": "n_inner", "opt": "ffn_dim"}
@@ -51,6 +59,22 @@ TRAINABLE_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
 }  # fmt: skip
+# Those that only the transformers home has, with Llama's FFN in a decoder of their own, each with what sets it apart.
+_TWO_WINDOWS = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+KIN: dict[str, dict[str, Any]] = {
+    "olmo2": {"attention_bias": True},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "attention_bias": True} | _TWO_WINDOWS,
+    "ministral": {"head_dim": 16} | _TWO_WINDOWS,
+    "exaone4": {"head_dim": 16} | _TWO_WINDOWS,
+    "stablelm": {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+}  # fmt: skip
+# The tests that try many variants leave out the families that differ from Llama in the decoder alone.
+WIDELY_TESTED = [family for family in CONFIGS if family not in KIN]
 # Single heads, of which two share a key/value head; a token chooses three.
 HEADS = {"layers": [0, 1], "num_experts": 4, "num_experts_per_tok": 3}
 # A model of experts that all train, as partitioning makes it: every field of the config away from its default.

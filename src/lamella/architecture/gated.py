@@ -20,6 +20,7 @@ class Part(NamedTuple):
 
     hf: str
     titan: str
+    """"" in families that torchtitan does not have."""
     shape: str
     """Letters of the legend above, such as "Q D"."""
     only_if: str | None = None
@@ -61,6 +62,11 @@ LAYER = tuple(Part(_LAYER + part.hf, _TITAN_LAYER + part.titan, *part[2:]) for p
 
 def gated_tensors(sizes: Sizes) -> Shapes:
     """All tensors of the dense model but the output head, in the order of the model."""
+    return shapes_of(sizes, sizes.family.layer)
+
+
+def shapes_of(sizes: Sizes, layer_parts: Iterable[Part]) -> Shapes:
+    """The same, with these tensors in each layer."""
     letters = {
         "D": sizes.D, "F": sizes.F, "V": sizes.V, "H": sizes.H, "Q": sizes.N * sizes.H, "K": sizes.G * sizes.H,
     }  # fmt: skip
@@ -68,7 +74,7 @@ def gated_tensors(sizes: Sizes) -> Shapes:
     def shape(part: Part) -> tuple[int, ...]:
         return tuple(letters[letter] for letter in part.shape.split())
 
-    parts = [part for part in LAYER if part.only_if is None or getattr(sizes, part.only_if)]
+    parts = [part for part in layer_parts if part.only_if is None or getattr(sizes, part.only_if)]
     shapes: Shapes = {EMBEDDING.hf: shape(EMBEDDING)}
     for layer in range(sizes.num_layers):
         shapes |= {part.hf.format(layer): shape(part) for part in parts}

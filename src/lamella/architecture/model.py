@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamella.architecture.not_held import NOT_HELD
 from lamella.architecture.reading import Reading, read_meaning
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family, names_of
 from lamella.errors import UserError, did_you_mean
@@ -53,7 +54,7 @@ class Sizes:
     @property
     def qkv_bias(self) -> bool:
         """Query, key and value projections have a bias."""
-        return self.family.qkv_bias or self.output_bias
+        return self.family.qkv_bias or self.output_bias or bool(self.values.get("use_qkv_bias", False))
 
     @property
     def output_bias(self) -> bool:
@@ -87,7 +88,10 @@ def sizes_of(config: Json) -> Sizes:
     _check_sizes(config, family)
     reading = read_meaning(config | {"model_type": name})
     if reading.model_type != name:
-        family = known_family(reading.model_type, f"; transformers reads this {name} config as one")
+        raise UserError(
+            f"transformers reads this {name} config as {reading.model_type!r}; write that as its model_type, and that "
+            "family's class as its architecture, if it is one"
+        )
     return _sizes(family, reading)
 
 
@@ -102,24 +106,30 @@ def trainable_sizes(config: Json) -> Sizes:
     if name not in can:
         raise UserError(f"model_type {name!r} cannot be trained{did_you_mean(name, can)}; {', '.join(can)} can")
     sizes = sizes_of(config)
-    if not sizes.family.trains:
-        raise UserError(f"transformers reads this {name} config as {sizes.family.name}, which cannot be trained")
     if sizes.activation != "silu":
         raise UserError(f"the activation {sizes.activation!r} cannot be trained; only silu (gated) can")
     return sizes
 
 
-def known_family(name: str, why: str = "") -> Family:
-    """The row of a model type; UserError for an unknown one, `why` behind its name."""
+def known_family(name: str) -> Family:
+    """The row of a model type; UserError for one that is unknown or not held."""
+    if name in NOT_HELD:
+        raise UserError(f"{name} models cannot be converted: {NOT_HELD[name]}")
     if name not in FAMILIES:
         hint = did_you_mean(name, FAMILIES)
-        raise UserError(f"unknown architecture {name!r}{why}{hint}; those that can be converted: {', '.join(FAMILIES)}")
+        raise UserError(f"unknown architecture {name!r}{hint}; those that can be converted: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def _sizes(family: Family, reading: Reading) -> Sizes:
     values = reading.values
     D, N, layers = values["hidden_size"], values["num_attention_heads"], values["num_hidden_layers"]
+    H = values.get("head_dim") or D // N
+    if not family.any_head_width and H != D // N:
+        raise UserError(
+            f"head_dim is {H}, but heads of {family.name} are hidden_size / num_attention_heads = {D // N} wide; take "
+            "head_dim out of config.json"
+        )
     return Sizes(
         family=family,
         D=D,
@@ -127,7 +137,7 @@ def _sizes(family: Family, reading: Reading) -> Sizes:
         num_layers=layers,
         N=N,
         G=values.get("num_key_value_heads") or N,
-        H=values.get("head_dim") or D // N,
+        H=H,
         V=values["vocab_size"],
         max_positions=values["max_position_embeddings"],
         tied=values["tie_word_embeddings"],
@@ -169,7 +179,8 @@ def _windows(values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
         return (window,) * num_layers
     if unknown := sorted(set(kinds) - {SLIDING, "full_attention"}):
         raise UserError(f"layer_types names {', '.join(unknown)}; known are full_attention and {SLIDING}")
-    if window is None and SLIDING in kinds:
+    # SmolLM3's masks have the window all the same, its attention has not
+    if SLIDING in kinds and (window is None or values.get("use_sliding_window") is False):
         raise UserError(
             f"layer_types names {SLIDING}, but there is no window: give sliding_window and use_sliding_window true"
         )

@@ -32,7 +32,7 @@ NAMES: tuple[tuple[str, str], ...] = tuple(
     dict.fromkeys(
         [
             *((part.hf, part.titan) for part in (EMBEDDING, FINAL_NORM, HEAD)),
-            *((part.hf, part.titan) for family in FAMILIES.values() for part in family.layer),
+            *((part.hf, part.titan) for family in FAMILIES.values() if family.trains for part in family.layer),
             *((ATTENTION_IN_HF + name, ATTENTION_IN_TITAN + name) for name in ROUTED_ATTENTION_NAMES),
             *(
                 (family.ffn.block + name, MOE_IN_TITAN + name)

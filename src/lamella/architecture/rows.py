@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lamella.architecture.gated import LAYER, Part, Shapes, gated_tensors
+from lamella.architecture.gated_kin import NORMS_BEHIND, WIDE_NORMS, cohere_tensors, stablelm_tensors
 from lamella.architecture.two_matrix import MASKS, gpt2_tensors, opt_tensors
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Family:
     required: tuple[str, ...]
     """Sizes without which config.json says too little; transformers would take those of some published model."""
     layer: tuple[Part, ...] = ()
-    """A layer's tensors in both spellings, of families that can be trained."""
+    """A gated layer's tensors, in both spellings where the family can be trained."""
     width: str = "intermediate_size"
     """The field that names F; null means 4 D."""
     activation: str = "hidden_act"
@@ -92,6 +93,11 @@ class Family:
     llama_like: bool = False
     """Its layers are Llama's, but for biases and norms in the attention: norms before attention and FFN, nothing
     scaled, all of each head rotated. What stock mixtures of experts hold."""
+    any_head_width: bool = True
+    """Its class takes the width of heads from `head_dim`; else it is always D / N."""
+    plain_residual: bool = True
+    """A layer's output is the residual and the FFN's output, and logits are the head's output; else a norm or a factor
+    stands between."""
     prefix: str = ""
     """transformers' names begin so; files saved from the bare decoder lack it."""
     ignored: tuple[str, ...] = ()
@@ -121,16 +127,28 @@ GATED_GGUF = GGUFNames(_GGUF_TOP, _GGUF_LAYER)
 
 _MLP = "model.layers.{}.mlp."
 _GATED = FFNNames(_MLP, f"{_MLP}up_proj.weight", f"{_MLP}down_proj.weight", gate=f"{_MLP}gate_proj.weight")
+_GATED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def _gated(
     name: str, architecture: str, *, gguf: GGUFNames = GATED_GGUF, qkv_bias: bool = False, qk_norm: bool = False
 ) -> Family:
     """A Llama-like family."""
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return Family(
-        name, architecture, gated_tensors, _GATED, required, LAYER, qkv_bias=qkv_bias, qk_norm=qk_norm, gguf=gguf,
+        name, architecture, gated_tensors, _GATED, _GATED_SIZES, LAYER, qkv_bias=qkv_bias, qk_norm=qk_norm, gguf=gguf,
         trains=True, attention_experts=True, llama_like=True,
+    )  # fmt: skip
+
+
+def _kin(
+    name: str, architecture: str, layer: tuple[Part, ...] = LAYER, *,
+    tensors: Callable[[Sizes], Shapes] = gated_tensors, qk_norm: bool = False, plain_residual: bool = True,
+    any_head_width: bool = True, required: tuple[str, ...] = (),
+) -> Family:  # fmt: skip
+    """A family with Llama's FFN in a decoder of its own."""
+    return Family(
+        name, architecture, tensors, _GATED, (*_GATED_SIZES, *required), layer, qk_norm=qk_norm,
+        any_head_width=any_head_width, plain_residual=plain_residual,
     )  # fmt: skip
 
 
@@ -141,6 +159,14 @@ _ROWS = (
     _gated("mistral", "MistralForCausalLM"),
     _gated("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
     _gated("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+    _kin("olmo2", "Olmo2ForCausalLM", WIDE_NORMS, plain_residual=False),
+    _kin("granite", "GraniteForCausalLM", plain_residual=False),
+    _kin("smollm3", "SmolLM3ForCausalLM"),
+    # its class computes no width from a null head_dim
+    _kin("ministral", "MinistralForCausalLM", required=("head_dim",)),
+    _kin("exaone4", "Exaone4ForCausalLM", NORMS_BEHIND, qk_norm=True, plain_residual=False),
+    _kin("stablelm", "StableLmForCausalLM", tensors=stablelm_tensors, any_head_width=False),
+    _kin("cohere", "CohereForCausalLM", tensors=cohere_tensors, plain_residual=False),
     Family(
         "gpt2", "GPT2LMHeadModel", gpt2_tensors,
         FFNNames(
