@@ -15,6 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lamella.architecture.not_held import NOT_HELD
 from lamella.architecture.rows import FAMILIES
+from lamella.calibrate.layerwise import LayerwiseModel
+from lamella.calibrate.passes import WatchedLayer
+from lamella.checkpoint.source import Checkpoint
 from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.evaluate.logit_match import logit_match
@@ -142,3 +145,22 @@ def test_a_family_that_is_not_held_is_refused_with_the_reason(family: str, tmp_p
 def test_families_that_are_not_held_are_those_of_transformers(name: str) -> None:
     assert name in CONFIG_MAPPING
     assert name not in FAMILIES
+
+
+@pytest.mark.parametrize("family", KIN)
+def test_calibration_sees_what_the_ffns_are_given(family: str, tmp_path: Path) -> None:
+    dense = dense_model(tmp_path / "dense", family)
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    given: list[torch.Tensor] = []
+    for layer in plain.get_decoder().layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, 1)))
+    ids_BL, positions_BL = tokens(), torch.arange(LENGTH).expand(2, LENGTH)
+    model = LayerwiseModel(Checkpoint.open(dense))
+    with torch.no_grad():
+        plain(ids_BL)
+        hidden_BLD = model.embed(ids_BL, positions_BL)
+        for index, expected_TD in enumerate(given):
+            watched = WatchedLayer(model, index)
+            hidden_BLD = watched(hidden_BLD, positions_BL)
+            torch.testing.assert_close(watched.seen["x_TD"], expected_TD, atol=EXACT, rtol=0)
+    assert len(given) == model.num_layers
