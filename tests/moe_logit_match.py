@@ -139,6 +139,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_the_script(dense, tmp_path):
     moe, report = converted(dense, tmp_path / "moe"), tmp_path / "report.json"
     pair = ("--dense", str(dense), "--moe", str(moe), "--tokens", "512", "--json", str(report))
@@ -158,6 +159,7 @@ def test_the_script(dense, tmp_path):
     assert "does NOT match" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

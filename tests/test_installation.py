@@ -61,6 +61,7 @@ def test_other_names_are_no_shipped_files(name: str, tmp_path: Path, monkeypatch
         read_recipe_text(Path(name))
 
 
+@pytest.mark.slow
 def test_recipes_prints_names_and_files(tmp_path: Path) -> None:
     listed = lamella("recipes", folder=tmp_path).stdout.splitlines()
     names = [line.strip() for line in listed if line.startswith(" ")]
@@ -86,6 +87,7 @@ USES_THE_EMBEDDED_MODEL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", USES_THE_EMBEDDED_MODEL, ids=" ".join)
 def test_without_the_embedded_model_one_line_says_how_to_get_it(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -128,6 +128,7 @@ CHATS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_records(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "model"))
     tokenizer.chat_template = TEMPLATE

@@ -59,6 +59,7 @@ def whole(tokens) -> np.ndarray:
     return tokens.window(0, len(tokens)).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", [*KINDS, "bytes"])
 def test_a_book_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, kind, text):
@@ -90,6 +91,7 @@ def test_a_book_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, kin
     assert len(token_file(str(tmp_path / "prepared"), "train", model).entries) > 1
 
 
+@pytest.mark.slow
 def test_books_of_a_folder_are_documents_that_stand_on_one_side(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE_BYTES", 5000)
     model = save_tokenizer(tmp_path / "model")

@@ -61,6 +61,7 @@ def test_activations_are_those_of_transformers_bit_for_bit(activation: Activatio
     assert torch.equal(ACTIVATIONS[activation](x), ACT2FN[activation](x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frozen", [0, S])
 def test_gradients_are_those_of_finite_differences(num_frozen: int) -> None:
     """Through the gate weights too; an expert without tokens has the gradient zero, frozen ones have none."""

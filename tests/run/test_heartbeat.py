@@ -45,6 +45,7 @@ def new_run(folder: Path) -> tuple[RunDir, Recipe]:
     return run, recipe
 
 
+@pytest.mark.slow
 def test_an_abort_by_the_watchdog_names_rank_step_and_place(tmp_path, capsys):
     run, recipe = new_run(tmp_path)
     script = tmp_path / "ranks.py"

@@ -94,6 +94,7 @@ def test_choice_loss_is_a_cross_entropy_on_each_pairs_logit():
     assert torch.allclose(gradient, torch.full((1, 4), 1 / 4))
 
 
+@pytest.mark.slow
 def test_routing_loss_moves_the_router_towards_what_the_source_is_for(tmp_path):
     tiny_moe("llama", tmp_path)
     model = load_titan(tmp_path).train()
