@@ -244,5 +244,5 @@ def _is_of_type(value: object, kind: str) -> bool:
         return isinstance(value, dict) and all(
             str(key).isdecimal() and isinstance(fields, dict) for key, fields in value.items()
         )
-    types = {"int": int, "float": (int, float), "bool": bool}.get(kind, str)
-    return isinstance(value, types) and isinstance(value, bool) == (kind == "bool")
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    return isinstance(value, types.get(kind, (str,))) and isinstance(value, bool) == (kind == "bool")

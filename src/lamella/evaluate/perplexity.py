@@ -101,7 +101,9 @@ def text_samples(data: str, split: Split | None, tokenizer: str, seq_len: int, m
 def check_ids(data: str, samples: PackedSamples, tokenizer: str, *models: PreTrainedModel) -> None:
     """UserError for text with a token id that one of the models does not have."""
     for model in models:
-        check_vocabulary(data, samples.tokens.largest_id, model.get_input_embeddings().num_embeddings, tokenizer)
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, torch.nn.Embedding)
+        check_vocabulary(data, samples.tokens.largest_id, embedding.num_embeddings, tokenizer)
 
 
 def evaluate(
