@@ -37,7 +37,7 @@ LLAMA3_PARAMETERS = 8_030_261_248  # as its model card counts
 FFN = 3 * 4096 * 14336
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
-RECIPES = sorted(SHIPPED.glob("llama3-8b*.yaml"))
+RECIPES = sorted(path for path in SHIPPED.glob("llama3-8b*.yaml") if "3xh100" not in path.name)
 
 
 @pytest.mark.parametrize("family", TRAINABLE_FAMILIES)
@@ -96,6 +96,18 @@ def test_shipped_recipes_fit_the_gpus_they_name(path, llama3, tmp_path, capsys):
     hours = values["time"]["seconds"] / 3600
     assert values["time"]["cost"] == pytest.approx(2.0 * ranks * hours)
     assert "GPU hours" in capsys.readouterr().out
+
+
+def test_the_recipe_for_three_gpus_fits_them(llama3, tmp_path):
+    out = tmp_path / "plan.json"
+    run([str(SHIPPED / "llama3-8b-3xh100.yaml")], ranks=3, dense=str(llama3), conversion=["slices=8"], json_path=out)
+    values = json.loads(out.read_text())
+    assert values["batch"]["tokens_per_step"] == 63 * 8192
+    assert [warning.partition(":")[0] for warning in values["warnings"]] == ["uneven experts"]
+    three = make_layout(
+        prepare_recipe(str(SHIPPED / "llama3-8b-3xh100.yaml"), []), read_model(llama3, SLICES), 3, "H100"
+    )
+    assert Memory(three).peak().total_bytes < 45 * 2**30
 
 
 def test_what_shrinks_memory_shrinks_it(llama3):
