@@ -42,8 +42,11 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_ten_thousand_damaged_files() -> None:
-    done = subprocess.run([sys.executable, "benchmarks/fuzz.py"], cwd=ROOT, capture_output=True, text=True)
+def test_the_script_finds_nothing_in_a_thousand_damaged_files() -> None:
+    """By default it damages 10,000, which takes some minutes."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/fuzz.py", "--cases", "1000"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
 
 
