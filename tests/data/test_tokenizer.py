@@ -23,7 +23,7 @@ from lamella.errors import UserError
 from lamella.recipe.sections import Portion
 from lamella.train.data import open_samples
 from support.models import EOS, save_tokenizer
-from support.tokenizers import KINDS, gpt2, save
+from support.tokenizer_kinds import KINDS, gpt2, save
 
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
