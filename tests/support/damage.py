@@ -112,7 +112,7 @@ def _changed(value: Any, rng: Random) -> Any:
             container[key] = [old]
         elif kind == 3:
             container[key] = {"x": old}
-        elif kind == 4 and isinstance(old, int | float) and not isinstance(old, bool):
+        elif kind == 4 and isinstance(old, int | float) and not isinstance(old, bool) and abs(old) < 2**900:
             container[key] = rng.choice((-old, old + 1, old * 1000, old * 2**40, str(old), old + 0.5))
         else:
             container[key] = copy.deepcopy(rng.choice(VALUES))

@@ -75,6 +75,11 @@ def spans(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
 
 def read_bytes(path: Path, begin: int, count: int) -> np.ndarray:
     """`count` bytes from offset `begin`; UserError if the file ends earlier."""
+    size = path.stat().st_size
+    if begin + count > size:  # or a damaged header asks for memory that there is not
+        raise UserError(
+            f"{path} ends {begin + count - size} bytes early; it is truncated or changed while it was read"
+        )
     buffer = np.empty(count, np.uint8)
     view, done = buffer.data, 0
     with open(path, "rb", buffering=0) as file:

@@ -96,7 +96,9 @@ def read_manifest(folder: Path) -> Manifest:
         if (version := values.pop("version")) != VERSION:
             raise UserError(f"{folder} is of version {version}, and this reads {VERSION}; prepare the data again")
         units = {int(unit): [ShardEntry(**e) for e in entries] for unit, entries in values.pop("units").items()}
-        shards = (entry for entries in units.values() for entry in entries)
+        shards = [entry for entries in units.values() for entry in entries]
+        if not all(isinstance(e.file, str) and Path(e.file).name == e.file for e in shards):
+            raise ValueError("a shard is no file of the folder")
         if not all(0 <= n < 1 << 62 for e in shards for n in (e.num_bytes, e.num_tokens, e.num_documents)):
             raise ValueError("a shard of less than nothing, or more than any disk holds")
         return Manifest(**values, units=units)

@@ -52,7 +52,10 @@ def seal(values: Json) -> str:
 
 def unseal(text: str) -> Json:
     """The values; ValueError where text and hash disagree."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(values, dict) or seal({k: v for k, v in values.items() if k != "seal"}) != text:
         raise ValueError("damaged")
     return values
