@@ -115,6 +115,8 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
 def _entry(path: Path, name: str, data_start: int, fields: dict) -> tuple[SourceTensor, int]:
     """(tensor, offset of its end)."""
     shape, (begin, end) = tuple(fields["shape"]), fields["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
+        raise ValueError(f"the shape or place of {name} is no whole numbers")
     tensor = SourceTensor(name, str(fields["dtype"]), shape, path, data_start + begin)
     if tensor.dtype in DTYPES and end - begin != tensor.numel * DTYPES[tensor.dtype].itemsize:
         raise UserError(
