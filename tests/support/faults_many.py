@@ -27,6 +27,7 @@ def flip(path: Path) -> None:
 
 HOW = {
     "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "halve": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "flip": flip,
     "remove": lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(),
     "seal": lambda path: path.write_text(path.read_text().replace('"world_size": 2', '"world_size": 3')),

