@@ -212,6 +212,7 @@ def upcycling() -> None:
 ROOMS = {  # what each knows
     "by_slicing": "convert_by_slicing.py",
     "cli": "the commands",
+    "cli_data": "the commands of data",
     "demo": "the whole way, shown",
     "worker": "what torchrun starts",
     "api": "from Python",

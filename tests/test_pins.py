@@ -89,6 +89,7 @@ def test_a_new_release_changes_nothing(script: ModuleType, tmp_path: Path) -> No
     assert any(package.startswith("certifi==9999.1") for package in packages(unpinned))
 
 
+@pytest.mark.slow
 @needs_uv
 def test_renewing_adds_what_is_missing_and_drops_what_is_not_needed(script: ModuleType) -> None:
     """From a project whose pins lack a package and have one too many, back to the committed files."""
@@ -120,6 +121,7 @@ torch==2.14.1 ; sys_platform == 'linux' \\
         script.pins_of("a==1 ; sys_platform == 'linux'\na==2 ; sys_platform == 'darwin'\n")
 
 
+@pytest.mark.slow
 @needs_uv
 def test_a_contradiction_is_told_in_the_words_of_uv(script: ModuleType) -> None:
     resolve_or_skip(script, PYPROJECT)

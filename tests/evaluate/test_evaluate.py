@@ -214,6 +214,7 @@ def most_models_at_once():
     handle.remove()
 
 
+@pytest.mark.slow
 def test_one_model_is_loaded_at_a_time(dense, moe, text, most_models_at_once):
     evaluate(moe, text, dense, split=None, max_tokens=128, seq_len=128)
     assert most_models_at_once[-1] == 1

@@ -87,6 +87,7 @@ def expert_attention(kind: str) -> ExpertAttention:
     return attention.eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_hides_unchosen_keys_without_wider_heads(monkeypatch):
     """Eager FlexAttention, which needs no compiler, against sdpa with the hiding feature."""

@@ -77,9 +77,7 @@ def read_bytes(path: Path, begin: int, count: int) -> np.ndarray:
     """`count` bytes from offset `begin`; UserError if the file ends earlier."""
     size = path.stat().st_size
     if begin + count > size:  # or a damaged header asks for memory that there is not
-        raise UserError(
-            f"{path} ends {begin + count - size} bytes early; it is truncated or changed while it was read"
-        )
+        raise UserError(f"{path} ends {begin + count - size} bytes early; it is truncated or changed while it was read")
     buffer = np.empty(count, np.uint8)
     view, done = buffer.data, 0
     with open(path, "rb", buffering=0) as file:
