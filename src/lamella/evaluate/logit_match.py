@@ -138,8 +138,9 @@ def logit_match(
         on_step: told what is being measured.
 
     Raises:
-        UserError: no such model or data; `moe_name` is no conversion, or one of another model.
+        UserError: an unknown device; no such model or data; `moe_name` is no conversion, or one of another model.
     """
+    parse_device(device)
     tokens = {"float32": 512, "bfloat16": 256} if tokens is None else tokens
     windows, texts = {}, []
     for dtype, count in tokens.items():

@@ -131,11 +131,11 @@ def evaluate(
     """
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"{max_tokens} tokens cannot be scored; ask for at least 2")
+    parse_dtype(dtype), parse_device(device)
     seq_len = min(seq_len, max_tokens or seq_len)
     path = model_path(folder)
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    parse_dtype(dtype), parse_device(device)
     shape = without_weights(path)
     check_length(seq_len, shape)
     check_ids(data, samples, path, shape)
