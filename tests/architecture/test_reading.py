@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lamella.architecture.families import dense_tensors, sizes_of
 from lamella.architecture.reading import answer
-from lamella.architecture.rows import FAMILIES, Family
+from lamella.architecture.rows import FAMILIES
+from lamella.architecture.types import Family
 from lamella.errors import UserError
 
 SIZES = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lamella.architecture.families import tensors_of
-from lamella.architecture.gated import Shapes
 from lamella.architecture.layout import layout_of
-from lamella.architecture.model import Sizes, known_family, sizes_of
+from lamella.architecture.model import known_family, sizes_of
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.moe_tensors import ATTENTION_IN_HF, moe_tensors, router_shapes
-from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
+from lamella.architecture.types import Family, Shapes, Sizes
 from lamella.errors import UserError
 from lamella.jsons import Json
 

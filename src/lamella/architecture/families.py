@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lamella.architecture.gated import Shapes
 from lamella.architecture.layout import FFNLayout, ffn_layout
-from lamella.architecture.model import Sizes, sizes_of
-from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family
+from lamella.architecture.model import sizes_of
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
 from lamella.architecture.two_matrix import check_activation, check_two_matrix
+from lamella.architecture.types import Family, Shapes, Sizes
 from lamella.errors import UserError
 from lamella.jsons import Json
 

@@ -7,25 +7,8 @@ Shapes: D model width, F dense FFN width, V vocabulary, H head width, Q = query 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from lamella.architecture.model import Sizes
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-class Part(NamedTuple):
-    """A tensor of a decoder, or of each of its layers ({} is the layer)."""
-
-    hf: str
-    titan: str
-    """"" in families that torchtitan does not have."""
-    shape: str
-    """Letters of the legend above, such as "Q D"."""
-    only_if: str | None = None
-    """The property of `Sizes` that says whether a model has it; None: every model."""
-
+from lamella.architecture.types import Part, Shapes, Sizes
 
 EMBEDDING = Part("model.embed_tokens.weight", "tok_embeddings.weight", "V D")
 FINAL_NORM = Part("model.norm.weight", "norm.weight", "D")

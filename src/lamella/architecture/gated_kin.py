@@ -6,12 +6,8 @@ compute them; so these families have no names in torchtitan. The letters of shap
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from lamella.architecture.gated import LAYER, Part, Shapes, shapes_of
-
-if TYPE_CHECKING:
-    from lamella.architecture.model import Sizes
+from lamella.architecture.gated import LAYER, shapes_of
+from lamella.architecture.types import Part, Shapes, Sizes
 
 _LAYER = "model.layers.{}."
 _FINAL_BIAS = "model.norm.bias"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lamella.architecture.model import Sizes, sizes_of
+from lamella.architecture.model import sizes_of
 from lamella.architecture.moe import Activation
-from lamella.architecture.rows import FFNNames
 from lamella.architecture.two_matrix import check_activation
+from lamella.architecture.types import FFNNames, Sizes
 from lamella.jsons import Json
 
 PARTS = ("gate", "up", "up_bias", "down", "down_bias")

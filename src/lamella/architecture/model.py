@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from lamella.architecture.not_held import NOT_HELD
 from lamella.architecture.reading import Reading, read_meaning
-from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family, names_of
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, names_of
+from lamella.architecture.types import Family, Sizes
 from lamella.errors import UserError, did_you_mean
 from lamella.jsons import Json
 
@@ -23,58 +23,6 @@ SLIDING = "sliding_attention"
 _SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "word_embed_proj_dim")
 _MAX_LAYERS = 10_000  # a damaged number must not be counted up to
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What transformers takes a config.json for, by names that all families share."""
-
-    family: Family
-    D: int
-    F: int
-    num_layers: int
-    N: int
-    G: int
-    H: int
-    V: int
-    max_positions: int
-    tied: bool
-    """The config's word for it. A file that holds another head than the embedding is not tied all the same."""
-    activation: str
-    """transformers' name of what the FFN computes."""
-    dtype: str
-    """As config.json names it; "float32" where it does not."""
-    rope: Mapping[str, Any] | None
-    """rope_type, rope_theta and what the type needs, whichever spelling config.json has; None: no rope."""
-    windows: tuple[int | None, ...]
-    """For each layer the tokens that it attends to, itself included; None: all."""
-    values: Mapping[str, Any] = field(repr=False, compare=False)
-    """Every field of the family's config class, defaults filled in."""
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Query, key and value projections have a bias."""
-        return self.family.qkv_bias or self.output_bias or bool(self.values.get("use_qkv_bias", False))
-
-    @property
-    def output_bias(self) -> bool:
-        """The attention's output projection has a bias."""
-        return bool(self.values.get("attention_bias", False))
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family.qk_norm
-
-    @property
-    def mlp_bias(self) -> bool:
-        """The gated FFN's three projections have a bias."""
-        return bool(self.values.get("mlp_bias", False))
-
-    @property
-    def window(self) -> int | None:
-        """The shortest window of any layer that a text of `max_positions` tokens can leave; None: there is none."""
-        windows = [window for window in self.windows if window is not None and window < self.max_positions]
-        return min(windows) if windows else None
 
 
 def sizes_of(config: Json) -> Sizes:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from lamella.architecture.gated import Shapes
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
+from lamella.architecture.types import Shapes
 
 Kind = Literal["frozen", "trainable"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -7,113 +7,14 @@ transformers' config classes say the defaults and which fields a family has (`re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lamella.architecture.gated import LAYER, Part, Shapes, gated_tensors
+from lamella.architecture.gated import LAYER, gated_tensors
 from lamella.architecture.gated_kin import NORMS_BEHIND, WIDE_NORMS, cohere_tensors, stablelm_tensors
 from lamella.architecture.two_matrix import MASKS, gpt2_tensors, opt_tensors
-
-if TYPE_CHECKING:
-    from lamella.architecture.model import Sizes
+from lamella.architecture.types import Family, FFNNames, GGUFNames, Modules, Part, Shapes, Sizes
 
 CONVERTED_PREFIX = "lamella_"
 """Of the model type of converted models."""
-
-
-@dataclass(frozen=True)
-class FFNNames:
-    """Where a layer keeps its FFN. Names are templates: {} is the layer."""
-
-    block: str
-    """Prefix of the tensors of the MoE layer that takes the FFN's place."""
-    up: str
-    down: str
-    gate: str | None = None
-    """None: two matrices, y = down act(up x + up_bias) + down_bias."""
-    up_bias: str | None = None
-    down_bias: str | None = None
-    transposed: bool = False
-    """Matrices are stored [in, out]; else [out, in]."""
-    modules: tuple[str, ...] = ("mlp",)
-    """Of transformers' layer: what is called in the FFN's place, first the one that is given x."""
-
-
-@dataclass(frozen=True)
-class Modules:
-    """Names of the modules of transformers' decoder."""
-
-    layers: str = "layers"
-    final_norm: str = "norm"
-    masks_documents: bool = True
-    """The model itself keeps documents apart by their positions; else it is given a mask."""
-
-
-@dataclass(frozen=True)
-class GGUFNames:
-    """GGUF's names of a family's tensors."""
-
-    top: dict[str, str]
-    """Stem of the name in the file -> stem of transformers' name."""
-    in_layer: dict[str, str]
-    """The same within a layer, behind `blk.N.` and `model.layers.N.`."""
-    interleaved: bool = False
-    """Rows of query and key heads lie interleaved, (i, i + H/2 -> 2i, 2i + 1), for llama.cpp's kind of rope."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between dense decoders."""
-
-    name: str
-    """`model_type` of the dense config."""
-    architecture: str
-    """The transformers class of the dense model."""
-    tensors: Callable[[Sizes], Shapes]
-    """Names and shapes of the dense model's tensors, but the output head."""
-    ffn: FFNNames
-    required: tuple[str, ...]
-    """Sizes without which config.json says too little; transformers would take those of some published model."""
-    layer: tuple[Part, ...] = ()
-    """A gated layer's tensors, in both spellings where the family can be trained."""
-    width: str = "intermediate_size"
-    """The field that names F; null means 4 D."""
-    activation: str = "hidden_act"
-    """The field that names what the FFN computes."""
-    qkv_bias: bool = False
-    """Query, key and value always have a bias, the output projection never. Else the field `attention_bias` gives all
-    four one, in classes that have it."""
-    qk_norm: bool = False
-    modules: Modules = Modules()
-    gguf: GGUFNames | None = None
-    """None: not read from GGUF."""
-    trains: bool = False
-    """The training home can express it."""
-    attention_experts: bool = False
-    llama_like: bool = False
-    """Its layers are Llama's, but for biases and norms in the attention: norms before attention and FFN, nothing
-    scaled, all of each head rotated. What stock mixtures of experts hold."""
-    any_head_width: bool = True
-    """Its class takes the width of heads from `head_dim`; else it is always D / N."""
-    plain_residual: bool = True
-    """A layer's output is the residual and the FFN's output, and logits are the head's output; else a norm or a factor
-    stands between."""
-    prefix: str = ""
-    """transformers' names begin so; files saved from the bare decoder lack it."""
-    ignored: tuple[str, ...] = ()
-    """Ends of the names of tensors that old files hold and transformers computes."""
-
-    def __repr__(self) -> str:
-        return f"Family({self.name!r})"
-
-    @property
-    def converted_architecture(self) -> str:
-        return f"Lamella{self.architecture.replace('LMHeadModel', 'ForCausalLM')}"
-
-    @property
-    def converted_config_class(self) -> str:
-        return self.converted_architecture.removesuffix("ForCausalLM") + "Config"
-
 
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _GGUF_LAYER = {

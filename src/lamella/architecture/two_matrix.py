@@ -9,15 +9,11 @@ Shapes: D model width, F dense FFN width, V vocabulary, P positions, C embedding
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TypeVar, get_args
 
-from lamella.architecture.gated import Shapes
 from lamella.architecture.moe import Activation
+from lamella.architecture.types import Family, Shapes, Sizes
 from lamella.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from lamella.architecture.model import Sizes
-    from lamella.architecture.rows import Family
 
 T = TypeVar("T")
 

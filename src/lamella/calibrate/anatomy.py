@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.model import sizes_of
-from lamella.architecture.rows import Modules
+from lamella.architecture.types import Modules
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.jsons import Json

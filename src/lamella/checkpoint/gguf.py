@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.families import family_of, sizes_of
-from lamella.architecture.rows import FAMILIES, Family, GGUFNames
+from lamella.architecture.rows import FAMILIES
+from lamella.architecture.types import Family, GGUFNames
 from lamella.checkpoint.source import Checkpoint, check_dense, read_config
 from lamella.checkpoint.tensors import SourceTensor, read_bytes
 from lamella.errors import UserError

@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
 from lamella.architecture.moe_tensors import SELECTION_BIAS
-from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, Family
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
+from lamella.architecture.types import Family
 from lamella.errors import UserError, check_choice
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamella.architecture.converted import attention_experts_config, ffn_config, model_tensors
-from lamella.architecture.model import Sizes, trainable_sizes
+from lamella.architecture.model import trainable_sizes
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.names import titan_name
+from lamella.architecture.types import Sizes
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.recipe.methods import sizes_of as method_sizes

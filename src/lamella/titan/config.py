@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lamella.architecture.converted import attention_experts_config, ffn_config
-from lamella.architecture.model import Sizes, trainable_sizes
+from lamella.architecture.model import trainable_sizes
 from lamella.architecture.moe import AttentionMoEConfig, ExpertPath, MoEConfig
 from lamella.architecture.names import TITAN_LLAMA3
 from lamella.architecture.sizes import check_experts
+from lamella.architecture.types import Sizes
 from lamella.checkpoint.source import read_config, read_stored_config
 from lamella.errors import UserError
 from lamella.jsons import Json
