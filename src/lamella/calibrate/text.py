@@ -1,7 +1,7 @@
 """The tokens that calibration sees: whole windows of packed documents, none of them held out for evaluation.
 
-Windows come in an order drawn from the seed. Positions restart at every document and attention does not look across
-the boundary, as in training. There is no padding.
+Windows come in an order drawn from the seed, those of several texts mixed. Positions restart at every document and
+attention does not look across the boundary, as in training. There is no padding.
 
 Shapes: N windows, L tokens per window, T = N*L calibration tokens.
 """
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -21,11 +22,11 @@ from torch import Tensor
 from lamella.calibrate.layerwise import config_of
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import write_json
-from lamella.data.packing import PackedSamples, token_file
+from lamella.data.packing import PackedSamples, Sample, make_sample, token_file
 from lamella.data.prepared import TokenFolder
 from lamella.data.sources import Split, open_source
 from lamella.errors import UserError
-from lamella.recipe.calibration import CalibrationOptions
+from lamella.recipe.calibration import GENERATED, CalibrationOptions
 
 # Of a large source so many times the tokens needed are tokenised, and the windows drawn from them.
 DRAW_FROM = 64
@@ -58,7 +59,7 @@ class CalibrationTokens:
 def calibration_tokens(
     source: Checkpoint, options: CalibrationOptions | None = None, *, cache: Path | None = None
 ) -> CalibrationTokens:
-    """The windows of `options.data` in the tokens of the model.
+    """The windows of the options' texts in the tokens of the model, each text's share of them.
 
     Args:
         cache: folder of the token files in place of `lamella.architecture.embedded.cache_dir()`.
@@ -73,22 +74,51 @@ def calibration_tokens(
             f"windows of {options.sequence_length} tokens are longer than the model's {longest} positions; "
             "lower the calibration's sequence_length"
         )
-    samples = PackedSamples(_tokens(source, options, cache), options.sequence_length, options.seed)
-    if len(samples) < options.num_windows:
-        raise UserError(
-            f"{options.data} gives {len(samples) * options.sequence_length} calibration tokens of the "
-            f"{options.num_tokens} asked for; ask for fewer or give more text"
-        )
-    windows = [samples.sample(i) for i in range(options.num_windows)]
+    windows: list[Sample] = []
+    for text, count in zip(options.texts, options.windows_of_texts(), strict=True):
+        take = _written_windows if text.source == GENERATED else _read_windows
+        windows += take(source, text.source, options, count, cache) if count else []
+    if len(options.texts) > 1:  # what is held out of the tokens for a fit is then of every text
+        order = np.random.default_rng(options.seed).permutation(len(windows))
+        windows = [windows[i] for i in order]
     return CalibrationTokens(*(torch.stack(parts) for parts in zip(*windows, strict=True)))
 
 
-def _tokens(source: Checkpoint, options: CalibrationOptions, cache: Path | None) -> TokenFolder:
-    opened = open_source(options.data)  # before a tokenizer is looked for
-    limit = options.num_windows * options.sequence_length + 1
+def _read_windows(
+    source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None
+) -> list[Sample]:
+    """`count` windows of a text, in an order drawn from the seed."""
+    samples = PackedSamples(_tokens(source, text, options, count, cache), options.sequence_length, options.seed)
+    if len(samples) < count:
+        raise UserError(
+            f"{text} gives {len(samples) * options.sequence_length} calibration tokens of the "
+            f"{count * options.sequence_length} asked for; ask for fewer or give more text"
+        )
+    return [samples.sample(i) for i in range(count)]
+
+
+def _written_windows(
+    source: Checkpoint, _: str, options: CalibrationOptions, count: int, cache: Path | None
+) -> list[Sample]:
+    """`count` windows of what the model writes."""
+    from lamella.calibrate.generated import generated_text
+
+    L = options.sequence_length
+    with _tokenizer_folder(source) as folder:
+        written = generated_text(source, folder, count * L + 1, options.seed, cache)
+    windows = []
+    for begin in range(0, count * L, L):
+        inside = written.starts[(written.starts >= begin) & (written.starts <= begin + L)] - begin
+        windows.append(make_sample(written.ids[begin : begin + L + 1], inside))
+    return windows
+
+
+def _tokens(source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None) -> TokenFolder:
+    opened = open_source(text)  # before a tokenizer is looked for
+    limit = count * options.sequence_length + 1
     with _tokenizer_folder(source) as folder:
         return token_file(
-            options.data, SPLIT, folder, cache=cache, max_tokens=limit if opened.is_streamed else DRAW_FROM * limit
+            text, SPLIT, folder, cache=cache, max_tokens=limit if opened.is_streamed else DRAW_FROM * limit
         )
 
 

@@ -8,14 +8,31 @@ from typing import Literal
 from lamella.recipe.check import Options
 
 Metric = Literal["perplexity", "kl"]
+GENERATED = "generated"
+"""The source of text that the dense model itself writes: a conversion that needs no data."""
+
+
+@dataclass(frozen=True)
+class CalibrationText(Options):
+    """An entry of `calibration.data`: a text and its share of the windows."""
+
+    source: str
+    """This text is shown: a source as in `data` of a training recipe, or `generated`."""
+    weight: float = 1.0
+    """The text gives this share of the windows, over the sum of all weights."""
+
+    def problems(self) -> list[str]:
+        return [] if self.weight > 0 else [f"the weight of {self.source} is {self.weight}; it must be above 0"]
 
 
 @dataclass(frozen=True)
 class CalibrationOptions(Options):
     """Which text the layers are shown."""
 
-    data: str = "python-docs"
-    """The layers are shown the training part of this text, a source as in `data` of a training recipe."""
+    data: str | tuple[CalibrationText, ...] = "python-docs"
+    """The layers are shown the training part of this text, a source as in `data` of a training recipe, or `generated`:
+    documents that the dense model itself samples at temperature 1, each from a random first token. Several texts are
+    mixed by weight: [{source: generated, weight: 2}, {source: corpus/, weight: 1}]."""
     num_tokens: int = 16384
     """So many tokens of it are used, rounded down to whole windows."""
     sequence_length: int = 512
@@ -25,6 +42,8 @@ class CalibrationOptions(Options):
 
     def problems(self) -> list[str]:
         found = []
+        if not self.data:
+            found.append("calibration.data names no text; name one, or `generated`")
         if self.seed < 0:
             found.append(f"the calibration's seed is {self.seed}; it must be 0 or a positive number")
         if self.sequence_length < 2:
@@ -34,11 +53,31 @@ class CalibrationOptions(Options):
                 f"{self.num_tokens} calibration tokens do not fill a window of {self.sequence_length}; "
                 "raise the tokens or shorten the window"
             )
+        elif not isinstance(self.data, str) and self.num_windows < len(self.data):
+            found.append(
+                f"{self.num_tokens} calibration tokens are {self.num_windows} windows, fewer than the "
+                f"{len(self.data)} texts; raise the tokens or shorten the window"
+            )
         return found
 
     @property
     def num_windows(self) -> int:
         return self.num_tokens // self.sequence_length
+
+    @property
+    def texts(self) -> tuple[CalibrationText, ...]:
+        """The texts with their weights; one alone has weight 1."""
+        return (CalibrationText(self.data),) if isinstance(self.data, str) else self.data
+
+    def windows_of_texts(self) -> list[int]:
+        """How many of the windows each text gives: its share, whole windows by the largest remainders."""
+        total = sum(text.weight for text in self.texts)
+        shares = [self.num_windows * text.weight / total for text in self.texts]
+        counts = [int(share) for share in shares]
+        by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+        for i in by_remainder[: self.num_windows - sum(counts)]:
+            counts[i] += 1
+        return counts
 
 
 @dataclass(frozen=True)

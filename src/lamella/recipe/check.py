@@ -146,10 +146,12 @@ def _lines(error: ValidationError, kind: type[Any], also_known: Iterable[str], w
             lines.append(f"unknown key {key!r}{where}{did_you_mean(keys[-1], known)}")
         elif isinstance(cause, Problems):
             lines += cause.lines
-        elif problem["type"] == "literal_error":
+        elif problem["type"] in ("literal_error", "string_type") and isinstance(problem["input"], dict | list | tuple):
             deeper = any(other[: len(keys)] == keys and len(other) > len(keys) for other, _, _ in problems)
-            if not (isinstance(problem["input"], dict) and deeper):  # the union's other branch says more
-                lines.append(f"{key}: {_message(problem)}, not {problem['input']!r}{_near(problem)}")
+            if not deeper:  # else the union's other branch says more
+                lines.append(f"{key}: {_message(problem)}, not {problem['input']!r}")
+        elif problem["type"] == "literal_error":
+            lines.append(f"{key}: {_message(problem)}, not {problem['input']!r}{_near(problem)}")
         else:
             message = _message(problem)
             lines.append(f"{key}: {message}, not {problem['input']!r}" if key else message)

@@ -56,9 +56,13 @@ def load_conversion(path: str | Path | None, words: Sequence[str] = ()) -> Conve
 
 
 def _spelled_out(values: dict[str, Any]) -> dict[str, Any]:
-    """`calibration` may be the text alone."""
-    if isinstance(values.get("calibration"), str | Path):
-        values["calibration"] = {"data": str(values["calibration"])}
+    """`calibration` may be its texts alone, and each of them its name alone."""
+    if isinstance(texts := values.get("calibration"), str | Path | list):
+        values["calibration"] = {"data": str(texts) if isinstance(texts, Path) else texts}
+    section = values.get("calibration")
+    if isinstance(section, dict) and isinstance(texts := section.get("data"), list | tuple):
+        entries = [{"source": text} if isinstance(text, str) else text for text in texts]
+        values["calibration"] = section | {"data": entries}
     return values
 
 

@@ -122,7 +122,7 @@ def replacement(axes: Axes) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tens
 
 def _test(source: Checkpoint, options: PartitionOptions, decided: Decided, work: Workspace) -> list[Verdict]:
     assert options.guard is not None
-    num_tokens = max(options.guard.tokens, options.calibration.sequence_length)
+    num_tokens = max(options.guard.tokens, options.calibration.sequence_length * len(options.calibration.texts))
     tokens = calibration_tokens(source, dataclasses.replace(options.calibration, num_tokens=num_tokens))
     axes = options.axes()
     return guarded(
