@@ -8,74 +8,31 @@ no weight gradient: 2.5/3 of the dense one's matrix products.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
+from expert_peers import PEERS, SLICES, Implementation, Layer, dense, leaf, make_layer
 from measure import interleaved_seconds, median_spread, peak_bytes, positive, print_table, provenance, write_json
 
-from lamella.architecture.moe import MoEConfig
+from lamella.errors import UserError
 from lamella.moe.experts import PATHS, MoEWeights, Resident, moe_ffn
 from lamella.moe.packed import Experts
 
 # name -> (tokens T, model width D, dense FFN width F)
 SHAPES = {"tiny": (512, 256, 1024), "1k": (2048, 1024, 4096), "2k": (1024, 2048, 8192), "8b": (1024, 4096, 14336)}
 GPU_TOKENS = 16384
-SLICES = 8
-
-
-@dataclasses.dataclass
-class Layer:
-    """The weights and the input that every implementation gets."""
-
-    x_TD: Tensor
-    dy_TD: Tensor
-    router_SD: Tensor
-    bias_S: Tensor
-    frozen: Experts
-    trainable: Experts
-    config: MoEConfig
-
-
-def make_layer(T: int, D: int, F_: int, device: torch.device, dtype: torch.dtype) -> Layer:
-    torch.manual_seed(0)
-    f = F_ // SLICES
-    config = MoEConfig(SLICES, SLICES, f, SLICES, (0,), route_scale=float(SLICES))
-
-    def random(*shape: int, std: float, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype) * std
-
-    def experts() -> Experts:
-        return Experts(random(SLICES, 2 * f, D, std=D**-0.5), random(SLICES, D, f, std=F_**-0.5))
-
-    return Layer(
-        random(T, D, std=1), random(T, D, std=1), random(SLICES, D, std=D**-0.5),
-        torch.zeros(SLICES, device=device), experts(), experts(), config,
-    )  # fmt: skip
-
-
-Implementation = tuple[Callable[[Tensor], Tensor], list[Tensor]]
-"""(forward, the leaves that train)"""
-
-
-def leaf(t: Tensor) -> Tensor:
-    return t.detach().clone().requires_grad_()
-
-
-def dense(layer: Layer) -> Implementation:
-    """The FFN of the same active width, training all its weights."""
-    f, D = layer.config.moe_intermediate_size, layer.x_TD.shape[1]
-    gate_up = layer.trainable.gate_up_proj.view(SLICES, 2, f, D)
-    gate, up = leaf(gate_up[:, 0].reshape(-1, D)), leaf(gate_up[:, 1].reshape(-1, D))
-    down = leaf(layer.trainable.down_proj.transpose(0, 1).reshape(D, -1))
-    return lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), [gate, up, down]
+BASE = ("dense FFN", "lamella loop")
+"""Always measured: what the others are held against."""
+PROBED_TOKENS = 256
+WRONG = {"float32": 1e-3, "bfloat16": 3e-2}
+"""A relative error of the output that is none of rounding: 2^-9 a product in bfloat16, a few of them in a row."""
 
 
 def ours(layer: Layer, path: str) -> Implementation:
@@ -88,118 +45,33 @@ def ours(layer: Layer, path: str) -> Implementation:
     )
 
 
-def all_experts(layer: Layer) -> Implementation:
-    """Every expert for every token, unchosen ones weighted 0."""
-    gate_up = leaf(torch.cat([layer.frozen.gate_up_proj, layer.trainable.gate_up_proj]))
-    down = leaf(torch.cat([layer.frozen.down_proj, layer.trainable.down_proj]))
-    router = leaf(_mirrored(layer.router_SD))
-
-    def forward(x: Tensor) -> Tensor:
-        scores = F.linear(x.float(), router.float()).sigmoid()
-        chosen = scores.topk(SLICES, dim=-1).indices
-        weights = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
-        weights = (weights / weights.sum(-1, keepdim=True) * SLICES).to(x.dtype)
-        gate, up = torch.einsum("td,efd->tef", x, gate_up).chunk(2, dim=-1)
-        return torch.einsum("tef,edf->td", F.silu(gate) * up * weights[..., None], down)
-
-    return forward, [gate_up, down, router]
-
-
-def _mirrored(router_SD: Tensor) -> Tensor:
-    return torch.cat([-router_SD, router_SD])
-
-
-def transformers_block(layer: Layer, family: str, implementation: str) -> Implementation:
-    from transformers import AutoConfig
-    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    D, f = layer.x_TD.shape[1], layer.config.moe_intermediate_size
-    common = {"hidden_size": D, "num_experts_per_tok": SLICES}
-    if family == "glm4_moe":
-        config = AutoConfig.for_model(
-            family, **common, moe_intermediate_size=f, n_routed_experts=2 * SLICES, n_shared_experts=1, n_group=1,
-            topk_group=1, routed_scaling_factor=float(SLICES), norm_topk_prob=True,
-        )  # fmt: skip
-    else:
-        config = AutoConfig.for_model(family, **common, intermediate_size=f, num_local_experts=2 * SLICES)
-    config._experts_implementation = implementation
-    with torch.device(layer.x_TD.device):
-        block = (Glm4MoeMoE if family == "glm4_moe" else MixtralSparseMoeBlock)(config)
-    block.experts.gate_up_proj = nn.Parameter(torch.cat([layer.frozen.gate_up_proj, layer.trainable.gate_up_proj]))
-    block.experts.down_proj = nn.Parameter(torch.cat([layer.frozen.down_proj, layer.trainable.down_proj]))
-    block.gate.weight = nn.Parameter(_mirrored(layer.router_SD))
-    if family == "glm4_moe":
-        block.gate.e_score_correction_bias.zero_()
-        block.shared_experts = nn.Module()
-        block.shared_experts.forward = lambda x: 0.0  # no shared expert: only the routed ones are compared
-
-    def forward(x: Tensor) -> Tensor:
-        y = block(x[None])
-        return (y[0] if isinstance(y, tuple) else y)[0]
-
-    return forward, [block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight]
-
-
-def torchtitan_block(layer: Layer) -> Implementation:
-    """torchtitan's MoE, which computes its experts in bf16 whatever the parameters' dtype."""
-    from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
-
-    import lamella.titan  # noqa: F401  lets torchtitan run without an accelerator
-
-    D, f = layer.x_TD.shape[1], layer.config.moe_intermediate_size
-    init = {"weight": nn.init.zeros_}
-    E = 2 * SLICES
-    with torch.device(layer.x_TD.device):
-        block = make_moe_config(
-            num_experts=E,
-            load_balance_coeff=1e-3,
-            router=make_router_config(
-                dim=D, num_experts=E, gate_param_init=init, top_k=SLICES, score_func="sigmoid", route_norm=True,
-                route_scale=float(SLICES),
-            ),
-            routed_experts=make_routed_experts_config(
-                dim=D, hidden_dim=f, num_experts=E, top_k=SLICES, comm_backend="standard",
-                param_init=dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), nn.init.zeros_),
-            ),
-        ).build()  # fmt: skip
-    experts = block.routed_experts.inner_experts
-    gate_up = torch.cat([layer.frozen.gate_up_proj, layer.trainable.gate_up_proj])
-    experts.w1_EFD = nn.Parameter(gate_up[:, :f].clone())
-    experts.w3_EFD = nn.Parameter(gate_up[:, f:].clone())
-    experts.w2_EDF = nn.Parameter(torch.cat([layer.frozen.down_proj, layer.trainable.down_proj]))
-    block.router.gate.weight = nn.Parameter(_mirrored(layer.router_SD))
-    block.expert_bias_E.zero_()
-    return lambda x: block(x[None])[0], [experts.w1_EFD, experts.w2_EDF, experts.w3_EFD, block.router.gate.weight]
-
-
 def implementations(layer: Layer) -> dict[str, Callable[[], Implementation]]:
-    peers: dict[str, Callable[[], Implementation]] = {
-        "dense FFN": lambda: dense(layer),
-        "lamella auto": lambda: ours(layer, "auto"),
-    }
-    for path in PATHS:
-        if path == "fused" and layer.x_TD.device.type == "cpu":
-            continue  # Triton kernels
-        peers[f"lamella {path}"] = lambda path=path: ours(layer, path)
-    for family in ("glm4_moe", "mixtral"):
-        for kind in ("eager", "grouped_mm"):
-            peers[f"transformers {family} {kind}"] = lambda family=family, kind=kind: transformers_block(
-                layer, family, kind
-            )
-    peers["torchtitan MoE"] = lambda: torchtitan_block(layer)
-    peers["every expert, einsum"] = lambda: all_experts(layer)
-    return peers
+    """The dense FFN, every path of lamella, and the peers."""
+    made: dict[str, Callable[[], Implementation]] = {"dense FFN": lambda: dense(layer)}
+    for path in ("auto", *PATHS):
+        made[f"lamella {path}"] = lambda path=path: ours(layer, path)
+    return made | {name: lambda make=make: make(layer) for name, make in PEERS.items()}
 
 
-def build(layer: Layer) -> dict[str, Implementation]:
-    built = {}
+def build(layer: Layer, only: list[str]) -> tuple[dict[str, Implementation], list[dict[str, Any]]]:
+    """(what runs here, what does not and why): each is tried on a few tokens, forwards and backwards."""
+    built, left_out = {}, []
     for name, make in implementations(layer).items():
+        if name not in BASE and only and not any(part in name.lower() for part in only):
+            continue
         try:
-            built[name] = make()
-        except ImportError as error:
-            print(f"left out: {name} ({error})")
-    return built
+            forward, leaves = make()
+            forward(layer.x_TD[:PROBED_TOKENS].clone().requires_grad_()).backward(layer.dy_TD[:PROBED_TOKENS])
+        except Exception as error:  # whatever a peer raises: it must not end the run
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            broken = name.startswith("lamella") and not isinstance(error, ImportError | UserError)
+            left_out.append({"impl": name, "reason": reason, "broken": broken})
+            print(f"left out: {name} ({reason})")
+            continue
+        for tensor in leaves:
+            tensor.grad = None
+        built[name] = (forward, leaves)
+    return built, left_out
 
 
 def check_same_function(built: dict[str, Implementation], x_TD: Tensor) -> dict[str, float]:
@@ -214,10 +86,11 @@ def check_same_function(built: dict[str, Implementation], x_TD: Tensor) -> dict[
 
 
 def run(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, repeats: int, only: str | None
-) -> list[dict]:
+    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, repeats: int, only: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(a row of figures for each implementation, what was left out)"""
     layer = make_layer(*shape, device, dtype)
-    built = {n: i for n, i in build(layer).items() if only is None or n in ("dense FFN", "lamella loop") or only in n}
+    built, left_out = build(layer, only)
     errors = check_same_function(built, layer.x_TD[:256])
     x_TD = layer.x_TD.clone().requires_grad_()
 
@@ -249,7 +122,7 @@ def run(
         row["forward_over_dense"] = row["forward_s"] / base["forward_s"]
         row["forward_backward_over_dense"] = row["forward_backward_s"] / base["forward_backward_s"]
         row["peak_memory_over_dense"] = row["peak_bytes"] / base["peak_bytes"]
-    return rows
+    return rows, left_out
 
 
 def show(shape: tuple[int, int, int], rows: list[dict], dtype: torch.dtype) -> None:
@@ -291,22 +164,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--only", help="implementations whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[], help="implementations whose name contains one of these")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     names = [*SHAPES] if args.shape == "all" else [args.shape or ("8b" if gpu else "1k")]
-    results = []
+    results, wrong = [], []
     for name in names:
         T, D, F_ = SHAPES[name]
         shape = (args.tokens or (GPU_TOKENS if gpu else T), D, F_)
-        rows = run(shape, device, dtype, args.repeats, args.only)
+        rows, left_out = run(shape, device, dtype, args.repeats, args.only)
         show(shape, rows, dtype)
         keys = {"name": name, "tokens": shape[0], "hidden_size": D, "intermediate_size": F_, "slices": SLICES}
-        results.append({**provenance(device), "dtype": str(dtype).removeprefix("torch."), "shape": keys, "rows": rows})
+        figures = {"shape": keys, "rows": rows, "left_out": left_out}
+        results.append({**provenance(device), "dtype": str(dtype).removeprefix("torch."), **figures})
+        wrong += [left["impl"] for left in left_out if left["broken"]]
+        limit = WRONG[results[-1]["dtype"]]
+        wrong += [r["impl"] for r in rows if r["impl"].startswith("lamella") and r["relative_error"] > limit]
     write_json(args.json, results[0] if len(results) == 1 else results)
+    if wrong:
+        sys.exit(f"wrong or broken: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from measure import (
 )
 from train_models import Batch, Contestant, Shape, titan_lamella, titan_llama, transformers_model
 
+from lamella.plan.compute import GPUS
+
 SHAPES = {
     "tiny": Shape(128, 512, 2, 4, 2, 512, True),
     "smollm2": Shape(576, 1536, 30, 9, 3, 49152, True),
@@ -46,6 +48,11 @@ SHAPES = {
     "8b-layers": Shape(4096, 14336, 4, 32, 8, 16032, False),  # an eighth of Llama 3.1 8B: layers and vocabulary
 }
 PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    shape = SHAPES[args.shape]
+    return shape if args.layers is None else shape._replace(layers=args.layers)
 
 
 def has_torchtitan() -> bool:
@@ -59,7 +66,7 @@ def has_torchtitan() -> bool:
 
 def contestants(args: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dict[str, Callable[[], Contestant]]:
     """The first is the dense model that the others are measured against."""
-    shape, L, ac = SHAPES[args.shape], args.seq_len, args.activation_checkpointing
+    shape, L, ac = shape_of(args), args.seq_len, args.activation_checkpointing
     if args.home == "transformers":
         return {
             "transformers Llama, all trained": lambda: transformers_model(shape, L, False, ac, dtype),
@@ -129,10 +136,21 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
             "peak_bytes": largest(state + peak), "state_bytes": largest(state),
             **{f"{phase}_s": median_spread(clocks[name].seconds[phase][1:-1])[0] for phase in PHASES},
         })  # fmt: skip
+    peak_flops = known_peak(device)
     for row in rows:
+        row["mfu"] = peak_flops and row["tokens_per_s"] * row["flops_per_token"] / (args.ranks * peak_flops)
         row["tokens_per_s_over_dense"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         row["limit"] = rows[0]["flops_per_token"] / row["flops_per_token"]
     return rows
+
+
+def known_peak(device: torch.device) -> float | None:
+    """The bf16 FLOP/s of a GPU that `lamella plan` knows, by its longest name there that the device's contains."""
+    if device.type == "cpu":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [gpu for gpu in GPUS if gpu in name]
+    return GPUS[max(known, key=len)][0] if known else None
 
 
 def largest(value: int) -> int:
@@ -145,8 +163,9 @@ def largest(value: int) -> int:
 def show(args: argparse.Namespace, rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     title = (
-        f"{args.shape}, {args.home} home, {name}, {args.ranks} ranks, {args.tokens} tokens a step in samples of "
-        f"{args.seq_len}, activation checkpointing {args.activation_checkpointing}, reshard {args.reshard}"
+        f"{args.shape}, {shape_of(args).layers} layers, {args.home} home, {name}, {args.ranks} ranks, "
+        f"{args.tokens} tokens a step in samples of {args.seq_len}, "
+        f"activation checkpointing {args.activation_checkpointing}, reshard {args.reshard}"
     )
     header = ["model", "step s", "+-", "tokens/s", "over dense", "limit", "peak GiB", *PHASES, "trained M"]
     table = [
@@ -176,7 +195,7 @@ def worker(args: argparse.Namespace) -> None:
     rows = measure(args, device, dtype)
     if dist.get_rank() == 0:
         show(args, rows, dtype)
-        settings = {"dtype": str(dtype), "shape": SHAPES[args.shape]._asdict()}
+        settings = {"dtype": str(dtype), "shape": shape_of(args)._asdict()}
         settings |= {
             key: getattr(args, key)
             for key in ("home", "ranks", "tokens", "seq_len", "activation_checkpointing", "reshard")
@@ -190,6 +209,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
     parser.add_argument("--shape", choices=[*SHAPES], default="8b-layers" if gpu else "smollm2")
+    parser.add_argument("--layers", type=positive, help="this many layers in place of the shape's")
     parser.add_argument("--ranks", type=positive, default=1)
     parser.add_argument("--tokens", type=positive, default=16384 if gpu else 1024, help="of one step, over all ranks")
     parser.add_argument("--seq-len", type=positive, default=2048 if gpu else 256)

@@ -8,12 +8,14 @@ import torch
 
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts
+from lamella.moe.paths.quack_path import INSTALLED
 from lamella.moe.routing import Routing
 from support import experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 S = 8
-FAST = [path for path in PATHS if path != "loop"]
+QUACK = pytest.param("quack", marks=pytest.mark.skipif(not INSTALLED, reason="needs quack-kernels"))
+FAST = [QUACK if path == "quack" else path for path in PATHS if path != "loop"]
 # (tokens, model width, neurons per expert): tiles filled exactly, in part, and widths that are multiples of 8 alone
 SIZES = [(1024, 256, 128), (777, 320, 192), (65, 72, 40), (1, 128, 64)]
 
@@ -67,7 +69,7 @@ def test_a_layer_on_a_gpu_that_is_not_the_current_one(path):
     assert torch.equal(y_TD.cpu(), expected["y"].cpu())
 
 
-@pytest.mark.parametrize("path", ["grouped", "fused"])
+@pytest.mark.parametrize("path", ["grouped", "fused", QUACK])
 def test_no_step_waits_for_the_gpu(path):
     step(path, *SIZES[0], "twin", torch.bfloat16)  # tuning waits
     x_TD = torch.randn(1024, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

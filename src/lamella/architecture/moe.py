@@ -20,7 +20,7 @@ Activation = Literal["silu", "gelu", "gelu_new", "relu"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
-ExpertPath = Literal["auto", "loop", "batched", "grouped", "fused", "tiled"]
+ExpertPath = Literal["auto", "loop", "batched", "grouped", "fused", "quack", "tiled"]
 LORA_PATHS: tuple[ExpertPath, ...] = ("auto", "loop", "grouped")
 
 # Added to a twin's score and taken from its slice's, this bias sends every token to the frozen slice (scores lie

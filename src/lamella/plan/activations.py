@@ -96,9 +96,9 @@ def _expert_bytes(layout: Layout, moe: MoEConfig) -> int:
     # under autograd: gate, up, silu(gate), product; inputs and outputs of every row
     if path in ("loop", "batched") or moe.lora_rank:
         return rows * b * (4 * f + 2 * layout.model.D)
-    # grouped and fused have a buffer for frozen rows and one for trainable rows, each with room for all
+    # grouped, fused and quack have a buffer for frozen rows and one for trainable rows, each with room for all
     fills_both = moe.num_frozen_experts > 0 and moe.num_trainable_experts > 0
-    halves = 2 if fills_both and (path in ("grouped", "fused") or layout.device == "gpu") else 1
+    halves = 2 if fills_both and (path in ("grouped", "fused", "quack") or layout.device == "gpu") else 1
     return rows * b * 2 * f * halves
 
 

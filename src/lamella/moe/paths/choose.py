@@ -3,8 +3,9 @@
     y_t = sum over k of weight_tk * down_e (silu(gate_e x_t) * (up_e x_t)),  e = expert_ids_tk
 
 `loop` is the oracle. `batched` pads every expert to the fullest one and uses batched matmul; `grouped` sorts the
-rows by expert and uses grouped matmul; `fused` does the same by Triton kernels that gather, weigh and activate on the
-way; `tiled` is the loop with a backward pass of its own, the fastest on a CPU. grouped and fused wait for no host.
+rows by expert and uses grouped matmul; `quack` does the same by the products of quack-kernels, where that package is,
+and `fused` by Triton kernels that gather, weigh and activate on the way; `tiled` is the loop with a backward pass of
+its own, the fastest on a CPU. grouped, quack and fused wait for no host.
 Frozen and trainable experts stay separate tensors: joining them would copy all weights every step.
 
 Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, C rows per expert.
@@ -22,6 +23,7 @@ from lamella.moe.paths.decode import decode_path
 from lamella.moe.paths.fused import fused_fits, fused_path
 from lamella.moe.paths.grouped import grouped_fits, grouped_path
 from lamella.moe.paths.measured import PathFunction, fastest
+from lamella.moe.paths.quack_path import quack_fits, quack_path
 from lamella.moe.paths.tiled import tiled_path
 from lamella.moe.routing import Routing
 
@@ -54,6 +56,7 @@ def fitting_paths(x_TD: Tensor, experts: Experts) -> list[ExpertPath]:
         return ["tiled"]
     names: list[ExpertPath] = ["fused"] if fused_fits(x_TD, experts) else []
     names += ["grouped"] if grouped_fits(x_TD, experts) else []
+    names += ["quack"] if quack_fits(x_TD, experts) else []
     return names or ["batched"]
 
 
@@ -114,5 +117,6 @@ PATHS: dict[ExpertPath, PathFunction] = {
     "batched": batched_path,
     "grouped": grouped_path,
     "fused": fused_path,
+    "quack": quack_path,
     "tiled": tiled_path,
 }

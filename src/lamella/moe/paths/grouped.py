@@ -5,16 +5,19 @@ undefined. Where the trainable rows begin is known on the device alone; so each 
 buffers of its own with room for all N rows: no host synchronisation, no copy of any weight, and no product but those
 of rows that exist. The halves' unused memory is never read.
 
+The products themselves are given: torch's here, those of quack-kernels in `quack_path`.
+
 Kept for the backward pass: x and the two halves' gate and up activations, [N, 2f] each, as much as a dense FFN keeps
 under autograd. Frozen weights take no gradient.
 
-Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, E experts of one half.
+Shapes: T tokens, D model width, f neurons per expert, K active experts, N = T*K routed rows, E experts of one half;
+m, n widths of a product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +50,53 @@ def grouped_fits(x_TD: Tensor, experts: Experts) -> bool:
     return all(w * x_TD.element_size() % 16 == 0 for w in widths)
 
 
+class Rows(NamedTuple):
+    """The rows of one half: `values[token_N]`, or `values` themselves where they are gathered."""
+
+    values: Tensor
+    token_N: Tensor | None = None
+
+
+class Products(Protocol):
+    """Matrix products of the rows of each expert; rows beyond the last expert's are neither read nor made."""
+
+    def gather(self, x_TD: Tensor, half: Half) -> Rows:
+        """The half's rows of x, copied or by their places."""
+        ...
+
+    def product(self, rows_Nm: Rows, matrices_Emn: Tensor, half: Half) -> Tensor:
+        """Each row times its expert's matrix, [N, n]."""
+        ...
+
+    def outer(self, left_Nm: Rows, right_Nn: Rows, half: Half) -> Tensor:
+        """The sum over each expert's rows of left^T right, [E, m, n]; zeros where an expert has none."""
+        ...
+
+
+class TorchProducts:
+    """`torch.nn.functional.grouped_mm`, on gathered rows."""
+
+    def gather(self, x_TD: Tensor, half: Half) -> Rows:
+        """A copy of the rows."""
+        return Rows(row_ops(x_TD.device).gather(x_TD, half.token_N, half.num_rows))
+
+    def product(self, rows_Nm: Rows, matrices_Emn: Tensor, half: Half) -> Tensor:
+        """See `Products`."""
+        return F.grouped_mm(rows_Nm.values, matrices_Emn, offs=half.ends_E)
+
+    def outer(self, left_Nm: Rows, right_Nn: Rows, half: Half) -> Tensor:
+        """See `Products`."""
+        return F.grouped_mm(left_Nm.values.t(), right_Nn.values, offs=half.ends_E)
+
+
 def grouped_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
     """The weighted sum [T, D] of the outputs of each token's experts; it waits for no host."""
-    return _Grouped.apply(x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, *frozen, *trainable)
+    return by_products(TorchProducts(), x_TD, routing, frozen, trainable)
+
+
+def by_products(products: Products, x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+    """As `grouped_path`, by these products; frozen weights take no gradient."""
+    return _Grouped.apply(products, x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, *frozen, *trainable)
 
 
 def split_halves(d: Dispatch, weights_N: Tensor, num_frozen: int) -> list[Half]:
@@ -67,20 +114,27 @@ class GroupedContext(Context):
 
     weights_dtype: torch.dtype
     num_halves: int
+    products: Products
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: GroupedContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, *packed: Tensor
+        ctx: GroupedContext,
+        products: Products,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        *packed: Tensor,
     ) -> Tensor:
         num_frozen, num_trainable = len(packed[0]), len(packed[2])
         d = dispatch(expert_ids_TK, num_frozen + num_trainable)
         halves = split_halves(d, to_rows(weights_TK.float(), d), num_frozen)
         experts = _present(packed)
-        gate_ups, ys = zip(*(_half_forward(x_TD, h, e) for h, e in zip(halves, experts, strict=True)), strict=True)
+        made = [_half_forward(products, x_TD, h, e) for h, e in zip(halves, experts, strict=True)]
+        gate_ups, ys = zip(*made, strict=True)
         ctx.save_for_backward(x_TD, d.slot_TK, *packed, *gate_ups, *(t for half in halves for t in half))
-        ctx.weights_dtype, ctx.num_halves = weights_TK.dtype, len(halves)
+        ctx.weights_dtype, ctx.num_halves, ctx.products = weights_TK.dtype, len(halves), products
         return row_ops(x_TD.device).combine(ys[0], ys[-1], halves[0].num_rows, d.slot_TK)
 
     @staticmethod
@@ -89,9 +143,9 @@ class _Grouped(torch.autograd.Function):
         packed, saved = saved[:4], saved[4:]
         gate_ups, flat = saved[: ctx.num_halves], saved[ctx.num_halves :]
         halves = [Half(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
-        needs = [ctx.needs_input_grad[i : i + 2] for i in (3, 5) if len(packed[i - 3])]
+        needs = [ctx.needs_input_grad[i : i + 2] for i in (4, 6) if len(packed[i - 4])]
         results = [
-            _half_backward(dy_TD.contiguous(), x_TD, *parts)
+            _half_backward(ctx.products, dy_TD.contiguous(), x_TD, *parts)
             for parts in zip(halves, gate_ups, _present(packed), needs, strict=True)
         ]
         count = halves[0].num_rows
@@ -103,20 +157,18 @@ class _Grouped(torch.autograd.Function):
             *(results[0].grads if len(packed[0]) else missing),
             *(results[-1].grads if len(packed[2]) else missing),
         ]
-        return dx_TD, dweights_TK.to(ctx.weights_dtype), None, *grads
+        return None, dx_TD, dweights_TK.to(ctx.weights_dtype), None, *grads
 
 
 def _present(packed: Sequence[Tensor]) -> list[Experts]:
     return [Experts(*packed[i : i + 2]) for i in (0, 2) if len(packed[i])]
 
 
-def _half_forward(x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, Tensor]:
+def _half_forward(products: Products, x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, Tensor]:
     """The forward pass of one half: (gate and up [N, 2f], weighted output rows [N, D])."""
-    ops = row_ops(x_TD.device)
-    x_ND = ops.gather(x_TD, half.token_N, half.num_rows)
-    gate_up_N2f = F.grouped_mm(x_ND, experts.gate_up_proj.mT, offs=half.ends_E)
-    hidden_Nf = ops.swiglu(gate_up_N2f, half.weights_N, half.num_rows)
-    return gate_up_N2f, F.grouped_mm(hidden_Nf, experts.down_proj.mT, offs=half.ends_E)
+    gate_up_N2f = products.product(products.gather(x_TD, half), experts.gate_up_proj.mT, half)
+    hidden_Nf = row_ops(x_TD.device).swiglu(gate_up_N2f, half.weights_N, half.num_rows)
+    return gate_up_N2f, products.product(Rows(hidden_Nf), experts.down_proj.mT, half)
 
 
 class Gradients(NamedTuple):
@@ -129,19 +181,18 @@ class Gradients(NamedTuple):
 
 
 def _half_backward(
-    dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts, needs: tuple[bool, ...]
-) -> Gradients:
+    products: Products, dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts,
+    needs: tuple[bool, ...],
+) -> Gradients:  # fmt: skip
     ops = row_ops(x_TD.device)
-    dy_ND = ops.gather(dy_TD, half.token_N, half.num_rows)
-    dhidden_Nf = F.grouped_mm(dy_ND, experts.down_proj, offs=half.ends_E)
+    dy_ND = products.gather(dy_TD, half)
+    dhidden_Nf = products.product(dy_ND, experts.down_proj, half)
     dgate_up_N2f, hidden_Nf, dweights_N = ops.swiglu_gradient(dhidden_Nf, gate_up_N2f, half.weights_N, half.num_rows)
     dgate_up = ddown = None
     if needs[1]:
-        ddown = F.grouped_mm(dy_ND.t(), hidden_Nf, offs=half.ends_E)
+        ddown = products.outer(dy_ND, Rows(hidden_Nf), half)
     del dy_ND, dhidden_Nf, hidden_Nf
     if needs[0]:
-        x_ND = ops.gather(x_TD, half.token_N, half.num_rows)
-        dgate_up = F.grouped_mm(dgate_up_N2f.t(), x_ND, offs=half.ends_E)
-        del x_ND
-    dx_ND = F.grouped_mm(dgate_up_N2f, experts.gate_up_proj, offs=half.ends_E)
+        dgate_up = products.outer(Rows(dgate_up_N2f), products.gather(x_TD, half), half)
+    dx_ND = products.product(Rows(dgate_up_N2f), experts.gate_up_proj, half)
     return Gradients(dx_ND, dweights_N, (dgate_up, ddown))
