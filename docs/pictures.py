@@ -213,6 +213,7 @@ ROOMS = {  # what each knows
     "by_slicing": "convert_by_slicing.py",
     "cli": "the commands",
     "cli_data": "the commands of data",
+    "cli_plan": "the command plan",
     "demo": "the whole way, shown",
     "worker": "what torchrun starts",
     "api": "from Python",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli_data import Overwrite, data_app
+from lamella.cli_plan import JsonFile, Words, plan
 from lamella.errors import UserError
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
@@ -22,15 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # What several commands say alike.
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RECIPE.yaml] [key=value ...]",
-        help="A recipe, as a file or a name of `lamella recipes`, and settings that replace its own.",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every tensor that would be written, and write nothing.")]
-JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too.")]
 Device = Annotated[str, typer.Option(help="The model is computed here: cpu, cuda, or auto for a GPU if there is one.")]
 MODEL = "Convert this model: a folder, a .gguf file or a hub name."
 OUT = "Write the converted model to this folder."
@@ -282,48 +275,10 @@ def recipes(
         print(use, *(f"  {file}" for file in shipped(pattern)), sep="\n")
 
 
-@app.command(
+app.command(
     epilog="`lamella keys train` lists the keys of a training recipe, and `lamella keys convert METHOD` those that "
     "--conversion takes."
-)
-def plan(
-    words: Words = None,
-    gpu: Annotated[
-        str, typer.Option(help="Plan for this GPU: H100, H200, A100, ...; cpu plans for ranks without GPUs.")
-    ] = "H100",
-    ranks: Annotated[
-        int | None,
-        typer.Option(help="Plan for this many ranks, one for each GPU.", show_default="8, or the most below that fit"),
-    ] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="One GPU costs this much an hour.")] = None,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option(
-            help="All ranks together were measured at this speed.", show_default="from the GPU's peak, at 30% MFU"
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            help="Plan as if this dense model (or config.json) had been converted; 8 slices if nothing else is said."
-        ),
-    ] = None,
-    slices: Annotated[int | None, typer.Option(help="Into this many slices; short for --conversion slices=N.")] = None,
-    conversion: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RECIPE.yaml | key=value",
-            help="By this recipe of a conversion, or with this key of one; may be given several times.",
-        ),
-    ] = None,
-    json: JsonFile = None,
-) -> None:
-    """Compute memory per rank, time and cost of a training run, from its recipe and a config.json; start nothing."""
-    from lamella.plan.command import run
-
-    said = [*(conversion or []), *([] if slices is None else [f"slices={slices}"])]
-    options: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_second": tokens_per_second}
-    run(words or [], gpu_name=gpu, ranks=ranks, dense=dense, conversion=said, json_path=json, **options)
+)(plan)
 
 
 @app.command()

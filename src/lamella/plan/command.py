@@ -9,11 +9,14 @@ from pathlib import Path
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.plan.compute import DEFAULT_GPU, gpu
+from lamella.plan.faults import STORAGE_RATE
 from lamella.plan.fit import check_fit
 from lamella.plan.layout import Layout
+from lamella.plan.links import RANKS_PER_NODE
 from lamella.plan.model import Model, read_model
-from lamella.plan.report import plan_text, plan_values
+from lamella.plan.report import plan_text, plan_values, suggestion_text
 from lamella.plan.start import starting_model, with_deltas
+from lamella.plan.suggest import suggest
 from lamella.recipe.conversion import read_conversion
 from lamella.recipe.files import arguments
 from lamella.recipe.stages import prepare_stages
@@ -32,10 +35,15 @@ def run(
     dense: str | None = None,
     conversion: Sequence[str] = (),
     json_path: Path | None = None,
+    per_node: int = RANKS_PER_NODE,
+    storage_rate: float = STORAGE_RATE,
+    suggests: bool = False,
 ) -> None:
     """Print the plan of a recipe, of several stages each, and write it where `json_path` says.
 
     Args:
+        per_node, storage_rate: see `plan_values`.
+        suggests: other layouts are compared, too.
         ranks: None: see `most_ranks`.
         dense: a dense model (or its config.json) in place of the recipe's, as if it had been converted.
         conversion: how: words as `lamella convert` takes them.
@@ -45,6 +53,10 @@ def run(
     """
     if dense is None and conversion:
         raise UserError("--slices and --conversion say how a dense model would be converted: name it with --dense")
+    if suggests and gpu_name == "cpu":
+        raise UserError("--suggest compares layouts of GPUs; name one with --gpu")
+    if per_node < 1 or storage_rate <= 0:
+        raise UserError("--ranks-per-node and --storage-gb-per-second must be above 0")
     options = None if dense is None else read_conversion(conversion).options
     path, settings = arguments(words)
     recipes = prepare_stages(path, settings)
@@ -54,8 +66,14 @@ def run(
     for recipe in recipes:
         start = starting_model(recipe, every[: every.index(recipe)], dense, options)
         layout = make_layout(recipe, start.model, ranks, gpu_name, _teacher(recipe, dense), start.name)
-        stage, values = Path(recipe.out).name, plan_values(layout, gpu_name, price_per_hour, tokens_per_second)
-        plans[stage], texts[stage] = values, f"model             {start.name}\n{plan_text(values)}"
+        values = plan_values(layout, gpu_name, price_per_hour, tokens_per_second, per_node, storage_rate)
+        text = f"model             {start.name}\n{plan_text(values)}"
+        if suggests:
+            found = suggest(layout, gpu_name, per_node)
+            values["suggestions"] = [suggestion.to_dict() for suggestion in found]
+            text += f"\n{suggestion_text(found)}"
+        stage = Path(recipe.out).name
+        plans[stage], texts[stage] = values, text
     _give(plans, texts, json_path)
 
 

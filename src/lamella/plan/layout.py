@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from lamella.architecture.names import is_trained, stays_in_model
@@ -66,7 +67,10 @@ class Layout:
 
     def weights(self) -> list[Weight]:
         """The weights of the stage."""
+        return self._weights
 
+    @cached_property
+    def _weights(self) -> list[Weight]:
         def is_here(weight: Weight) -> bool:
             if weight.layer is None:
                 return self.stage == 0 if weight.is_embedding else self.has_head

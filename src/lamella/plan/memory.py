@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from lamella.plan.activations import (
     block_bytes,
@@ -83,7 +84,7 @@ class Memory:
             yield self._moment("loss", last, self._gathered(None), {"logits and loss": loss})
         for layer in reversed(self.layout.layers):
             yield self._moment("backward pass", layer, self._gathered(layer), self._working(layer))
-        gradients = 0 if self.offloads else self._summed(self.layout.weights())
+        gradients = 0 if self.offloads else self._all_summed
         yield Moment("optimizer", self.held | {"gradients": gradients})
 
     def main_memory(self) -> dict[str, int]:
@@ -115,13 +116,27 @@ class Memory:
 
     def _moment(self, name: str, layer: int, gathered: int, more: dict[str, int]) -> Moment:
         """`layer` is the last one whose activations are there; of the micro-batches before, all are."""
-        kept = {i: block_bytes(self.layout, i) for i in self.layout.layers}
+        kept = self._kept
         below = sum(kept[i] for i in self.layout.layers if i <= layer)
         activations = below + (self.layout.micro_batches_in_flight - 1) * sum(kept.values())
         parts = {"gradients": self._gradients(layer), "activations": activations, "gathered weights": gathered}
         for key, value in more.items():
             parts[key] = parts.get(key, 0) + value
         return Moment(name, self.held | parts)
+
+    @cached_property
+    def _kept(self) -> dict[int, int]:
+        return {layer: block_bytes(self.layout, layer) for layer in self.layout.layers}
+
+    @cached_property
+    def _all_summed(self) -> int:
+        return self._summed(self.layout.weights())
+
+    @cached_property
+    def _all_whole(self) -> int:
+        """Gradients of the stage before they are shared out."""
+        weights = self.layout.weights()
+        return MASTER_BYTES * sum(self.layout.part_numel(w) for w in weights if self.layout.trains(w))
 
     def _teaching(self) -> Moment:
         """The forward pass of the teacher, or of the frozen slices, which keeps nothing but the logits."""
@@ -139,12 +154,11 @@ class Memory:
         ranks, but whole in a stage of a pipeline, which sums once a step."""
         if self.offloads:
             return 0
-        weights = self.layout.weights()
         if self.layout.is_stage:
-            return MASTER_BYTES * sum(self.layout.part_numel(w) for w in weights if self.layout.trains(w))
+            return self._all_whole
         if self.layout.micro_batches > 1:
-            return self._summed(weights)
-        return self._summed([w for w in weights if w.layer is not None and w.layer > layer])
+            return self._all_summed
+        return self._summed([w for w in self.layout.weights() if w.layer is not None and w.layer > layer])
 
     def _gathered(self, layer: int | None) -> int:
         """While a layer is computed (None: the head)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lamella.architecture.converted import attention_experts_config, ffn_config, model_tensors
@@ -32,11 +33,12 @@ class Weight:
     """torchtitan's, as in `lamella.architecture.names`."""
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
+        """Its numbers."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def layer(self) -> int | None:
         """None: embedding, head and last norm."""
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
@@ -69,6 +71,10 @@ class Model(Sizes):
 
     def weights(self) -> list[Weight]:
         """All parameters; the selection biases, which are buffers, not."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> list[Weight]:
         shapes = model_tensors(self, self.moe, self.attention_moe)
         return [Weight(titan_name(name), shape) for name, shape in shapes.items() if not is_float32(name)]
 

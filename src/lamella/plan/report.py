@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from lamella.jsons import Json
 from lamella.plan.compute import ASSUMED_MFU, active_part, flops_per_token, gpu, tokens_per_s
+from lamella.plan.faults import STORAGE_RATE, faults
 from lamella.plan.layout import Layout
+from lamella.plan.links import RANKS_PER_NODE
 from lamella.plan.memory import fullest
-
-GPU_RESERVE_BYTES = 4e9
-"""This much of a GPU is left free for what is not counted: context, communication buffers, holes between blocks. Not
-measured."""
+from lamella.plan.roofline import roofline
+from lamella.plan.suggest import GPU_RESERVE_BYTES, Suggestion, cuts_unevenly, even_layout
 
 
 def plan_values(
-    layout: Layout, gpu_name: str, price_per_hour: float | None = None, measured_tokens_per_s: float | None = None
+    layout: Layout,
+    gpu_name: str,
+    price_per_hour: float | None = None,
+    measured_tokens_per_s: float | None = None,
+    per_node: int = RANKS_PER_NODE,
+    storage_rate: float = STORAGE_RATE,
 ) -> Json:
     """Everything, in bytes, seconds, tokens and FLOPs.
 
     Args:
         price_per_hour: of one GPU.
         measured_tokens_per_s: of all ranks together; None assumes an MFU.
-    """
+        per_node: ranks of a node.
+        storage_rate: bytes a second that all ranks together write to where checkpoints are kept.
+    """  # fmt: skip
     on_gpu = layout.device == "gpu"
     rate = measured_tokens_per_s or (tokens_per_s(layout, gpu_name) if on_gpu else None)
     recipe = layout.recipe
@@ -54,7 +61,28 @@ def plan_values(
             else price_per_hour * layout.num_ranks * seconds / 3600,
         },
     }
+    if on_gpu:
+        step_s = step_tokens / rate if rate else 0.0
+        values |= {"step": _step(layout, gpu_name, per_node), "faults": faults(layout, step_s, storage_rate).to_dict()}
     return values | {"warnings": warnings(layout, values)}
+
+
+def _step(layout: Layout, gpu_name: str, per_node: int) -> Json:
+    """What moves in a step, and the time that it takes at best."""
+    best = roofline(layout, gpu_name, per_node)
+    return {
+        "ranks_per_node": per_node,
+        "bytes_inside_of_a_node": round(best.traffic.all.inside),
+        "bytes_over_the_network": round(best.traffic.all.network),
+        "roofline_mfu": best.mfu,
+        "seconds": best.step_s,
+        "seconds_of": {
+            "products": best.products_s,
+            "memory": best.memory_s,
+            "recomputation": best.recomputed_s,
+            "waiting": best.waited_s,
+        },
+    }
 
 
 def _parameters(layout: Layout) -> dict[str, int]:
@@ -113,10 +141,12 @@ def warnings(layout: Layout, values: Json) -> list[str]:
 
 def _expert_warnings(layout: Layout) -> list[str]:
     found: list[str] = []
-    experts = [w for w in layout.model.weights() if w.is_expert]
-    ranks = layout.shards * layout.recipe.parallel.tensor
-    if any(layout.shard_numel(w) * ranks > w.numel and not layout.is_whole(w) for w in experts):
-        found.append(f"uneven experts: {layout.shards} ranks cannot cut them into equal parts; some ranks hold less")
+    if cuts_unevenly(layout):
+        even = even_layout(layout)
+        instead = "Take a number of ranks that divides the experts" if even is None else f"Set {even}"
+        found.append(
+            f"uneven experts: {layout.shards} ranks cannot cut them into equal parts; some ranks hold less. {instead}"
+        )
     moe = layout.model.moe
     if moe is not None and moe.routing == "flat" and layout.recipe.parallel.expert > 1:
         found.append("uneven load: in flat routing a rank waits for the one whose experts were chosen most")
@@ -145,6 +175,7 @@ def plan_text(values: Json) -> str:
         *_main_memory_lines(memory),
         f"checkpoint        {gib(memory['checkpoint_bytes'])} on disk",
         f"FLOPs             {time['flops_per_token']:.3e} a token",
+        *_step_lines(values),
     ]
     if time["tokens_per_s"]:
         basis = f"assuming {time['assumed_mfu']:.0%} MFU" if time["assumed_mfu"] else "as given"
@@ -155,6 +186,48 @@ def plan_text(values: Json) -> str:
     if time["cost"] is not None:
         lines.append(f"cost              {time['cost']:,.2f}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in values["warnings"])])
+
+
+def _step_lines(values: Json) -> list[str]:
+    """Of runs on GPUs."""
+    if "step" not in values:
+        return []
+    step, fault = values["step"], values["faults"]
+    storage = fault["storage_bytes_per_s"] / 1e9
+    parts = ", ".join(f"{seconds:.2f} s {name}" for name, seconds in step["seconds_of"].items() if seconds >= 0.005)
+    return [
+        f"moved in a step   {gib(step['bytes_inside_of_a_node'])} a rank inside of a node, "
+        f"{gib(step['bytes_over_the_network'])} over the network; nodes of {step['ranks_per_node']} ranks",
+        f"roofline          {step['roofline_mfu']:.0%} MFU at best: a step in {step['seconds']:.2f} s; {parts}",
+        f"checkpoint time   {fault['write_s']:.0f} s at {storage:.0f} GB/s, of which training waits "
+        f"{fault['blocked_s']:.0f} s",
+        f"faults            one in {_hours(fault['hours_between'])}; {fault['effective']:.1%} of the time trains, "
+        f"{fault['best_effective']:.1%} with save_every_steps={fault['best_save_every_steps']}",
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.0f} hours" if hours < 96 else f"{hours / 24:.0f} days"
+
+
+def suggestion_text(suggestions: list[Suggestion]) -> str:
+    """The layouts, the best first, for a terminal."""
+    if not suggestions:
+        return "suggested         no layout of these ranks fits: take more of them, or fewer tokens in a micro-batch"
+    lines = [f"suggested         {suggestions[0].words()}"]
+    header = ["memory", "a step", "MFU", "in a node", "network", "layout"]
+    rows = [
+        [
+            gib(s.peak_bytes), f"{s.roofline.step_s:.2f} s", f"{s.roofline.mfu:.0%}",
+            gib(s.roofline.traffic.all.inside), gib(s.roofline.traffic.all.network), s.words(),
+        ]
+        for s in suggestions
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(5)]
+    for row in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join(["", *cells, row[-1]]))
+    return "\n".join(lines)
 
 
 def _main_memory_lines(memory: Json) -> list[str]:
