@@ -87,7 +87,7 @@ def test_no_circle_of_modules(graph: grimp.ImportGraph) -> None:
         ("lamella.cli", "lamella.conversion.slice"),
         ("lamella.cli", "lamella.conversion.upcycle"),
         ("lamella.cli", "lamella.evaluate.differences"),
-        ("lamella.cli", "lamella.plan.memory"),
+        ("lamella.cli_plan", "lamella.plan.memory"),
         ("lamella.cli", "lamella.export.glm4_moe"),
         ("lamella.worker", "lamella.train.trainer"),
     ],
