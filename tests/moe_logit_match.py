@@ -22,6 +22,7 @@ from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
 from lamella.recipe.methods.upcycle import UpcycleOptions
 from support.models import save_llama
+from support.tiers import slow_but
 
 TINY_TOKENS = {"float32": 512, "bfloat16": 512}
 
@@ -41,7 +42,9 @@ def failed(checks: list[Check]) -> list[Check]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"routing": "flat"}, {"gate": "softmax"}, {"layers": "1"}, {"noise": 0.5}], ids=str
+    "options",
+    slow_but({}, [{}, {"routing": "flat"}, {"gate": "softmax"}, {"layers": "1"}, {"noise": 0.5}]),
+    ids=str,
 )
 def test_a_conversion_has_the_dense_logits(dense, tmp_path, options):
     checks = logit_match(str(dense), str(converted(dense, tmp_path / "moe", **options)), tokens=TINY_TOKENS)
@@ -59,8 +62,8 @@ def test_a_conversion_has_the_dense_logits(dense, tmp_path, options):
     assert floors[0].figure < 1e-4
 
 
-@pytest.mark.parametrize("damage", ["frozen_down_proj", "frozen_gate_up_proj", "norm"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damage", slow_but("norm", ["frozen_down_proj", "frozen_gate_up_proj", "norm"]))
+@pytest.mark.parametrize("dtype", slow_but("float32", ["float32", "bfloat16"]))
 def test_a_wrong_tensor_is_seen(dense, tmp_path, damage, dtype):
     """One slice of one layer half as large, or one norm: every mode fails, in both dtypes."""
     moe = converted(dense, tmp_path / "moe")
@@ -75,6 +78,7 @@ def test_a_wrong_tensor_is_seen(dense, tmp_path, damage, dtype):
     assert {check.what for check in checks} == {"dense", "routed", "random, no noise"}
 
 
+@pytest.mark.slow
 def test_a_trained_router_is_checked_without_it(dense, tmp_path):
     moe = converted(dense, tmp_path / "moe")
     model = load(moe)
@@ -105,6 +109,7 @@ ALL_ACTIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_ACTIVE)
 def test_all_experts_active_match(dense, kind, tmp_path):
     source = converted(dense, tmp_path / "sliced") if "sliced" in kind else dense
@@ -124,6 +129,7 @@ def test_all_experts_active_match(dense, kind, tmp_path):
     assert failed(logit_match(str(dense), str(tmp_path / "moe"), tokens={"float32": 512}))
 
 
+@pytest.mark.slow
 def test_chosen_attention_experts_are_not_asked_to_match_when_routed(dense, tmp_path):
     options = load_conversion(None, ["method=attention", "top_k=1", "router=random"]).options
     convert(converted(dense, tmp_path / "sliced"), tmp_path / "moe", options)

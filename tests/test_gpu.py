@@ -39,7 +39,7 @@ def test_the_users_choice_of_gpus_reaches_the_gpu_tests_alone(
     code += "def show(name): print(f'{name} sees {os.environ[\"CUDA_VISIBLE_DEVICES\"]!r}')\n"
     (tmp_path / "test_devices.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", mark]
-    environment = machine_environment | {"CUDA_VISIBLE_DEVICES": "0,2"}
+    environment = machine_environment | {"CUDA_VISIBLE_DEVICES": "0,2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ("gpu sees" in done.stdout) == (mark == "gpu"), done.stdout
     assert ("cpu sees" in done.stdout) == (mark in ("", "not slow")), done.stdout

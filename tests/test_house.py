@@ -25,9 +25,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MIN_DOCUMENTED = 400, 60, 0.8
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 LATE_IMPORTS = {
-    ("lamella.checkpoint.source", "lamella.checkpoint.gguf"),  # the source of a .gguf file, which is a source
     ("lamella", "lamella.api"),  # `lamella.convert` is looked up when somebody asks for it
-    ("lamella.titan.decoder", "lamella.titan.flops"),  # torchtitan asks the config of a model for its FLOPs
 }
 # What a library or Python calls and documents, so that a sentence of ours would repeat theirs.
 CALLED_BY_LIBRARIES = {

@@ -57,6 +57,7 @@ def test_the_lock_holds_no_address() -> None:
     assert "://" not in COMMITTED
 
 
+@pytest.mark.slow
 @needs_uv
 @pytest.mark.parametrize("dated", [True, False], ids=["exclude-newer", "no date"])
 def test_uv_resolves_what_is_committed(script: ModuleType, dated: bool) -> None:
@@ -78,6 +79,7 @@ def empty_wheel(folder: Path, name: str, version: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.slow
 @needs_uv
 def test_a_new_release_changes_nothing(script: ModuleType, tmp_path: Path) -> None:
     """certifi is needed by a dependency of a dependency; its new release here is taken only without the pin."""

@@ -28,6 +28,7 @@ from lamella.recipe.conversion import load_conversion
 from lamella.titan.config import decoder_config
 from support.models import CONFIGS, KIN, SIZES, TRAINABLE_FAMILIES, VOCAB, save_tokenizer, tiny_checkpoint
 from support.tensors import bits_equal
+from support.tiers import slow_but
 
 EXACT = 5e-5  # fp32, logits of order 1 to 10, the FFN's sums in another order
 LENGTH, NEW = 48, 8  # past the window of 7
@@ -89,7 +90,7 @@ def test_every_method_gives_the_dense_model(family: str, tmp_path: Path) -> None
     assert all(bits_equal(source[name], back[name]) for name in source)
 
 
-@pytest.mark.parametrize("family", KIN)
+@pytest.mark.parametrize("family", slow_but("granite", KIN))
 def test_it_is_verified_and_evaluated(family: str, tmp_path: Path) -> None:
     dense, moe = dense_model(tmp_path / "dense", family), tmp_path / "moe"
     convert(dense, moe, load_conversion(None, ["method=slice", "slices=4"]).options)

@@ -32,6 +32,7 @@ def test_embedded_sources_split_in_two_parts_that_make_the_whole(source):
     assert everything == list(documents(source))  # the order is fixed
 
 
+@pytest.mark.slow
 def test_embedded_sources_do_not_leak_into_each_other():
     topic = next(iter(documents("python-docs", "heldout")))
     assert topic[:200] not in "".join(documents("stdlib-code"))

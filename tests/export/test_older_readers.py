@@ -85,6 +85,7 @@ def test_computes_the_same(case: str, found: dict[str, float]) -> None:
     assert found[case] < 5e-5  # fp32 sums in another order; 2.5 to 3 where theta is lost
 
 
+@pytest.mark.slow
 def test_a_lost_theta_is_noticed(script: ModuleType, tmp_path: Path) -> None:
     """The older spelling taken away again: the check must see it."""
     source = save_trained(tmp_path / "moe", rope_parameters=ROPES["theta"])

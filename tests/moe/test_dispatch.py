@@ -71,6 +71,7 @@ def test_auto_on_a_gpu(dtype, width, path):
     assert fitting_paths(torch.empty(T, width), Experts(torch.empty(1, 1, f), torch.empty(1, 1, f))) == ["tiled"]
 
 
+@pytest.mark.slow
 def test_grouped_compiles_to_one_graph(monkeypatch):
     def compiled(*args):
         return torch.compile(PATHS["grouped"], backend="aot_eager", fullgraph=True)(*args)

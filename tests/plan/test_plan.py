@@ -252,12 +252,14 @@ def test_a_default_model_is_planned_before_it_is_made(words, tmp_path, monkeypat
     assert line.endswith("artifacts/moe, not made yet: the embedded model in 8 slices, as training makes it")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_planned_as_training_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = make_model(plan_conversion().listing.config, "the conversion")
     assert starting_model(recipe()).model == made
 
 
+@pytest.mark.slow
 def test_without_a_recipe_no_torch_is_imported(tmp_path):
     code = "import sys; sys.argv = ['lamella', 'plan']\nfrom lamella.cli import app\n"
     code += "app(standalone_mode=False)\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

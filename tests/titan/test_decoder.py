@@ -146,6 +146,7 @@ def test_the_parts_of_a_document_mask_are_rows_of_the_whole(window):
     assert torch.equal(torch.cat(parts, dim=2), whole[:, :, order][..., order])
 
 
+@pytest.mark.slow
 def test_flex_attention_is_asked_for_the_same_mask(tmp_path):
     tiny_moe("llama", tmp_path)
     config = decoder_config(tmp_path, "flex")

@@ -12,7 +12,7 @@ from torchtitan.models.common.linear import Linear
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.errors import UserError
 from lamella.titan.attention import ExpertAttention, RoutedHeads
-from lamella.titan.decoder import ScaledRoPE
+from lamella.titan.block import ScaledRoPE
 from lamella.titan.inner_attention import DocumentAttention, check_kernels, inner_attention
 from lamella.titan.masks import document_mask
 from lamella.titan.moe import UNSET

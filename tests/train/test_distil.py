@@ -100,6 +100,7 @@ def test_what_cannot_teach_is_refused(tmp_path):
     assert teacher_config(recipe, model_config(recipe)) is None  # another objective has no teacher
 
 
+@pytest.mark.slow
 def test_a_teacher_makes_its_own_masks_and_no_longer_caches_than_samples(tmp_path):
     """The student's attention is flex, without a window; the teacher's is sdpa, within 4 tokens."""
     tiny_moe("llama", tmp_path / "student")

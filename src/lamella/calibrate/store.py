@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.calibrate.text import CalibrationTokens
-from lamella.checkpoint.source import Checkpoint, read_json
+from lamella.checkpoint.check import read_json
+from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import write_json
 from lamella.errors import UserError
 from lamella.jsons import Json

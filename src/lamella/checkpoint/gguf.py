@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from lamella.architecture.families import family_of, sizes_of
 from lamella.architecture.rows import FAMILIES
 from lamella.architecture.types import Family, GGUFNames
-from lamella.checkpoint.source import Checkpoint, check_dense, read_config
+from lamella.checkpoint.check import check_dense, read_config
 from lamella.checkpoint.tensors import SourceTensor, read_bytes
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
@@ -57,8 +59,19 @@ class GgufTensor(SourceTensor):
         return dequantize(raw.reshape(last_row - first_row, row_bytes), self.kind)
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """A .gguf file as a dense checkpoint of float32 tensors; UserError if it cannot be converted."""
+class GgufModel(NamedTuple):
+    """A dense model of float32 tensors in a .gguf file; the fields are those of `lamella.checkpoint.source.Checkpoint`
+    behind its name."""
+
+    family: Family
+    config: Json
+    tensors: dict[str, SourceTensor]
+    licence: str | None
+    copy_sidecars: Callable[[Path], None]
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """The model of a .gguf file; UserError if it cannot be converted."""
     if not path.is_file():
         raise UserError(f"no such model: {path} does not exist")
     reader = _reader(path)
@@ -77,9 +90,7 @@ def open_gguf(path: Path) -> Checkpoint:
     }
     check_dense(tensors, config, family, path.name)
     _check_kinds(tensors, path)
-    return Checkpoint(
-        path.name, family, config, tensors, _text(reader, "general.license"), lambda out: _save_sidecars(path, out)
-    )
+    return GgufModel(family, config, tensors, _text(reader, "general.license"), lambda out: _save_sidecars(path, out))
 
 
 def _names(family: Family, path: Path) -> GGUFNames:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lamella.checkpoint.source import read_folder, read_json
+from lamella.checkpoint.check import read_json
+from lamella.checkpoint.source import read_folder
 
 MANIFEST = "lamella.json"
 

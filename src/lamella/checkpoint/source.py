@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamella.architecture.families import Family, Shapes, dense_tensors, family_of, may_be_stored
+from lamella.architecture.families import Family, dense_tensors, family_of
 from lamella.architecture.two_matrix import full_names
+from lamella.checkpoint.check import check_dense, listed, read_config, read_json
 from lamella.checkpoint.embedded import embedded_model
-from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_header
+from lamella.checkpoint.gguf import open_gguf
+from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.checkpoint.tying import as_stored, say_once, stray_files
 from lamella.errors import UserError
-from lamella.jsons import Json, json_object
+from lamella.jsons import Json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,9 +58,7 @@ class Checkpoint:
             return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
         path = Path(model).expanduser()
         if path.suffix == ".gguf":
-            from lamella.checkpoint.gguf import open_gguf
-
-            return open_gguf(path)
+            return cls(path.name, *open_gguf(path))
         if path.is_file():
             raise UserError(
                 f"{model} is a file; give the folder that holds config.json and the safetensors, or a .gguf file"
@@ -81,11 +81,6 @@ class Checkpoint:
         )
 
 
-def read_config(folder: Path) -> Json:
-    path = folder / "config.json"
-    return read_json(path, f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-
-
 def read_stored_config(folder: Path) -> Json:
     """config.json of a dense or converted folder that is trained or exported, with what its weights say of the head.
 
@@ -101,12 +96,6 @@ def read_stored_config(folder: Path) -> Json:
         if twice := [name for name in read_header(folder / file) if name in tensors]:
             raise UserError(f"{folder / file} holds {listed(twice)} a second time; move what is not wanted away")
     return as_stored(config, tensors, str(folder))
-
-
-def read_json(path: Path, if_missing: str) -> Json:
-    if not path.is_file():
-        raise UserError(if_missing)
-    return json_object(path.read_bytes(), str(path))
 
 
 def read_folder(folder: Path) -> dict[str, SourceTensor]:
@@ -142,36 +131,6 @@ def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
     if stray := [name for file in files for name in headers[file] if weight_map.get(name) != file]:
         raise UserError(f"the files beside {INDEX_FILE} hold {listed(stray)}, which it does not name there")
     return {name: tensor for header in headers.values() for name, tensor in header.items()}
-
-
-def check_dense(tensors: dict[str, SourceTensor], config: Json, family: Family, where: str) -> None:
-    """UserError unless the tensors are exactly those of the config, all in one line."""
-    check_tensors(tensors, dense_tensors(config, family), where, lambda name: may_be_stored(name, config))
-
-
-def check_tensors(
-    tensors: dict[str, SourceTensor], expected: Shapes, where: str, allowed: Callable[[str], bool]
-) -> None:
-    """UserError unless names, shapes and dtypes are as expected; `allowed` names may be there as well."""
-    problems = []
-    if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing: {listed(missing)}")
-    if extra := [name for name in tensors if name not in expected and not allowed(name)]:
-        problems.append(f"not of this architecture: {listed(extra)}")
-    for name, shape in expected.items():
-        if name in tensors and tensors[name].shape != shape:
-            problems.append(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
-    if odd := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
-        problems.append(f"dtype {', '.join(odd)}, only {', '.join(DTYPES)} can be converted")
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"the tensors of {where} do not match its config.json: {'; '.join(problems[:5])}{more}")
-
-
-def listed(names: Iterable[str], limit: int = 4) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def copy_sidecars(folder: Path, out: Path, names: tuple[str, ...] = SIDECARS) -> None:

@@ -8,9 +8,10 @@ from lamella import __version__
 from lamella.architecture.converted import REMOTE_CODE, converted_layers
 from lamella.architecture.families import Family
 from lamella.architecture.layout import ffn_layout
+from lamella.checkpoint.check import read_json
 from lamella.checkpoint.manifest import MANIFEST
 from lamella.checkpoint.plan import WritePlan
-from lamella.checkpoint.source import Checkpoint, read_json
+from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import write_json
 from lamella.recipe.methods.common import MethodOptions
 

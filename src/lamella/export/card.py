@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lamella import __version__
+from lamella.checkpoint.check import read_json
 from lamella.checkpoint.plan import WritePlan
-from lamella.checkpoint.source import card_licence, read_json
+from lamella.checkpoint.source import card_licence
 from lamella.export.model import ConvertedModel
 from lamella.jsons import Json
 

@@ -21,7 +21,8 @@ from lamella.architecture.families import HEAD, Family, Sizes, may_be_stored, si
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, router_name
-from lamella.checkpoint.source import check_tensors, read_config, read_folder, read_stored_config
+from lamella.checkpoint.check import check_tensors, read_config
+from lamella.checkpoint.source import read_folder, read_stored_config
 from lamella.checkpoint.tensors import DTYPES, SourceTensor
 from lamella.jsons import Json
 

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lamella.architecture.converted import converted_tensors
 from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.names import hf_name
+from lamella.checkpoint.check import read_config
 from lamella.checkpoint.distributed import checkpoint_reader
 from lamella.checkpoint.manifest import changed_tensors
-from lamella.checkpoint.source import read_config, read_folder
+from lamella.checkpoint.source import read_folder
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.recipe.sections import LoRA

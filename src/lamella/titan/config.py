@@ -11,11 +11,13 @@ from lamella.architecture.moe import AttentionMoEConfig, ExpertPath, MoEConfig
 from lamella.architecture.names import TITAN_LLAMA3
 from lamella.architecture.sizes import check_experts
 from lamella.architecture.types import Sizes
-from lamella.checkpoint.source import read_config, read_stored_config
+from lamella.checkpoint.check import read_config
+from lamella.checkpoint.source import read_stored_config
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.titan.attention import ExpertAttention, RoutedHeads
-from lamella.titan.decoder import Block, LamellaDecoder, ScaledRoPE
+from lamella.titan.block import Block, ScaledRoPE
+from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.inner_attention import inner_attention
 from lamella.titan.moe import UNSET, MoELayer
 

@@ -8,22 +8,21 @@ Shapes: B batch, L sequence, N heads, H head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.models.common.attention import BaseAttention, create_attention_mask, get_sliding_window_mask_mod
-from torchtitan.models.common.decoder import Decoder, TransformerBlock
-from torchtitan.models.common.rope import CosSinRoPE
+from torchtitan.models.common.decoder import Decoder
 
 from lamella.architecture.moe import Mode
-from lamella.architecture.names import TITAN_LLAMA3
-from lamella.titan.attention import ExpertAttention, RoutedHeads
+from lamella.titan.attention import RoutedHeads
+from lamella.titan.block import BlockContext
 from lamella.titan.context import ContextShare
+from lamella.titan.flops import training_flops_per_token
 from lamella.titan.inner_attention import DocumentAttention
 from lamella.titan.masks import MaskMod, Masks, document_mask, document_mask_mod
 from lamella.titan.moe import MoELayer
@@ -31,77 +30,6 @@ from lamella.titan.tensor import set_sharding
 
 if TYPE_CHECKING:  # it takes seconds to import
     from torchtitan.trainer import Trainer
-
-
-class ScaledRoPE(CosSinRoPE):
-    """Torchtitan's rotary embedding in transformers' layout, with Llama 3.1's and linear frequency scaling too."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(CosSinRoPE.Config):
-        """torchtitan's rope, and a linear scaling of positions."""
-
-        linear_factor: float = 1.0
-
-    def _precompute_cache(self) -> Tensor:
-        c = self.config
-        frequencies = 1.0 / (c.theta ** (torch.arange(0, c.dim, 2).float() / c.dim)) / c.linear_factor
-        if c.scaling == TITAN_LLAMA3:
-            frequencies = llama3_frequencies(
-                frequencies, c.scaling_factor, c.low_freq_factor, c.high_freq_factor, c.original_max_position_embeddings
-            )
-        angles = torch.outer(torch.arange(c.max_seq_len).float(), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def llama3_frequencies(frequencies: Tensor, factor: float, low: float, high: float, original_length: int) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are divided by `factor`, short ones kept, between them interpolated."""
-    wavelengths = 2 * math.pi / frequencies
-    kept = ((original_length / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / factor + kept * frequencies
-
-
-class BlockContext(NamedTuple):
-    """What every block is told about a forward pass besides hidden states and positions."""
-
-    masks: Masks
-    mode: Mode = "routed"
-    choice_targets_B: Tensor | None = None
-
-
-class Block(TransformerBlock):
-    """Attention, then the MoE or, in layers that stay dense, torchtitan's feed-forward."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(TransformerBlock.Config):
-        """torchtitan's block, and the MoE layer where it has one."""
-
-        # not `moe`, which torchtitan expects to be its own MoE
-        moe_layer: MoELayer.Config | None = None
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.attention = config.attention.build()
-        self.attention_norm = config.attention_norm.build()
-        self.ffn_norm = config.ffn_norm.build()
-        self.moe_enabled = config.moe_layer is not None
-        if config.moe_layer is not None:
-            self.moe = config.moe_layer.build()
-        else:
-            assert config.feed_forward is not None
-            self.feed_forward = config.feed_forward.build()
-
-    def forward(self, x_BLD: Tensor, context: BlockContext, positions: Tensor | None = None) -> Tensor:
-        """The hidden states [B, L, D] behind this block."""
-        attended_BLD = self.attention_norm(x_BLD)
-        if isinstance(self.attention, ExpertAttention):
-            attended_BLD = self.attention(attended_BLD, context.masks, positions, context.mode)
-        else:
-            attended_BLD = self.attention(attended_BLD, context.masks, positions)
-        x_BLD = x_BLD + attended_BLD
-        if not self.moe_enabled:
-            return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
-        return x_BLD + self.moe(self.ffn_norm(x_BLD), context.mode, context.choice_targets_B)
 
 
 class LamellaDecoder(Decoder):
@@ -116,9 +44,9 @@ class LamellaDecoder(Decoder):
         trains: str = "experts+router"
         """As in a recipe."""
         frozen_weights: str = "sharded"
-        file_dtype: str = "float32"
-        """In which the model's file holds its weights, by torch's name."""
         """"sharded" or "replicated"."""
+        file_dtype: str = "float32"
+        """The model's file holds its weights in this dtype, by torch's name."""
 
         def update_from_config(self, *, config: Trainer.Config, **kwargs: object) -> None:
             """torchtitan's hook: take over what the run's config says about the model."""
@@ -128,9 +56,10 @@ class LamellaDecoder(Decoder):
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """The model's (parameters, training FLOPs per token); see `lamella.titan.flops`."""
-            from lamella.titan.flops import training_flops_per_token
-
-            return sum(p.numel() for p in model.parameters()), training_flops_per_token(model, self, seq_len)
+            flops = training_flops_per_token(
+                model, self.layers, seq_len, trains=self.trains, tied=self.enable_weight_tying
+            )
+            return sum(p.numel() for p in model.parameters()), flops
 
     def __init__(self, config: Config):
         super().__init__(config)

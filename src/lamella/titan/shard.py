@@ -20,7 +20,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from lamella.titan.decoder import Block, LamellaDecoder
+from lamella.titan.block import Block
+from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.seams import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 Placement: TypeAlias = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]

@@ -160,7 +160,10 @@ class LamellaTrainer(Trainer):
             )  # fmt: skip
             assert_loaded(teacher)
         model = self.model if teacher is None else teacher
-        self.metrics.num_flops_per_token += forward_flops_per_token(model, model.config, self.recipe.seq_len)
+        config = model.config
+        self.metrics.num_flops_per_token += forward_flops_per_token(
+            model, config.layers, self.recipe.seq_len, tied=config.enable_weight_tying
+        )
         return teacher
 
     def _show_where_it_stands(self, heart: Heartbeat | None) -> None:

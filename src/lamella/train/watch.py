@@ -24,7 +24,8 @@ from lamella.architecture.moe import MoEConfig
 from lamella.jsons import Json
 from lamella.recipe.training import Recipe, TwinShare
 from lamella.run.folder import RunDir
-from lamella.titan.decoder import Block, LamellaDecoder
+from lamella.titan.block import Block
+from lamella.titan.decoder import LamellaDecoder
 from lamella.train import fault_hook
 from lamella.train.balance import RoutingReport
 

@@ -24,17 +24,11 @@ from lamella.architecture.converted import (
 from lamella.architecture.families import may_be_stored, sizes_of
 from lamella.architecture.moe import AttentionMoEConfig
 from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, WEIGHT, is_float32, router_name, router_shapes
+from lamella.checkpoint.check import check_tensors, read_config
 from lamella.checkpoint.gather import Given
 from lamella.checkpoint.pieces import Piece, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
-from lamella.checkpoint.source import (
-    Checkpoint,
-    card_licence,
-    check_tensors,
-    copy_sidecars,
-    read_config,
-    read_folder,
-)
+from lamella.checkpoint.source import Checkpoint, card_licence, copy_sidecars, read_folder
 from lamella.conversion.attention.router import RouterStartValues, start_routers
 from lamella.conversion.plan import ConversionPlan, Undecided, Workspace
 from lamella.errors import UserError

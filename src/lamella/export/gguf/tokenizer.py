@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamella.checkpoint.source import read_json
+from lamella.checkpoint.check import read_json
 from lamella.errors import UserError
 from lamella.export.gguf.write import Typed
 from lamella.export.model import ConvertedModel
