@@ -70,6 +70,14 @@ def test_signal_saves_and_resume_finishes(setting):
     assert done.stdout.splitlines()[-1] == f"stopped: {run.path} at step {stop} of {STEPS}"
     assert [line["step"] for line in run.metrics()] == list(range(stop + 1))
 
+    # a run that is not to be resumed is left as it is
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    command = [*torchrun, "resume=never"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("holds a run already; set out= to another folder") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+
 
 @pytest.mark.faults
 def test_a_signal_before_the_first_step_ends_all_ranks_at_once(setting):
@@ -89,22 +97,6 @@ def test_a_signal_before_the_first_step_ends_all_ranks_at_once(setting):
     assert [path.name for path in place.glob("artifacts/*")] == []
 
 
-def test_a_run_that_is_not_to_be_resumed_is_left_as_it_is(setting):
-    folder, words, environment = setting
-    run = folder / "untouched"
-    words = [*words, f"out={run}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(TRAIN)]
-    command = [*torchrun, *words, "stop_at_step=1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    command = [*torchrun, *words, "resume=never"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("holds a run already; set out= to another folder") == 1
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-
-
 ONLY_THE_RANKS_FIND = {
     "torchtitan.training.gc_freqq=3": (
         "error: the recipe's torchtitan section has errors:\n"
@@ -121,8 +113,8 @@ def test_what_only_the_ranks_find_is_one_line_too(setting, bad):
     if bad == "offload=cpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU to offload from")
     folder, words, environment = setting
-    words = [*words, f"out={folder / 'other'}", bad]
-    command = [sys.executable, "-m", "lamella.cli", "train", "--nproc", "3", *words]
+    words = [*words, f"out={folder / 'other'}", "samples_per_step=2", bad]
+    command = [sys.executable, "-m", "lamella.cli", "train", "--nproc", "2", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert done.stderr == ONLY_THE_RANKS_FIND[bad]

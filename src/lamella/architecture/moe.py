@@ -1,4 +1,4 @@
-"""Every setting that more than one room reads. Imports no torch."""
+"""How a converted model's layers route and compute: `moe` and `attention_moe` in its config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MoEConfig:
     """Neurons per expert: the dense FFN width over the number of slices."""
     num_experts_per_tok: int
     moe_layers: tuple[int, ...]
-    """Layers whose FFN became experts, ascending; the others stay dense."""
+    """The layers whose FFN became experts, in ascending order; the others stay dense."""
     routing: RoutingKind = "twin"
     gate: GateKind = "sigmoid"
     norm_topk_prob: bool = True
@@ -67,18 +67,18 @@ class MoEConfig:
     "unit" uses neither."""
     router: RouterKind = "linear"
     shared_intermediate_size: int = 0
-    """Neurons of the shared expert; 0: none."""
+    """The shared expert has this many neurons; 0: there is none."""
     output_bias: bool = False
     """A bias [D] on the layer's output: the dense FFN's own, or what dropped neurons give on average."""
     gated: bool = True
     """An expert is down (act(gate x) * (up x)); else it has two matrices: down act(up x + up_bias)."""
     activation: Activation = "silu"
     lora_rank: int = 0
-    """Of the low-rank deltas on the frozen experts' matrices; 0: none."""
+    """The rank of the low-rank deltas on the frozen experts' matrices; 0: there are none."""
     lora_alpha: float = 0.0
     """The deltas are scaled by lora_alpha / lora_rank."""
     per_layer: dict[int, Json] = dataclasses.field(default_factory=dict, hash=False)
-    """layer -> the fields that differ there; see `for_layer`."""
+    """For a layer, the fields whose values differ there from this config's; see `for_layer`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
@@ -146,7 +146,7 @@ class MoEConfig:
 
     @property
     def lora_scale(self) -> float:
-        """Factor on the low-rank deltas."""
+        """The low-rank deltas are multiplied by it."""
         return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
     @property
@@ -182,7 +182,7 @@ class AttentionMoEConfig:
     num_experts_per_tok: int
     gate: GateKind = "unit"
     norm_topk_prob: bool = True
-    """As in MoEConfig, like `route_scale`."""
+    """This field and `route_scale` mean what they mean in `MoEConfig`."""
     route_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class AttentionMoEConfig:
 
     @property
     def routing(self) -> RoutingKind:
-        """What `MoEConfig` has as fields, so that both kinds of layers are routed and balanced alike."""
+        """This and the properties below have `MoEConfig`'s names, so that both kinds of layers are routed alike."""
         return "flat"
 
     @property

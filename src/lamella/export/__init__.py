@@ -47,15 +47,21 @@ _NOT_AUTO = ("dense", "gguf")
 
 @dataclass(frozen=True)
 class ExportReport:
+    """What an export has written, and how far the reloaded result is from its source."""
+
     out: Path
+    """The folder or file that was written."""
     target: str
-    """A key of TARGETS."""
+    """A key of TARGETS, also where `auto` was asked for."""
     architecture: str
+    """The class that loads the export: transformers' name of it, or llama.cpp's."""
     bytes_written: int
     max_abs_logit_diff: float | None
-    """Of the reloaded export to its source, fp32; None where it was not asked for."""
+    """The largest absolute difference of any logit between source and reloaded export, both computed in float32; None
+    where the check was not asked for."""
     parity: str | None
-    """What the comparison found, which lengths it covers and which it does not, in a line."""
+    """One line that says what the comparison found, and which lengths of text it covers and which it does not; None
+    where the check was not asked for."""
 
 
 def export(

@@ -50,8 +50,10 @@ class Fault(RuntimeError):
 
 
 def classify(error: BaseException) -> FailureClass:
-    """The class of an exception, by its type where types tell, else by what it says. Errors of torch are known by
-    name."""
+    """Return the class of an exception: by its type where the type tells, else by its message.
+
+    This module does not import torch, so torch's own errors are recognised by the names of their classes.
+    """
     name, text = type(error).__name__, str(error)
     if isinstance(error, Fault):
         return error.kind
@@ -78,7 +80,8 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line: the inner error of a failed save, not torch's traceback of all ranks."""
+    """Return what went wrong in one line; of a failed save or load it is the first rank's own error, where torch's
+    message holds the tracebacks of all ranks."""
     if type(error).__name__ == "CheckpointException":
         rank, (inner, _) = next(iter(error.failures.items()))  # type: ignore[attr-defined]
         return f"saving or loading failed on rank {rank}: {reason_of(inner)}"
@@ -98,8 +101,13 @@ def forget(run: RunDir, rank: int | None = None) -> None:
 
 
 def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: int) -> Json:
-    """Write this rank's report; returns the cause as it can be known here."""
+    """Write this rank's report, and return the report of the failure that, as far as this rank can know, came first.
+
+    A rank that lost a peer, or waited too long for one, first gives the others ROLL_CALL_S seconds to report; those
+    that stay silent are then named in its own report.
+    """
     kind = classify(error)
+    # Such a failure follows from another rank's: somebody else's report says what really happened.
     follows = kind == "timeout" or bool(PEER_LOST.search(str(error)))
     values: Json = {
         "time": time.time(), "rank": rank, "step": step, "failure": kind, "retryable": is_retryable(error),
@@ -116,7 +124,7 @@ def report(run: RunDir, error: BaseException, rank: int, world_size: int, step: 
 
 
 def _roll_call(run: RunDir, world_size: int, seconds: float) -> list[int]:
-    """Ranks that have written no report within so many seconds."""
+    """Return the ranks that have written no report within so many seconds."""
     deadline = time.monotonic() + seconds
     while True:
         silent = [rank for rank in range(world_size) if not failure_file(run, rank).is_file()]
@@ -136,7 +144,11 @@ def watchdog_spoke(run: RunDir) -> bool:
 
 
 def cause(run: RunDir) -> Json | None:
-    """The report that explains the others: the first that follows from no other, else the best informed one."""
+    """Return the report that explains the others, or None where no rank has written one.
+
+    That is the earliest report of a failure that was a rank's own. Where every rank only waited for another or lost its
+    connection to one ("follows"), it is a report that names the silent ranks, else the earliest.
+    """
     reports = []
     for file in run.log.glob("failure-rank-*.json"):
         reports.append(json.loads(file.read_text()))
@@ -144,5 +156,5 @@ def cause(run: RunDir) -> Json | None:
 
 
 def attempt_number() -> int:
-    """The number of this start within the run directory, which the supervisor counts."""
+    """Return how often the supervisor had started this run before: 0 in the first attempt."""
     return int(os.environ.get(ATTEMPT, "0"))

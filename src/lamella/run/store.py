@@ -35,23 +35,23 @@ BLOCK_BYTES = 8 << 20
 
 
 def is_remote(folder: str) -> bool:
-    """Whether a folder is named by a URL that fsspec opens."""
+    """Say whether a folder's name is a URL, which fsspec opens, and not a path on a disk of this machine."""
     return "://" in folder
 
 
 def absolute(folder: str) -> str:
-    """The folder by its full path; a URL as it is."""
+    """Return the folder's full path; a URL is returned as it is."""
     return folder if is_remote(folder) else os.path.abspath(folder)
 
 
 def seal(values: Json) -> str:
-    """JSON text that carries the hash of itself, so that damage to it shows."""
+    """Return the values as JSON text with one more entry, "seal": the xxh3_128 of the others, so that damage shows."""
     digest = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
     return json.dumps(values | {"seal": digest}, indent=1) + "\n"
 
 
 def unseal(text: str) -> Json:
-    """The values; ValueError where text and hash disagree."""
+    """Return the values that `seal` was given; ValueError where the text does not have the hash that it names."""
     try:
         values = json.loads(text)
     except RecursionError as error:
@@ -63,9 +63,10 @@ def unseal(text: str) -> Json:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """`folder` is a path or a URL that fsspec knows (s3://bucket/run, file:///data/run)."""
+    """The checkpoints of one run; see the module's docstring for what lies in their folder."""
 
     folder: str
+    """A path, or a URL that fsspec knows (s3://bucket/run, file:///data/run)."""
 
     @cached_property
     def _place(self) -> tuple[AbstractFileSystem, str]:
@@ -76,23 +77,23 @@ class CheckpointStore:
 
     @property
     def files(self) -> AbstractFileSystem:
-        """The file system that the folder is on."""
+        """The fsspec file system that holds the folder."""
         return self._place[0]
 
     def inside(self, *names: str) -> str:
-        """A path of `self.files`."""
+        """Join names to the folder's own path, as the methods of `files` take it."""
         return posixpath.join(self._place[1], *names)
 
     def path(self, step: int) -> str:
-        """Path or URL of a checkpoint, for torch."""
+        """Return the path or URL of a committed checkpoint, as torch's readers take it."""
         return posixpath.join(self.folder, f"step-{step}")
 
     def unfinished(self, step: int) -> str:
-        """Path or URL where a checkpoint is written."""
+        """Return the path or URL under which a checkpoint is written before it is committed."""
         return self.path(step) if is_remote(self.folder) else f"{self.path(step)}.tmp"
 
     def is_inside(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether the checkpoints lie somewhere under `folder`."""
+        """Say whether the checkpoints lie on a disk, somewhere under `folder`."""
         return not is_remote(self.folder) and self.folder.startswith(os.path.join(os.path.abspath(folder), ""))
 
     def check_reachable(self) -> None:
@@ -103,16 +104,16 @@ class CheckpointStore:
             raise UserError(f"checkpoint_folder {self.folder} cannot be reached: {error}") from None
 
     def names(self) -> list[str]:
-        """The names of all entries of the folder."""
+        """Return the names of all entries of the folder; none where it does not exist."""
         if not self.files.exists(self.inside()):
             return []
         return [posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.inside(), detail=False)]
 
     def found(self) -> list[int]:
-        """Steps of all checkpoints, whole or damaged, ascending.
+        """Return the steps of all checkpoints, whole or damaged, in ascending order.
 
-        In a remote folder one without a manifest is half-written, and none, unless it was committed last; a later
-        write to its place replaces it.
+        In a remote folder, a step without a manifest is a half-written save and is not counted, unless `latest` names
+        it: then it was committed once, and is damaged. A later save of the same step overwrites a half-written one.
         """
         steps = self._named()
         if not is_remote(self.folder):

@@ -25,7 +25,10 @@ A100_PEAK_FLOPS = 312e12
 
 
 def known_peak_flops(device_name: str) -> float | None:
-    """bf16 peak, or None where torchtitan does not know the device (and would take an A100's)."""
+    """Return the device's peak FLOPs per second in bf16, or None where torchtitan does not know the device.
+
+    torchtitan takes an A100's figure for every device that it does not know.
+    """
     if device_type == "cpu":
         return None
     peak = get_peak_flops(device_name)
@@ -37,9 +40,7 @@ class LamellaMetrics(MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        """torchtitan's."""
-
-        pass
+        """The settings are torchtitan's; this class only leads it to `LamellaMetrics`."""
 
     ntokens_since_last_log: int
     time_last_log: float
@@ -50,7 +51,7 @@ class LamellaMetrics(MetricsProcessor):
         self.is_rank0 = torch.distributed.get_rank() == 0
         self.line: Json = {}
         self.steps_without_labels = 0
-        """Since the start of this process."""
+        """Steps since this process began in which no rank had a token to predict; they give no gradient."""
 
     def attach(
         self,
@@ -61,12 +62,17 @@ class LamellaMetrics(MetricsProcessor):
         watch: Watch,
         skips: SkipNonFinite,
     ) -> None:
-        """Take over what only the trainer knows. `epochs(step)`: how often each source has been gone through."""
+        """Take over what only the trainer knows.
+
+        Args:
+            routing: returns how the experts were used since it was called last.
+            epochs: returns, for a step, how often the training has gone through each source of data.
+        """
         self.run, self.progress, self.routing, self.epochs = run, progress, routing, epochs
         self.watch, self.skips = watch, skips
 
     def pause(self, seconds: float) -> None:
-        """Leave time out of the tokens per second: evaluating, saving."""
+        """Leave seconds of evaluating or saving out of the tokens per second."""
         self.time_last_log += seconds
 
     def log(
@@ -119,12 +125,12 @@ class LamellaMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def _rates(self, extra: Json) -> dict[str, float]:
-        """Learning rates by group; torchtitan gives them as lr/..., in the order of the groups."""
+        """Return the learning rate of each group; torchtitan's entries begin with lr/, in the order of the groups."""
         names = [group_name(group["param_names"]) for optimizer in self.optimizers for group in optimizer.param_groups]
         return dict(zip(names, (v for key, v in extra.items() if key.startswith("lr/")), strict=True))
 
     def finish_step(self, step: int, heldout_loss: float | None) -> None:
-        """Write what was measured of this step, if anything."""
+        """Write the line of this step on rank 0; without `heldout_loss`, nothing is written where `log` had no turn."""
         if heldout_loss is not None:
             self.line["heldout_loss"] = heldout_loss
         if self.line and self.is_rank0:
@@ -137,7 +143,8 @@ class LamellaMetrics(MetricsProcessor):
 
 
 def scalars(line: Json) -> dict[str, float]:
-    """The line for TensorBoard: per-layer lists become their mean, dicts their entries; absent values are left out."""
+    """Return a line's values as TensorBoard takes them: the mean of a list over layers, each entry of a dict; what is
+    None is left out."""
     values: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list) and value:
