@@ -26,6 +26,7 @@ from lamella.errors import check_choice
 from lamella.recipe.check import fields_of, harmless_keys, sections_in
 from lamella.recipe.conversion import CommonKeys
 from lamella.recipe.methods import METHODS, method_named
+from lamella.recipe.methods.common import FFNOptions
 from lamella.recipe.stages import Stage
 from lamella.recipe.training import Recipe
 
@@ -50,6 +51,8 @@ class Key(NamedTuple):
 def keys(kind: str, method: str | None = None) -> list[Key]:
     """All keys of a training recipe, of every conversion, or of one method's, in the order of the code.
 
+    What several methods share comes last.
+
     Args:
         kind: "train" or "convert".
         method: of a conversion; None: the keys that do not depend on the method.
@@ -62,7 +65,8 @@ def keys(kind: str, method: str | None = None) -> list[Key]:
         return [*_keys(Recipe), *_keys(Stage)]
     if method is None:
         return list(_keys(CommonKeys))
-    return list(_keys(method_named(method).options))
+    shared = fields_of(FFNOptions)
+    return sorted(_keys(method_named(method).options), key=lambda key: key.name in shared)
 
 
 def describe(keys: list[Key], width: int = 80) -> str:

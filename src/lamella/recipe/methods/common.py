@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lamella.errors import UserError
@@ -27,6 +28,20 @@ class MethodOptions(Options, ABC):
     @abstractmethod
     def describe(self, entry: dict[str, Any]) -> str:
         """Lines of the model card about the method, given its entry of the new config."""
+
+
+@dataclass(frozen=True)
+class FFNOptions(MethodOptions):
+    """What the methods that make experts of FFNs have in common."""
+
+    entry: ClassVar[str] = "moe"
+
+    layers: str = "all"
+    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
+    seed: int = 0
+    """Whatever the method draws at random (noise, neurons, router rows) is drawn from this seed."""
+    dtype: DtypeName | None = None
+    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
 
 def noise_problems(noise: float) -> list[str]:

@@ -12,7 +12,7 @@ from lamella.architecture.sizes import Parts, check_parts
 from lamella.errors import UserError, check_choice
 from lamella.recipe.calibration import CalibrationOptions, Guard, balance_problems
 from lamella.recipe.check import Options
-from lamella.recipe.methods.common import DtypeName, MethodOptions, parse_layers
+from lamella.recipe.methods.common import FFNOptions, parse_layers
 
 GateName = Literal["unit", "normalised", "softmax"]
 OutputName = Literal["refit", "bias", "align", "plain"]
@@ -126,14 +126,11 @@ class Axes(Options):
 
 
 @dataclass(frozen=True)
-class PartitionOptions(Axes, MethodOptions):
+class PartitionOptions(Axes, FFNOptions):
     """Divide the neurons of every FFN among experts, of which each token passes some."""
 
     method: ClassVar[str] = "partition"
-    entry: ClassVar[str] = "moe"
 
-    layers: str = "all"
-    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
     first_dense: int = 0
     """This many of the first layers stay dense."""
     last_dense: int = 0
@@ -146,10 +143,6 @@ class PartitionOptions(Axes, MethodOptions):
     no difference."""
     guard: Guard | None = None
     """The model is tested after each layer, and a layer that exceeds its budget is put back; null tests nothing."""
-    seed: int = 0
-    """Whatever a partition or a router draws is drawn from this seed."""
-    dtype: DtypeName | None = None
-    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -8,32 +8,25 @@ from typing import Any, ClassVar
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig, RoutingKind
 from lamella.architecture.sizes import check_slices
-from lamella.recipe.methods.common import DtypeName, MethodOptions, SliceGate, noise_problems, parse_layers
+from lamella.recipe.methods.common import FFNOptions, SliceGate, noise_problems, parse_layers
 
 
 @dataclass(frozen=True)
-class SliceOptions(MethodOptions):
+class SliceOptions(FFNOptions):
     """Cut every FFN into frozen slices and trainable copies of them; the logits stay the dense model's."""
 
     method: ClassVar[str] = "slice"
-    entry: ClassVar[str] = "moe"
 
     slices: int = 8
     """Each FFN is cut into this many parts, which must divide its width."""
     noise: float = 0.02
     """The trainable copies get normal noise of this standard deviation, in units of each dense matrix's own."""
-    seed: int = 0
-    """The noise is drawn from this seed."""
-    layers: str = "all"
-    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
     routing: RoutingKind = "twin"
     """The router chooses one of each slice and its copy (twin), or any top_k of the experts (flat)."""
     gate: SliceGate = "sigmoid"
     """This function makes scores of the router's logits: sigmoid, each alone, or softmax, over all of them."""
     top_k: int | None = None
     """Each token is computed by this many experts; null takes the number of slices."""
-    dtype: DtypeName | None = None
-    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
     def problems(self) -> list[str]:
         return noise_problems(self.noise)

@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
 from lamella.architecture.sizes import check_slices
-from lamella.recipe.methods.common import DtypeName, MethodOptions, SliceGate, noise_problems, parse_layers
+from lamella.recipe.methods.common import FFNOptions, SliceGate, noise_problems, parse_layers
 
 
 @dataclass(frozen=True)
-class UpcycleOptions(MethodOptions):
+class UpcycleOptions(FFNOptions):
     """Repeat every FFN, whole or in shards, for more parameters; a router learns to tell the copies apart."""
 
     method: ClassVar[str] = "upcycle"
-    entry: ClassVar[str] = "moe"
 
     experts: int = 8
     """Each FFN is copied this many times."""
@@ -34,12 +33,6 @@ class UpcycleOptions(MethodOptions):
     """The dense FFN stays as a shared expert, and the copies add 0 at the start."""
     router_std: float = 0.02
     """The router's rows, which decide among equal copies at the start, are drawn with this standard deviation."""
-    seed: int = 0
-    """Noise, redrawn neurons and router rows are drawn from this seed."""
-    layers: str = "all"
-    """These layers are converted: all, every:N (layers 0, N, 2N, ...), or a list such as 0,3,5-9."""
-    dtype: DtypeName | None = None
-    """The weights are stored as float32, bfloat16 or float16; null keeps each tensor's own."""
 
     def problems(self) -> list[str]:
         found = noise_problems(self.noise)
