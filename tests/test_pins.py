@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import tomllib
@@ -11,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from support.scripts import script_module
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -22,12 +23,7 @@ needs_uv = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on t
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/renew_pins.py as a module; it is no part of the package."""
-    spec = importlib.util.spec_from_file_location("renew_pins", ROOT / "scripts/renew_pins.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("renew_pins")
 
 
 def resolve_or_skip(script: ModuleType, pyproject: str, *options: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +13,9 @@ from transformers import AutoConfig
 
 from lamella.checkpoint.spelling import both_spellings
 from lamella.export import export
+from support.scripts import script_module
 from support.trained_model import LLAMA3_ROPE, save_trained
 
-ROOT = Path(__file__).parents[2]
 ROPES: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0},
@@ -52,11 +51,7 @@ TARGETS_OF = {"mistral's window, dense": ["dense"]} | {name: ["mixtral"] for nam
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/check_with_transformers_4.py as a module; it is no part of the package."""
-    spec = importlib.util.spec_from_file_location("transformers_4", ROOT / "scripts/check_with_transformers_4.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script_module("check_with_transformers_4")
     if not module.is_installed():
         pytest.skip("transformers 4.57 is not there; scripts/install_readers.py fetches it")
     return module
