@@ -109,7 +109,6 @@ def titan_lamella(
 ) -> Contestant:
     """The model that `lamella train` trains: sliced, or dense with trains="all". `settings` are the recipe's."""
     from lamella.recipe.training import Recipe
-    from lamella.titan.flops import training_flops_per_token
     from lamella.titan.parallelise import parallelize
     from lamella.train.assemble import model_config
     from lamella.train.balance import Balance
@@ -127,7 +126,7 @@ def titan_lamella(
         balance.aim(1)
         _titan_step(model, optimizers, dims, batch, mark)
 
-    return Contestant(model, optimizers, step, training_flops_per_token(model, config, seq_len))
+    return Contestant(model, optimizers, step, config.get_nparams_and_flops(model, seq_len)[1])
 
 
 def titan_llama(shape: Shape, seq_len: int, checkpointing: str, options: dict[str, Any]) -> Contestant:

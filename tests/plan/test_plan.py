@@ -25,7 +25,6 @@ from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.run.folder import RunDir
 from lamella.titan import attention as titan_attention
-from lamella.titan.flops import training_flops_per_token
 from lamella.train import distil
 from lamella.train.assemble import model_config
 from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
@@ -56,7 +55,7 @@ def test_parameters_and_flops_are_those_of_training(family, changes, heads, trai
         for name, p in titan.named_parameters()
         if name != "lm_head.weight" or not layout.model.tied
     }
-    assert flops_per_token(layout) == training_flops_per_token(titan, model_config(settings), 16)
+    assert flops_per_token(layout) == model_config(settings).get_nparams_and_flops(titan, 16)[1]
 
 
 def test_deltas_are_counted(tmp_path, llama3):

@@ -10,7 +10,7 @@ from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError
 from lamella.recipe.sections import Distil
 from lamella.recipe.training import Recipe, make_recipe
-from lamella.titan.flops import forward_flops_per_token, training_flops_per_token
+from lamella.titan.flops import forward_flops_per_token
 from lamella.train import distil
 from lamella.train.assemble import model_config, teacher_config
 from lamella.train.distil import DistilLoss, Lesson, summed_kl
@@ -73,9 +73,12 @@ def test_a_teachers_flops_are_those_of_a_forward(tmp_path):
     config = model_config(make_recipe({"model": str(tmp_path), "seq_len": 16}))
     model = load_titan(tmp_path)
     config.trains = "nothing"
-    frozen = training_flops_per_token(model, config, 16)  # 4 per weight, 12 per attention product
+    frozen = config.get_nparams_and_flops(model, 16)[1]  # 4 per weight, 12 per attention product
     attention = 3 * 4 * 16 * 16
-    assert forward_flops_per_token(model, config, 16) == (frozen - 12 * attention) / 2 + 4 * attention
+    assert (
+        forward_flops_per_token(model, config.layers, 16, tied=config.enable_weight_tying)
+        == (frozen - 12 * attention) / 2 + 4 * attention
+    )
 
 
 def test_what_cannot_teach_is_refused(tmp_path):

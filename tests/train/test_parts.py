@@ -17,7 +17,6 @@ from lamella.plan.model import read_model
 from lamella.recipe.methods.attention import AttentionOptions
 from lamella.recipe.training import Recipe, TwinShare, make_recipe
 from lamella.run.folder import RunDir
-from lamella.titan.flops import training_flops_per_token
 from lamella.train.assemble import model_config, trainer_config
 from lamella.train.balance import Balance, start_routing
 from lamella.train.data import MixedSamples, SampleLoader, spread, steps_of_data
@@ -207,7 +206,7 @@ def test_flops_count_active_and_trained_weights(tmp_path):
     experts = 2 * 4 * per_expert  # 2 MoE layers, 4 of 8 experts, half of them trained
     router = 2 * 4 * 32
     expected = 4 * fixed + (4 + 6) / 2 * experts + 6 * router + 12 * 3 * 4 * 16 * 16
-    assert training_flops_per_token(model, config, 16) == expected
+    assert config.get_nparams_and_flops(model, 16)[1] == expected
 
 
 def trainer(tmp_path, **settings):
