@@ -43,7 +43,7 @@ def failed(checks: list[Check]) -> list[Check]:
 
 @pytest.mark.parametrize(
     "options",
-    slow_but({}, [{}, {"routing": "flat"}, {"gate": "softmax"}, {"layers": "1"}, {"noise": 0.5}]),
+    slow_but([{}, {"routing": "flat"}, {"gate": "softmax"}, {"layers": "1"}, {"noise": 0.5}], {}),
     ids=str,
 )
 def test_a_conversion_has_the_dense_logits(dense, tmp_path, options):
@@ -62,8 +62,8 @@ def test_a_conversion_has_the_dense_logits(dense, tmp_path, options):
     assert floors[0].figure < 1e-4
 
 
-@pytest.mark.parametrize("damage", slow_but("norm", ["frozen_down_proj", "frozen_gate_up_proj", "norm"]))
-@pytest.mark.parametrize("dtype", slow_but("float32", ["float32", "bfloat16"]))
+@pytest.mark.parametrize("damage", slow_but(["frozen_down_proj", "frozen_gate_up_proj", "norm"], "norm"))
+@pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], "float32"))
 def test_a_wrong_tensor_is_seen(dense, tmp_path, damage, dtype):
     """One slice of one layer half as large, or one norm: every mode fails, in both dtypes."""
     moe = converted(dense, tmp_path / "moe")

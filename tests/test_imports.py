@@ -12,22 +12,9 @@ HEAVY = (
 )  # fmt: skip
 
 
-def typed(*words: str) -> str:
-    """Python code that does what a command line does."""
-    lines = [f"import sys; sys.argv = {['lamella', *words]!r}", "from lamella.cli import main"]
-    return "\n".join([*lines, "try: main()", "except SystemExit: pass"])
-
-
-# Seconds of CPU that an answer may take; with an idle core it is the time that a person waits.
-ANSWERS = {
-    ("--help",): 0.5,
-    ("convert", "--help"): 1.0,
-    ("train", "lrr=1"): 1.0,
-    ("plan", "lrr=1"): 1.0,
-    ("convert", "method=slice", "slicess=4"): 1.0,
-    ("convert", "method=partition", "partz=4"): 1.0,
-    ("keys", "train"): 1.0,
-}
+HELP = (
+    "import sys; sys.argv = ['lamella', '--help']\nfrom lamella.cli import main\ntry: main()\nexcept SystemExit: pass"
+)
 
 
 @pytest.mark.parametrize("code", ["import lamella", "import lamella.cli, lamella.checkpoint.embedded"])
@@ -35,11 +22,11 @@ def test_no_torch_before_it_is_needed(code: str) -> None:
     assert heavy_after(code)[0] == "heavy: []"
 
 
-@pytest.mark.parametrize("words", ANSWERS, ids=" ".join)
-def test_the_command_line_answers_at_once(words: tuple[str, ...]) -> None:
-    heavy, cpu_s = heavy_after(typed(*words))
+def test_help_answers_at_once() -> None:
+    """In half a second of CPU; with an idle core that is how long a person waits."""
+    heavy, cpu_s = heavy_after(HELP)
     assert heavy == "heavy: []"
-    assert cpu_s < ANSWERS[words]
+    assert cpu_s < 0.5
 
 
 def heavy_after(code: str) -> tuple[str, float]:

@@ -19,6 +19,7 @@ from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 from support.calibration import busiest, checkpoint, only_kept, random_tokens
 from support.models import tiny_checkpoint
+from support.tiers import slow_but
 
 MODES: dict[str, dict[str, Any]] = {
     "forward": {},
@@ -45,7 +46,7 @@ def same(ours: dict[int, dict[str, Tensor]], theirs: dict[int, dict[str, Tensor]
     )
 
 
-@pytest.mark.parametrize("stop_at", range(1, 12))
+@pytest.mark.parametrize("stop_at", slow_but(range(1, 12), 1, 5, 9))
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupted_calibration_goes_on(mode: str, stop_at: int, source: Checkpoint, tmp_path: Path) -> None:
     """Cut at each step in turn: in a pass, in the method, between a layer's result and its stream."""

@@ -139,12 +139,8 @@ def test_cut_and_changed_files_are_one_line(tmp_path, name, suffix):
     raw = COMPRESS[suffix](random.randbytes(1 << 16).hex().encode() if name in ("a.txt", "a") else LINES * 30)
     file = tmp_path / (name + suffix)
     middle = len(raw) // 2
-    for damaged in (
-        raw[:middle],
-        raw[:-3],
-        raw[:middle] + random.randbytes(64) + raw[middle + 64 :],
-        b"no such format",
-    ):
+    changed = raw[:middle] + random.randbytes(64) + raw[middle + 64 :]
+    for damaged in (raw[:middle], raw[:-3], changed, b"no such format"):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged|not JSON|not valid Unicode|cannot read|holds no text|no text in"):
             list(documents(str(file)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ try:
 except SystemExit as end:
     print(end.code, [name for name in {HEAVY!r} if name in sys.modules])
 """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1  # a second of CPU
     is_mistake = "help" not in case and "list" not in case
     assert done.stdout.splitlines()[-1] == f"{2 if is_mistake else 0} []"
     assert done.stderr.startswith("error: ") == is_mistake

@@ -24,6 +24,7 @@ from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
 from lamella.recipe.conversion import load_conversion, make_conversion
 from support.models import VOCAB, WIDELY_TESTED, save_tokenizer, tiny_checkpoint
+from support.tiers import slow_but
 
 # Little text: the calibration's own tests look at how it is gathered.
 CALIBRATION = "calibration={num_tokens: 256, sequence_length: 64}"
@@ -52,7 +53,7 @@ def logits(folder: Path) -> torch.Tensor:
         return load(folder, torch.float32)(tokens).logits
 
 
-@pytest.mark.parametrize("family", WIDELY_TESTED)
+@pytest.mark.parametrize("family", slow_but(WIDELY_TESTED, "llama", "gpt2"))
 @pytest.mark.parametrize("neurons", PARTITIONS)
 def test_all_experts_active_are_the_dense_model(tmp_path: Path, family: str, neurons: str) -> None:
     dense = dense_model(tmp_path / "dense", family)
