@@ -11,12 +11,9 @@ the old and the replayed text. What is measured is held out of that.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ from typing import Any
 
 import torch
 from measure import earlier_rows, figure, positive, provenance, work_folder, write_json
+from texts import c_headers, news, readmes, write_documents
 
 from lamella.checkpoint.embedded import embedded_model
 from lamella.conversion import convert
@@ -67,37 +65,6 @@ def mixed(replayed: float, **settings: Any) -> dict[str, Any]:
     """New text with this share of the samples replayed. Old text is named, with weight 0: nothing trains on it."""
     weights = {NEW: 1 - replayed, REPLAYED: replayed} | dict.fromkeys(OLD, 0.0)
     return {"data": [{"source": name, "weight": weight} for name, weight in weights.items()]} | settings
-
-
-def copy_headers(folder: Path) -> None:
-    """This Python's C headers, as text files."""
-    source = Path(sysconfig.get_paths()["include"])
-    headers = sorted(source.rglob("*.h"))
-    if not headers:
-        sys.exit(f"error: no C headers in {source}; install those of this Python (python3-dev)")
-    folder.mkdir()
-    for i, header in enumerate(headers):
-        shutil.copyfile(header, folder / f"{i:03}-{header.stem}.txt")
-
-
-def copy_readmes(folder: Path) -> None:
-    """The READMEs of the installed packages, as text files."""
-    folder.mkdir()
-    for package in importlib.metadata.distributions():
-        text = package.metadata.json.get("description", "")
-        if isinstance(text, str) and len(text) > 1000:
-            (folder / f"{package.name.lower()}.txt").write_text(text, encoding="utf-8", errors="replace")
-
-
-def copy_news(folder: Path) -> None:
-    """The 300 articles of the Lee background corpus, as text files."""
-    package = importlib.util.find_spec("gensim")
-    if package is None or package.origin is None:
-        sys.exit("error: the package gensim is missing, which ships the news; run uv sync")
-    corpus = Path(package.origin).parent / "test" / "test_data" / "lee_background.cor"
-    folder.mkdir()
-    for i, article in enumerate(corpus.read_text(encoding="utf-8").splitlines()):
-        (folder / f"{i:03}.txt").write_text(article, encoding="utf-8")
 
 
 def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path, work: Path) -> dict[str, Any]:
@@ -208,9 +175,8 @@ def measure(
         return json.loads(args.json.read_text())
     with tempfile.TemporaryDirectory(prefix="adaptation.", dir=args.work) as folder:
         work = Path(folder)
-        copy_headers(work / NEW)
-        copy_news(work / NEWS)
-        copy_readmes(work / REPLAYED)
+        for name, texts in ((NEW, c_headers), (NEWS, news), (REPLAYED, readmes)):
+            write_documents(texts(), work / name)
         dense = healed(args, work)
         report = {**settings, "old_start": old_losses(dense, args, work, old), "rows": rows}
         for identity, variant in runs:

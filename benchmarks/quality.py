@@ -2,8 +2,10 @@
 
 Perplexity right after conversion, over the dense model's, for ways to make experts that use fewer neurons per token,
 beside what a user could do without experts: `static` (keep the most important neurons) and `flap` (the same, with a
-bias for what is dropped; arXiv 2312.11983). All see the same calibration tokens; evaluation text is held out of them.
-MaxVio is the mean over the layers, on the evaluation text. Rows that the JSON file holds are not measured again.
+bias for what is dropped; arXiv 2312.11983). All see the same calibration tokens. Each model is judged on held-out text
+of every domain of texts.py; the figure to lead with is the geometric mean over the two domains that nothing is
+calibrated on. MaxVio is the mean over the layers, on all of that text. Rows that the JSON file holds are not measured
+again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
 from measure import earlier_rows, figure, positive, print_table, provenance, work_folder, write_json
+from texts import SEEN, UNSEEN, source_of
 
 from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
 from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
@@ -36,6 +39,7 @@ from lamella.conversion.partition.static import Kept, flap, kept_output, static
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
+from lamella.recipe.calibration import GENERATED, CalibrationText
 from lamella.recipe.methods.partition import Axes
 
 PARTS = 16
@@ -61,7 +65,15 @@ SEQUENTIAL = (f"{OURS}, refit, sequential", DEFAULT)
 """Each layer is calibrated behind the converted ones, so every share needs a calibration of its own."""
 PRUNED = ("static", "flap", "static, refit", "flap, refit")
 ORACLE = f"{OURS}, oracle router"
-QUICK = ("flap", "cmoe")
+QUICK = ("flap", "flap, refit", DEFAULT)
+CALIBRATIONS: dict[str, tuple[tuple[str, float], ...]] = {
+    "python-docs": (("python-docs", 1),),
+    "mixture": tuple((name, 1) for name in SEEN),
+    "generated": ((GENERATED, 1),),
+    "mixture and generated": (*((name, 1) for name in SEEN), (GENERATED, len(SEEN))),
+}
+"""name -> the texts that the layers are shown, and their weights"""
+DOMAINS = (*SEEN, *UNSEEN)
 
 
 def axes_of(name: str, active: int) -> Axes:
@@ -143,9 +155,15 @@ def replacement(active: int, name: str) -> Callable[[FFN, dict[str, Tensor]], Ca
     return lambda ffn, choices: replaced(name, active, ffn, own(choices, active, name), [])
 
 
-def run_seed(args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, samples: Any, tokenizer: Any) -> Rows:
+def run_seed(
+    args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, samples: dict[str, Any], tokenizer: Any
+) -> Rows:
     source = Checkpoint.open(args.model)
-    tokens = calibration_tokens(source, CalibrationOptions(num_tokens=args.calibration_tokens, seed=seed))
+    texts = tuple(
+        CalibrationText(name if name == GENERATED else source_of(name, args.texts), weight)
+        for name, weight in CALIBRATIONS[args.calibrate]
+    )
+    tokens = calibration_tokens(source, CalibrationOptions(texts, args.calibration_tokens, seed=seed))
     together = [(active, name) for active, name in wanted if name not in SEQUENTIAL]
     groups = [together, *([pair] for pair in wanted if pair not in together)]
     rows = []
@@ -160,31 +178,38 @@ def run_seed(args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, sa
             print(f"seed {seed}: calibrated in {time.perf_counter() - began:.0f} s", flush=True)
             for active, name in group:
                 choices = [own(results[index], active, name) for index in results]
-                rows.append(score(args, active, name, choices, model, samples, tokenizer) | {"seed": seed})
+                row = score(args, active, name, choices, model, samples, tokenizer)
+                rows.append(row | {"calibration": args.calibrate, "seed": seed})
     return rows
 
 
 def score(
-    args: argparse.Namespace, active: int, name: str, choices: list[dict[str, Tensor]], model: Any, samples: Any,
-    tokenizer: Any,
+    args: argparse.Namespace, active: int, name: str, choices: list[dict[str, Tensor]], model: Any,
+    samples: dict[str, Any], tokenizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Perplexity and balance of the model with these choices about its layers."""
+    """Perplexities by domain, and balance, of the model with these choices about its layers."""
     ffns = [layer.mlp for layer in model.model.layers]
     loads: list[list[Tensor]] = [[] for _ in ffns]
     for ffn, of_layer, its_loads in zip(ffns, choices, loads, strict=True):
         weights = FFN(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
         ffn.forward = replaced(name, active, weights, of_layer, its_loads)
-    found = perplexity(model, samples, tokenizer, args.tokens)
+    found = perplexities(model, samples, tokenizer, args.tokens)
     for ffn in ffns:
         del ffn.forward
     violations = [max_violation(sum(layer)).item() for layer in loads if layer]
     row = {
-        "method": name, "active": active / PARTS, "perplexity": found.perplexity,
+        "method": name, "active": active / PARTS, "perplexity": found,
         "max_vio": statistics.mean(violations) if violations else None,
         "worst_max_vio": max(violations, default=None),
     }  # fmt: skip
-    print(f"  {active}/{PARTS} {name:<28} {found.perplexity:10.2f}  MaxVio {row['max_vio']}", flush=True)
+    shown = "  ".join(f"{domain} {value:.2f}" for domain, value in found.items())
+    print(f"  {active}/{PARTS} {name:<28} {shown}  MaxVio {row['max_vio']}", flush=True)
     return row
+
+
+def perplexities(model: Any, samples: dict[str, Any], tokenizer: Any, tokens: int) -> dict[str, float]:
+    """By domain."""
+    return {domain: perplexity(model, its, tokenizer, tokens).perplexity for domain, its in samples.items()}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -193,34 +218,46 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folder = str(args.model or embedded_model())
     model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
     model.requires_grad_(False)
-    samples = text_samples("python-docs", "heldout", folder, 512, args.tokens)
-    dense = perplexity(model, samples, tokenizer, args.tokens)
-    settings = {"calibration_tokens": args.calibration_tokens, "tokens": dense.tokens, "parts": PARTS}
+    samples = {
+        domain: text_samples(source_of(domain, args.texts), "heldout", folder, 512, args.tokens) for domain in DOMAINS
+    }
+    dense = perplexities(model, samples, tokenizer, args.tokens)
+    settings = {"calibration_tokens": args.calibration_tokens, "tokens": args.tokens, "parts": PARTS}
     rows = earlier_rows(args.json, settings)
-    report = {
-        **provenance(torch.device("cpu")), **settings, "dense_perplexity": dense.perplexity, "rows": rows,
-    }  # fmt: skip
+    report = {**provenance(torch.device("cpu")), **settings, "dense_perplexity": dense, "rows": rows}
     for seed in args.seeds:
-        there = {(row["active"], row["method"]) for row in rows if row["seed"] == seed}
+        there = {(row["active"], row["method"]) for row in rows if is_of(row, args.calibrate) and row["seed"] == seed}
         wanted = [(a, name) for a in args.active for name in args.methods if (a / PARTS, name) not in there]
         for row in run_seed(args, seed, wanted, model, samples, tokenizer):
-            rows.append(row | {"ratio": row["perplexity"] / dense.perplexity})
+            rows.append(row | {"ratio": {domain: value / dense[domain] for domain, value in row["perplexity"].items()}})
         write_json(args.json, report)  # after each seed: a run of hours may be cut short
     return report
 
 
-def ratios(report: dict[str, Any], method: str, active: float) -> list[float]:
-    return [row["ratio"] for row in report["rows"] if (row["method"], row["active"]) == (method, active)]
+def is_of(row: dict[str, Any], calibration: str) -> bool:
+    return row["calibration"] == calibration
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Every method's perplexity over dense by the share of active neurons: the mean over the seeds, and their range."""
+def over(domains: Iterable[str], row: dict[str, Any]) -> float:
+    """The geometric mean of a row's ratios over these domains."""
+    return statistics.geometric_mean(row["ratio"][domain] for domain in domains)
+
+
+def ratios(report: dict[str, Any], method: str, active: float, calibration: str) -> list[float]:
+    """Perplexity over dense on the unseen domains, one for each seed."""
+    rows = [row for row in report["rows"] if (row["method"], row["active"]) == (method, active)]
+    return [over(UNSEEN, row) for row in rows if is_of(row, calibration)]
+
+
+def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
+    """Every method's perplexity over dense on the unseen domains, by the share of active neurons: mean and range of the
+    seeds."""
     import matplotlib
 
     actives = sorted({row["active"] for row in report["rows"]})
     with figure(path, 1) as (plot,):
-        for i, method in enumerate(in_order(report)):
-            found = [ratios(report, method, active) for active in actives]
+        for i, method in enumerate(in_order(report, calibration)):
+            found = [ratios(report, method, active, calibration) for active in actives]
             style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
             means, colour = [statistics.geometric_mean(f) for f in found], matplotlib.colormaps["tab20"](i)
             colour, width = ("black", 3) if method == DEFAULT else (colour, 1.5)
@@ -231,30 +268,35 @@ def draw(report: dict[str, Any], path: Path) -> None:
         plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def in_order(report: dict[str, Any]) -> list[str]:
-    """The methods, the worst at the smallest share first."""
-    least = min(row["active"] for row in report["rows"])
-    names = dict.fromkeys(row["method"] for row in report["rows"])
-    return sorted(names, key=lambda name: -statistics.mean(ratios(report, name, least) or [0]))
+def in_order(report: dict[str, Any], calibration: str) -> list[str]:
+    """The methods with this calibration, the worst at the smallest share first."""
+    rows = [row for row in report["rows"] if is_of(row, calibration)]
+    least = min(row["active"] for row in rows)
+    names = dict.fromkeys(row["method"] for row in rows)
+    return sorted(names, key=lambda name: -statistics.mean(ratios(report, name, least, calibration) or [0]))
 
 
-def show(report: dict[str, Any]) -> None:
-    rows = report["rows"]
-    actives = sorted({row["active"] for row in rows}, reverse=True)
+def show(report: dict[str, Any], calibration: str) -> None:
+    """For every share of active neurons and every method: the unseen domains' mean, then each domain."""
+    mine = [row for row in report["rows"] if is_of(row, calibration)]
     table = []
-    for name in in_order(report):
-        line = [name]
-        for active in actives:
-            found = ratios(report, name, active)
-            spread = f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else ""
-            line.append(f"{statistics.geometric_mean(found):.3f}{spread}")
-        violations = [row["max_vio"] for row in rows if row["method"] == name and row["max_vio"] is not None]
-        table.append([*line, f"{statistics.mean(violations):.2f}" if violations else "-"])
+    for active in sorted({row["active"] for row in mine}, reverse=True):
+        for name in in_order(report, calibration):
+            rows = [row for row in mine if (row["method"], row["active"]) == (name, active)]
+            if rows:
+                domains = [statistics.geometric_mean(row["ratio"][domain] for row in rows) for domain in DOMAINS]
+                found = [over(UNSEEN, row) for row in rows]
+                spread = f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else ""
+                mean = f"{statistics.geometric_mean(found):.3f}{spread}"
+                loads = [row["max_vio"] for row in rows if row["max_vio"] is not None]
+                balance = f"{statistics.mean(loads):.2f}" if loads else "-"
+                table.append([f"{active:.0%} {name}", mean, *(f"{ratio:.2f}" for ratio in domains), balance])
+    dense = ", ".join(f"{domain} {value:.2f}" for domain, value in report["dense_perplexity"].items())
     title = (
-        f"perplexity over dense ({report['dense_perplexity']:.2f}) on {report['tokens']} held-out tokens, "
-        f"{report['calibration_tokens']} calibration tokens"
+        f"perplexity over dense ({dense}); {report['tokens']} held-out tokens of each domain, "
+        f"{report['calibration_tokens']} calibration tokens of {calibration}"
     )
-    print_table(title, ["method", *(f"{active:.0%} active" for active in actives), "MaxVio"], table)
+    print_table(title, ["active, method", "unseen", *DOMAINS, "MaxVio"], table)
 
 
 def main() -> None:
@@ -272,20 +314,22 @@ def main() -> None:
         help="active parts",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text and the draws")
+    parser.add_argument("--calibrate", choices=CALIBRATIONS, default="mixture", help="on these texts")
     parser.add_argument("--calibration-tokens", type=positive, default=16384)
-    parser.add_argument("--tokens", type=positive, default=8192, help="held-out tokens")
-    parser.add_argument("--quick", action="store_true", help="one seed, two methods, half the neurons, little text")
+    parser.add_argument("--tokens", type=positive, default=3072, help="held-out tokens of each domain")
+    parser.add_argument("--quick", action="store_true", help="one seed, three methods, half the neurons, little text")
+    parser.add_argument("--texts", type=work_folder, default=Path("artifacts/texts"), help="folder of the domains")
     parser.add_argument("--work", type=work_folder, help="folder for the calibration's streams")
     parser.add_argument("--json", type=Path, help="rows that it holds are not measured again")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.quick:
-        quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 2048}
+        quick = {"methods": [*QUICK], "active": [8], "seeds": [0], "calibration_tokens": 4096, "tokens": 1024}
         args = argparse.Namespace(**(vars(args) | quick))
     report = measure(args)
-    show(report)
+    show(report, args.calibrate)
     if args.picture:
-        draw(report, args.picture)
+        draw(report, args.calibrate, args.picture)
 
 
 if __name__ == "__main__":
