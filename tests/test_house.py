@@ -26,6 +26,7 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 LATE_IMPORTS = {
     ("lamella", "lamella.api"),  # `lamella.convert` is looked up when somebody asks for it
+    ("lamella", "lamella.service.client"),  # as `lamella.Client` is
 }
 # What a library or Python calls and documents, so that a sentence of ours would repeat theirs.
 CALLED_BY_LIBRARIES = {
@@ -69,7 +70,7 @@ def test_arrows_point_one_way() -> None:
     command = [Path(sys.executable).with_name("lint-imports"), "--no-logo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
-    assert "3 kept, 0 broken" in done.stdout
+    assert "4 kept, 0 broken" in done.stdout
 
 
 def test_no_circle_of_modules(graph: grimp.ImportGraph) -> None:
@@ -96,7 +97,7 @@ def test_three_hops_from_the_command_to_the_maths(command: str, maths: str, grap
     assert len(chain) - 1 <= 3, chain
 
 
-ROOMS = ("architecture", "recipe", "run", "plan")
+ROOMS = ("architecture", "recipe", "run", "plan", "service")
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module("lamella.{room}")

@@ -2,5 +2,14 @@
 
 from lamella.api import convert, load
 
-__all__ = ["convert", "load"]
+__all__ = ["Client", "convert", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`lamella.Client`, imported when somebody asks for it."""
+    if name == "Client":
+        from lamella.service.client import Client
+
+        return Client
+    raise AttributeError(f"module 'lamella' has no attribute {name!r}")

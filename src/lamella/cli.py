@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 
 from lamella.cli_data import Overwrite, data_app
 from lamella.cli_plan import JsonFile, Words, plan
+from lamella.cli_runs import runs_app
+from lamella.cli_service import access_app, serve
 from lamella.errors import UserError
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
@@ -44,9 +47,21 @@ def run_command(command: Callable[..., Any]) -> None:
     _exit_cleanly(single)
 
 
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Tell the service, where it started this command, what the command failed of."""
+    if "LAMELLA_FAILURE_FILE" not in os.environ:  # else nothing more is imported
+        yield
+        return
+    from lamella.run.failure import reported
+
+    with reported():
+        yield
+
+
 def _exit_cleanly(typer_app: typer.Typer) -> None:
     try:
-        with unfit_libraries_told():
+        with _reported(), unfit_libraries_told():
             typer_app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -252,6 +267,9 @@ def slurm(
 
 
 app.add_typer(data_app, name="data")
+app.command()(serve)
+app.add_typer(runs_app, name="runs")
+app.add_typer(access_app, name="access")
 
 
 @app.command()

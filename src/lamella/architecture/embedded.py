@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def check_embedded_model() -> None:
 def embedded_config() -> Json:
     """Family and sizes as in the config.json of `embedded_model`, from the GGUF's metadata: reads no weights and
     imports no torch; UserError where the package is missing."""
-    gguf = embedded_gguf()
+    return dict(_config_of(embedded_gguf()))
+
+
+@cache
+def _config_of(gguf: Path) -> Json:
+    """Once for a process: its vocabulary takes seconds to pass."""
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)

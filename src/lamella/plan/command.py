@@ -19,6 +19,7 @@ from lamella.plan.start import starting_model, with_deltas
 from lamella.plan.suggest import suggest
 from lamella.recipe.conversion import read_conversion
 from lamella.recipe.files import arguments
+from lamella.recipe.methods.common import MethodOptions
 from lamella.recipe.stages import prepare_stages
 from lamella.recipe.training import Recipe
 
@@ -61,6 +62,37 @@ def run(
     path, settings = arguments(words)
     recipes = prepare_stages(path, settings)
     every = prepare_stages(path, [word for word in settings if not word.startswith("stage=")])
+    plans, texts = plan_stages(
+        recipes, every, gpu_name, ranks, dense, options, price_per_hour=price_per_hour,
+        tokens_per_second=tokens_per_second, per_node=per_node, storage_rate=storage_rate, suggests=suggests,
+    )  # fmt: skip
+    _give(plans, texts, json_path)
+
+
+def plan_stages(
+    recipes: Sequence[Recipe],
+    every: Sequence[Recipe],
+    gpu_name: str,
+    ranks: int | None = None,
+    dense: str | None = None,
+    options: MethodOptions | None = None,
+    *,
+    price_per_hour: float | None = None,
+    tokens_per_second: float | None = None,
+    per_node: int = RANKS_PER_NODE,
+    storage_rate: float = STORAGE_RATE,
+    suggests: bool = False,
+) -> tuple[dict[str, Json], dict[str, str]]:
+    """(the plan as values, the plan as text) of each stage, by its name.
+
+    Args:
+        every: all stages of the recipe that `recipes` are of.
+        options: how the model `dense` would be converted.
+        per_node, storage_rate, suggests: as of `run`.
+
+    Raises:
+        UserError: as `run`.
+    """
     ranks = most_ranks(recipes) if ranks is None else ranks
     plans, texts = {}, {}
     for recipe in recipes:
@@ -74,7 +106,7 @@ def run(
             text += f"\n{suggestion_text(found)}"
         stage = Path(recipe.out).name
         plans[stage], texts[stage] = values, text
-    _give(plans, texts, json_path)
+    return plans, texts
 
 
 def _give(plans: dict[str, Json], texts: dict[str, str], json_path: Path | None) -> None:

@@ -12,7 +12,8 @@ import os
 import re
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,8 @@ LAST_BYTES = 1 << 20
 PEER_LOST = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote (process|peer)", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 ATTEMPT = "LAMELLA_ATTEMPT"
+# Where a command writes the class of its failure, for whoever started it.
+FAILURE_FILE = "LAMELLA_FAILURE_FILE"
 # How long a rank waits for the others' words: timeouts begin when each rank enters the collective, a lost connection
 # shows everywhere at once.
 ROLL_CALL_S = {"timeout": 5.0, "infra": 2.0}
@@ -87,6 +90,19 @@ def reason_of(error: BaseException) -> str:
         return f"saving or loading failed on rank {rank}: {reason_of(inner)}"
     said = "".join(traceback.format_exception_only(error)).strip()
     return str(error) if isinstance(error, Fault | UserError) else said
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Write the failure of a command to the file that the environment names, if it names one."""
+    try:
+        yield
+    except Exception as error:
+        if file := os.environ.get(FAILURE_FILE):
+            values: Json = {"failure": classify(error), "retryable": is_retryable(error), "reason": reason_of(error)}
+            with suppress(OSError):
+                write_atomic(Path(file), json.dumps(values | {"time": time.time()}) + "\n")
+        raise
 
 
 def failure_file(run: RunDir, rank: int) -> Path:

@@ -67,9 +67,13 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_launch(launch_id: str) -> int:
-    """SIGKILL what still runs of an attempt, whoever its parent is by now; returns how many there were."""
-    left = [p for p in psutil.process_iter() if p.pid != os.getpid() and _launch_id(p) == launch_id]
+def kill_launch(launch_id: str, variable: str = LAUNCH_ID) -> int:
+    """SIGKILL what still runs of an attempt, whoever its parent is by now; returns how many there were.
+
+    Args:
+        variable: of the environment, by which its processes are known.
+    """
+    left = [p for p in psutil.process_iter() if p.pid != os.getpid() and _launch_id(p, variable) == launch_id]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -77,8 +81,8 @@ def kill_launch(launch_id: str) -> int:
     return len(left)
 
 
-def _launch_id(process: psutil.Process) -> str | None:
+def _launch_id(process: psutil.Process, variable: str) -> str | None:
     try:
-        return process.environ().get(LAUNCH_ID)
+        return process.environ().get(variable)
     except psutil.Error:  # ended meanwhile, or another user's
         return None

@@ -1,0 +1,140 @@
+"""The connection to the store: SQLite in a file, or PostgreSQL by URL; and its schema. Imports no torch.
+
+Writers wait for one another, on SQLite by BEGIN IMMEDIATE and on PostgreSQL by an advisory lock. So the ids of events
+appear in their order (a reader that asks for what came after an id misses nothing), and what a scheduler counted is
+still true when it takes a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from lamella.errors import UserError
+from lamella.service.schema import HEAD
+
+BUSY_S = 10.0
+WRITER = 7_142_536_214  # the number of the advisory lock, for all who write to one database
+
+
+class Unavailable(RuntimeError):
+    """The store cannot answer now: locked for long, disk full, or the server of the database is gone."""
+
+
+class _Cursor(Protocol):
+    def execute(self, statement: str) -> object: ...
+
+    def close(self) -> None: ...
+
+
+class _Driver(Protocol):
+    isolation_level: str | None
+
+    def cursor(self) -> _Cursor: ...
+
+
+class Database:
+    """Transactions on the store.
+
+    Args:
+        url: of SQLAlchemy (`postgresql+psycopg://user@host/name`), or the path of a SQLite file.
+        busy_s: a transaction waits so long for another one's end.
+    """
+
+    def __init__(self, url: str, busy_s: float = BUSY_S):
+        self.url = url if "://" in url else f"sqlite:///{url}"
+        self.is_sqlite = self.url.startswith("sqlite")
+        if self.is_sqlite and (file := self.url.removeprefix("sqlite:///")):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+        options = {"connect_args": {"timeout": busy_s}} if self.is_sqlite else {"pool_pre_ping": True}
+        self.engine: Engine = create_engine(self.url, pool_size=20, max_overflow=30, **options)
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _set_up_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that only reads.
+
+        Raises:
+            Unavailable: see there.
+        """
+        with _told(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that others wait for.
+
+        Raises:
+            Unavailable: see there.
+        """
+        with _told(), self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": WRITER})
+            yield connection
+
+    def version(self) -> str | None:
+        """The number of the schema; None of an empty database."""
+        with self.reading() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+    def migrate(self) -> None:
+        """Bring the schema to what this version of lamella needs.
+
+        Raises:
+            UserError: a newer version has written it.
+        """
+        version = self.version()
+        if version == HEAD:
+            return
+        if version is not None and version > HEAD:
+            raise UserError(
+                f"the store has schema {version}, this version of lamella knows up to {HEAD}; install a newer lamella"
+            )
+        from alembic import command  # only now: its import costs as much as the rest of a start
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.writing() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, HEAD)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the database as Unavailable, but for those that say what is wrong with a row."""
+    try:
+        yield
+    except OperationalError as error:
+        raise Unavailable(f"the store does not answer: {error.orig}") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise Unavailable(f"the store does not answer: {error.orig}") from error
+        raise
+
+
+def _set_up_sqlite(connection: _Driver, _: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "journal_size_limit=67108864"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
