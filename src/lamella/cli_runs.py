@@ -80,7 +80,7 @@ def submit(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Show what a job would take, and submit it."""
-    job = _job(words or [], kind, ranks)
+    job = job_of(words or [], kind, ranks)
     options: Json = {"name": name, "priority": priority, "executor": executor, "cluster": _settings(cluster or [])}
     options |= {} if cores is None else {"cores": cores}
     backend = _backend(server, home)
@@ -279,7 +279,7 @@ def _change(run: str, what: str, server: str | None, home: Path) -> None:
     print(f"{found['id']} is {_state(found)}")
 
 
-def _job(words: list[str], kind: str, ranks: int | None) -> Json:
+def job_of(words: list[str], kind: str, ranks: int | None) -> Json:
     """The job that the words of the command say."""
     from lamella.recipe.files import arguments, parse_yaml, read_recipe_text, set_by_word
     from lamella.recipe.stages import DEMO_RECIPE

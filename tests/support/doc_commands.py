@@ -16,10 +16,11 @@ from typing import Any
 
 import typer
 
-from lamella import cli
+from lamella import cli, cli_runs
 from lamella.by_slicing import convert_by_slicing
 from lamella.recipe.conversion import load_conversion
 from lamella.run.launch import arguments, prepare_stages
+from lamella.service.jobs import Submission
 
 ROOT = Path(__file__).parents[2]
 # In the order of reading, so that what a page uses is there when its commands run.
@@ -90,6 +91,9 @@ def check_lamella(words: Sequence[str]) -> None:
         load_conversion(settings.pop(0) if "=" not in settings[0] else None, settings)
     elif name in ("train", "plan"):
         check_recipe(params["words"] or [])
+    elif name == "submit":
+        job = cli_runs.job_of(params["words"] or [], params["kind"], params["ranks"])
+        Submission.model_validate({"job": job}).check()
 
 
 def parse(command: Any, words: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +169,8 @@ def is_run(command: str) -> bool:
     words = shlex.split(command.removeprefix("uv run "))
     if command in SET_UP or words[0] in (*TOOLS, "pytest", "sbatch") or words[0].startswith("benchmarks/"):
         return False
+    if words[:2] == ["lamella", "serve"] or (words[:3] == ["lamella", "runs", "submit"] and "--dry-run" not in words):
+        return False  # ends when somebody ends it; trains beside the tests
     if "gguf" in words:  # llama.cpp has no name for the tiny model's tokenizer of bytes; tests/export has real ones
         return False
     return "plan" in words or not any(word.startswith("launch/recipes/llama3-8b") for word in words)
