@@ -287,6 +287,7 @@ def recipes(
     uses = {
         "conversions/*.yaml": typed("lamella convert NAME key=value ..."),
         "recipes/*.yaml": typed("lamella train NAME key=value ..."),
+        "clusters/*.yaml": typed("lamella runs submit RECIPE.yaml --executor slurm --cluster NAME"),
         "slurm/*": f"{typed('lamella recipes NAME')} > FILE && sbatch FILE RECIPE.yaml key=value ...",
     }
     for pattern, use in uses.items():

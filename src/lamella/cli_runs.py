@@ -67,7 +67,9 @@ def submit(
     cluster: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="key=value", help="How, where it is not here: nodes, gpus_per_node, time, partition, image, ..."
+            metavar="FILE.yaml | key=value",
+            help="How, where it is not here: a file such as launch/clusters/8-gpu-node.yaml, and settings (nodes, "
+            "gpus_per_node, gpu, time, partition, account, image, volume, cloud, spot, ...); may be given again.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -81,7 +83,7 @@ def submit(
 ) -> None:
     """Show what a job would take, and submit it."""
     job = job_of(words or [], kind, ranks)
-    options: Json = {"name": name, "priority": priority, "executor": executor, "cluster": _settings(cluster or [])}
+    options: Json = {"name": name, "priority": priority, "executor": executor, "cluster": _cluster(cluster or [])}
     options |= {} if cores is None else {"cores": cores}
     backend = _backend(server, home)
     plan = backend.plan(job, **options)
@@ -293,6 +295,14 @@ def job_of(words: list[str], kind: str, ranks: int | None) -> Json:
         set_by_word(values, word)
     kind = kind or ("convert" if "method" in values else "train")
     return {"kind": kind, "recipe": values} | ({"ranks": ranks} if kind == "train" and ranks is not None else {})
+
+
+def _cluster(words: list[str]) -> Json:
+    from lamella.recipe.files import arguments, parse_yaml, read_recipe_text
+
+    path, settings = arguments(words)
+    values = {} if path is None else parse_yaml(read_recipe_text(Path(path)), path)
+    return values | _settings(settings)
 
 
 def _settings(words: list[str]) -> Json:

@@ -185,7 +185,7 @@ class Cluster(Strict):
     cores_per_node: Annotated[int, Field(ge=1, le=4096)] = 64
     """It takes this many cores of each machine."""
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}:\d{2}$")] = "24:00:00"
-    """It may run so long at once; training saves and goes on in the next turn."""
+    """Slurm: it may run so long at once; training saves and goes on in the next turn."""
     partition: Annotated[str, Field(pattern=r"^[A-Za-z0-9._,-]{1,100}$")] | None = None
     """Slurm: the partition."""
     account: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] | None = None

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lamella.service.executors.executor import Executor, Place
+from lamella.service.executors.kubernetes import Kubernetes
 from lamella.service.executors.local import Local
+from lamella.service.executors.skypilot import SkyPilot
+from lamella.service.executors.slurm import Slurm
 
-EXECUTORS: dict[str, Callable[[Place], Executor]] = {"local": Local}
+EXECUTORS: dict[str, Callable[[Place], Executor]] = {
+    "local": Local, "slurm": Slurm, "kubernetes": Kubernetes, "skypilot": SkyPilot,
+}  # fmt: skip
