@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from httpx import Response
+
 from lamella.service.context import Service
 from lamella.service.serve import Settings, make_service
 from lamella.service.states import TERMINAL
@@ -58,3 +60,13 @@ def until(
             meanwhile()
         time.sleep(0.1)
     return run
+
+
+def problem(response: Response, status: int) -> str:
+    """The detail of an answer that says what is wrong."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    values = response.json()
+    assert values["status"] == status
+    assert values["title"]
+    return values["detail"]
