@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from lamella.cli_adapters import adapters_app
 from lamella.cli_data import Overwrite, data_app
+from lamella.cli_evaluate import SEQ_LEN, Device, evaluate
 from lamella.cli_plan import JsonFile, Words, plan
 from lamella.cli_runs import runs_app
 from lamella.cli_service import access_app, serve
-from lamella.errors import UserError
+from lamella.errors import UserError, check_choice
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
 
@@ -27,10 +29,8 @@ app = typer.Typer(
 )
 # What several commands say alike.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every tensor that would be written, and write nothing.")]
-Device = Annotated[str, typer.Option(help="The model is computed here: cpu, cuda, or auto for a GPU if there is one.")]
 MODEL = "Convert this model: a folder, a .gguf file or a hub name."
 OUT = "Write the converted model to this folder."
-SEQ_LEN = "The text is cut into windows of this many tokens."
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def version() -> None:
 
 @app.command(
     epilog="Keys of a recipe that every method has: model, out, method. `lamella keys convert METHOD` lists the others "
-    "of slice, partition, upcycle or attention, with their defaults."
+    "of slice, partition, upcycle, adapters or attention, with their defaults."
 )
 def convert(
     words: Words = None,
@@ -133,7 +133,7 @@ def keys(
         str | None,
         typer.Argument(
             metavar="[METHOD]",
-            help="The method of a conversion: slice, partition, upcycle or attention.",
+            help="The method of a conversion: slice, partition, upcycle, adapters or attention.",
             autocompletion=_methods,
         ),
     ] = None,
@@ -179,40 +179,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def evaluate(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="The folder of a model, a run directory, or a hub name.")
-    ],
-    data: Annotated[
-        str,
-        typer.Option(help="Measure on this text: stdlib-code, python-docs, a file or folder, or a `datasets` name."),
-    ] = "python-docs",
-    split: Annotated[str, typer.Option(help="Take this part of the text: heldout, train or all.")] = "heldout",
-    dense: Annotated[
-        str | None, typer.Option(help="Measure this dense model beside it; 'embedded' is SmolLM2-135M.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Score this many tokens of the text.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help=SEQ_LEN)] = 1024,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="Let the router choose (routed), take the frozen slices alone (dense), their copies alone (learned), "
-            "or any at random (random).",
-            show_default="routed",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Compute in float32, bfloat16 or float16, or as the file is stored (auto).")
-    ] = "auto",
-    device: Device = "auto",
-    json: JsonFile = None,
-) -> None:
-    """Measure the perplexity of a model on a text, if asked for with a dense model beside it."""
-    from lamella.evaluate.commands import evaluate_and_print
-
-    options = {"data": data, "dense": dense, "split": None if split == "all" else split, "max_tokens": tokens}
-    evaluate_and_print(folder, json, **options, seq_len=seq_len, mode=mode, dtype=dtype, device=device)
+app.command()(evaluate)
 
 
 @app.command(
@@ -270,6 +237,7 @@ app.add_typer(data_app, name="data")
 app.command()(serve)
 app.add_typer(runs_app, name="runs")
 app.add_typer(access_app, name="access")
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.command()
@@ -347,14 +315,37 @@ def export(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Write everything to this folder.")] = Path("artifacts/demo"),
-    ranks: Annotated[int, typer.Option(help="Train with this many processes.")] = 3,
-    steps: Annotated[int, typer.Option(help="Train for this many optimizer steps.")] = 12,
+    story: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[STORY]",
+            help="Show this: whole (slices, from converting to export), or adapters as experts.",
+            show_default="whole",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write everything to this folder.", show_default="artifacts/demo, -STORY")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Of story whole: train with this many processes.", show_default="3")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Train for this many optimizer steps.", show_default="12, adapters 20")
+    ] = None,
 ) -> None:
-    """Show the whole way on a small real model: convert, compare, train, resume, export; every figure is measured."""
+    """Show what lamella does on a small real model: convert, train, export, compare; every figure is measured."""
+    check_choice("story", story, (None, "whole", "adapters"))
+    chosen = {} if steps is None else {"steps": steps}
+    if story == "adapters":
+        from lamella.demo_adapters import run_adapters_demo
+
+        if ranks is not None:
+            raise UserError("--ranks has no effect on the story adapters; leave it out")
+        run_adapters_demo(out or Path("artifacts/demo-adapters"), **chosen)
+        return
     from lamella.demo import run_demo
 
-    run_demo(out, ranks=ranks, steps=steps)
+    run_demo(out or Path("artifacts/demo"), ranks=3 if ranks is None else ranks, **chosen)
 
 
 if __name__ == "__main__":

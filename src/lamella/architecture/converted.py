@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lamella.architecture.adapters import ADAPTERS_IN_HF, adapter_shapes, adapters_config
 from lamella.architecture.families import tensors_of
 from lamella.architecture.layout import layout_of
 from lamella.architecture.model import known_family, sizes_of
@@ -13,6 +14,8 @@ from lamella.errors import UserError
 from lamella.jsons import Json
 
 REMOTE_CODE = "modeling_lamella"
+ENTRIES = ("moe", "attention_moe", "adapters")
+"""What a converted model's config.json has beside the dense one's: at least one of these."""
 
 
 def converted_config(dense: Json, family: Family, dtype: str | None = None, **entries: Json | None) -> Json:
@@ -34,7 +37,7 @@ def converted_config(dense: Json, family: Family, dtype: str | None = None, **en
 def dense_config(config: Json) -> Json:
     """The dense model's config from a converted one's."""
     family = converted_family(config)
-    dense = {key: value for key, value in config.items() if key not in ("moe", "attention_moe", "auto_map")}
+    dense = {key: value for key, value in config.items() if key not in (*ENTRIES, "auto_map")}
     return dense | {"architectures": [family.architecture], "model_type": family.name}
 
 
@@ -46,7 +49,7 @@ def is_converted(config: Json) -> bool:
 def converted_family(config: Json) -> Family:
     """The family of a converted checkpoint's config; UserError if it is another kind of model."""
     name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
-    has_experts = any(isinstance(config.get(entry), dict) for entry in ("moe", "attention_moe"))
+    has_experts = any(isinstance(config.get(entry), dict) for entry in ENTRIES)
     if name not in FAMILIES or not has_experts or config["model_type"] == name:
         kinds = ", ".join(CONVERTED_PREFIX + family for family in FAMILIES)
         raise UserError(f"the model type {config.get('model_type')!r} is not converted; expected one of {kinds}")
@@ -66,7 +69,20 @@ def attention_experts_config(config: Json) -> AttentionMoEConfig | None:
 def converted_tensors(config: Json) -> Shapes:
     """Every tensor that a converted checkpoint with this config must hold, with its shape."""
     converted_family(config)
-    return model_tensors(sizes_of(config), ffn_config(config), attention_experts_config(config))
+    sizes = sizes_of(config)
+    return model_tensors(sizes, ffn_config(config), attention_experts_config(config)) | adapter_tensors(sizes, config)
+
+
+def adapter_tensors(sizes: Sizes, config: Json) -> Shapes:
+    """The tensors of the entry `adapters`, by transformers' names; none where there is no such entry."""
+    adapters = adapters_config(config)
+    shapes: Shapes = {}
+    if adapters is None:
+        return shapes
+    own = adapter_shapes(sizes.D, sizes.F, adapters)
+    for layer in adapters.layers:
+        shapes |= {ADAPTERS_IN_HF.format(layer) + name: shape for name, shape in own.items()}
+    return shapes
 
 
 def model_tensors(sizes: Sizes, moe: MoEConfig | None, attention: AttentionMoEConfig | None) -> Shapes:

@@ -53,6 +53,8 @@ def trainable_sizes(config: Json) -> Sizes:
     name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
     if name not in can:
         raise UserError(f"model_type {name!r} cannot be trained{did_you_mean(name, can)}; {', '.join(can)} can")
+    if config.get("adapters") is not None:
+        raise UserError("adapters as experts are trained by `lamella adapters route`, not as this model")
     sizes = sizes_of(config)
     if sizes.activation != "silu":
         raise UserError(f"the activation {sizes.activation!r} cannot be trained; only silu (gated) can")

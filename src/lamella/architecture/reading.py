@@ -28,7 +28,7 @@ SHARED_NAMES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "head_dim",
 )  # fmt: skip
 # Of files, hubs and converted models; none says what the dense model computes.
-_NOT_ASKED = ("auto_map", "architectures", "moe", "attention_moe", "_name_or_path", "quantization_config")
+_NOT_ASKED = ("auto_map", "architectures", "moe", "attention_moe", "adapters", "_name_or_path", "quantization_config")
 _TIMEOUT_S = 600  # a machine that has no memory left reads every library from the disk
 
 

@@ -121,6 +121,8 @@ def _summary(source: Checkpoint, plan: WritePlan, options: MethodOptions) -> str
 
 
 def _experts(moe: dict[str, Any]) -> str:
+    if "names" in moe:
+        return f"the adapters {', '.join(moe['names'])} and a zero expert, {moe['num_experts_per_tok']} active"
     if "num_frozen_experts" not in moe:
         return f"attention of {moe['num_experts']} experts, {moe['num_experts_per_tok']} of them active"
     if moe["num_frozen_experts"]:

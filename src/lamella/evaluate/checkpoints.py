@@ -16,6 +16,7 @@ from lamella.architecture.families import sizes_of
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
+from lamella.hf.adapters import adapter_layers
 from lamella.hf.models import ConvertedForCausalLM, load
 from lamella.jsons import Json
 from lamella.run.folder import RunDir
@@ -36,7 +37,7 @@ def model_path(name: str | Path) -> str:
     """
     if str(name) == EMBEDDED:
         return str(embedded_model())
-    path = Path(name).expanduser()
+    path = Path(_folder_and_adapter(name)[0]).expanduser()
     if RunDir(path).exists():
         from lamella.export.trained import materialise
 
@@ -48,11 +49,29 @@ def model_path(name: str | Path) -> str:
     return str(path) if path.exists() else str(name)
 
 
+def _folder_and_adapter(name: str | Path) -> tuple[str, str | None]:
+    """("mix", "docs") of "mix@docs", one adapter of a folder that holds several as experts; else the name as it is."""
+    folder, _, adapter = str(name).rpartition("@")
+    return (folder, adapter) if folder and (Path(folder).expanduser() / "config.json").is_file() else (str(name), None)
+
+
+def adapter_of(model: PreTrainedModel, name: str | Path) -> int | None:
+    """The number of the adapter that the name asks for, "zero" for the zero expert; UserError where it is not there."""
+    folder, adapter = _folder_and_adapter(name)
+    if adapter is None:
+        return None
+    layers = adapter_layers(model)
+    known = [*layers[0].config.names, "zero"] if layers else []
+    if adapter not in known:
+        raise UserError(f"{folder} has no adapter {adapter!r}; it has {', '.join(known) or 'none at all'}")
+    return known.index(adapter)
+
+
 def open_checkpoint(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A dense or converted model, evaluating, without gradients.
 
     Args:
-        name: see `model_path`.
+        name: see `model_path`; DIR@NAME is the model in DIR with its adapter NAME for every token.
         dtype: torch dtype or a name in DTYPES.
 
     Raises:
@@ -64,6 +83,9 @@ def open_checkpoint(name: str | Path, dtype: torch.dtype | str = "auto", device:
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load the model {name}: {reason}") from error
+    adapter = adapter_of(model, name)
+    for layer in () if adapter is None else adapter_layers(model):
+        layer.computing.adapter = adapter
     return model.requires_grad_(False)
 
 

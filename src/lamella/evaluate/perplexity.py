@@ -24,6 +24,7 @@ from lamella.data.sources import Split
 from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
+    adapter_of,
     check_length,
     check_same_text_interface,
     free_device_memory,
@@ -137,6 +138,7 @@ def evaluate(
     samples = text_samples(data, split, path, seq_len, max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(path)
     shape = without_weights(path)
+    adapter_of(shape, folder)
     check_length(seq_len, shape)
     check_ids(data, samples, path, shape)
     if mode is not None and not is_converted(shape):
@@ -147,7 +149,7 @@ def evaluate(
         check_ids(data, samples, path, baseline)
         check_same_text_interface(baseline, shape)
     results = {}
-    for key, name, what in (("model", path, mode), ("dense", dense, None)):
+    for key, name, what in (("model", folder, mode), ("dense", dense, None)):
         if name is not None:
             results[key] = _perplexity_of(name, what, samples, tokenizer, max_tokens, dtype, device)
             free_device_memory()

@@ -24,6 +24,7 @@ from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, router_
 from lamella.checkpoint.check import check_tensors, read_config
 from lamella.checkpoint.source import read_folder, read_stored_config
 from lamella.checkpoint.tensors import DTYPES, SourceTensor
+from lamella.errors import UserError
 from lamella.jsons import Json
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ConvertedModel:
         """UserError where the folder is no converted model, or its tensors are not those of its config."""
         converted_family(read_config(folder))
         config = read_stored_config(folder)
+        if config.get("adapters") is not None:
+            raise UserError(f"{folder} has adapters as experts; merge them first: lamella adapters export --to moe")
         tensors, dense = read_folder(folder), dense_config(config)
         check_tensors(tensors, converted_tensors(config), str(folder), lambda name: may_be_stored(name, dense))
         return cls(folder, config, tensors)

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lamella.architecture.converted import converted_tensors
+from lamella.architecture.converted import ENTRIES, converted_tensors
 from lamella.architecture.moe_tensors import is_float32
 from lamella.architecture.names import hf_name
 from lamella.checkpoint.check import read_config
@@ -153,7 +153,7 @@ def _write_weights(run: RunDir, step: int, out: Path, dtype: torch.dtype) -> Non
 def _still_in_model(run: RunDir, trained: Container[str]) -> dict[str, SourceTensor]:
     """Those tensors of the model that its checkpoints leave out, since training does not change them."""
     config = read_config(run.model)
-    if all(config.get(entry) is None for entry in ("moe", "attention_moe")):
+    if all(config.get(entry) is None for entry in ENTRIES):
         return {}  # a dense model is trained whole
     missing = [name for name in converted_tensors(config) if name not in trained]
     if not missing:

@@ -22,6 +22,8 @@ class Computing:
     """"masked" computes the definition of attention experts: every expert for every token. It keeps no keys."""
     drawn_as: RoutingKind | None = None
     """The kind of routing by which mode "random" draws experts; None: each layer's own."""
+    adapter: int | None = None
+    """The adapter that every token takes, by its number, or the zero expert behind the last; None: the router says."""
     exact_copies: bool = False
     """Whether each trainable expert computes as its frozen slice, which shows what routing alone does."""
 

@@ -19,18 +19,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from lamella.architecture.adapters import AdaptersConfig
+from lamella.architecture.converted import ENTRIES
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
 from lamella.architecture.moe_tensors import SELECTION_BIAS
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
 from lamella.architecture.types import Family
 from lamella.errors import UserError, check_choice
+from lamella.hf.adapters import AdapterRouter, Adapters, install_adapters
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
 from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn
 from lamella.hf.computing import Computing
 
 
 class ConvertedForCausalLM(PreTrainedModel):
-    """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by `config.moe` and `config.attention_moe`."""
+    """Mixin ahead of a stock *ForCausalLM: swaps in the layers named by the entries of its config (see ENTRIES)."""
 
     # A bf16 bias would lose the small steps of the balancing; transformers keeps tensors of this name in fp32.
     _keep_in_fp32_modules_strict = [SELECTION_BIAS]  # noqa: RUF012
@@ -40,8 +43,9 @@ class ConvertedForCausalLM(PreTrainedModel):
         self.computing = Computing()
         """What all its layers compute; `set_mode` and `set_expert_path` change it."""
         attention = getattr(config, "attention_moe", None)
-        if config.moe is None and attention is None:
-            raise UserError("config.json has neither an entry moe nor attention_moe; convert the model again")
+        adapters = getattr(config, "adapters", None)
+        if config.moe is None and attention is None and adapters is None:
+            raise UserError("config.json has no entry moe, attention_moe or adapters; convert the model again")
         if config.moe is not None:
             moe = MoEConfig.from_dict(config.moe)
             for index in moe.moe_layers:
@@ -49,6 +53,8 @@ class ConvertedForCausalLM(PreTrainedModel):
                 replace_ffn(decoder_layers(self)[index], block.apply(self._init_weights))
         if attention is not None:
             install_attention_experts(self, AttentionMoEConfig.from_dict(attention), self.computing)
+        if adapters is not None:
+            install_adapters(self, AdaptersConfig.from_dict(adapters), self.computing)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +81,11 @@ class ConvertedForCausalLM(PreTrainedModel):
             module.output_bias.zero_()
         elif isinstance(module, AttentionRouter):
             module.zero()
+        elif isinstance(module, AdapterRouter):
+            module.to_zero_expert()
+        elif isinstance(module, Adapters):
+            for parameter in module.parameters():
+                parameter.zero_()
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -106,7 +117,7 @@ class ConvertedForCausalLM(PreTrainedModel):
 def _converted_model(family: Family) -> type[ConvertedForCausalLM]:
     """The family's classes, `Lamella...Config` and `Lamella...ForCausalLM`: transformers' own, and the entries."""
     dense: Any = getattr(transformers, family.architecture)
-    entries = {"moe": None, "attention_moe": None}
+    entries = dict.fromkeys(ENTRIES)
     config = type(
         family.converted_config_class,
         (dense.config_class,),

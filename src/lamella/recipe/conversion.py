@@ -29,7 +29,7 @@ class CommonKeys(Options):
     out: str | None = None
     """The converted model is written to this folder; null takes artifacts/moe."""
     method: str = "slice"
-    """The conversion is by this method: slice, partition, upcycle or attention; each has keys of its own."""
+    """The conversion is by this method: slice, partition, upcycle, adapters or attention; each has keys of its own."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class MethodOptions(Options, ABC):
 
     method: ClassVar[str]
     entry: ClassVar[str]
-    """What the method adds to config.json: "moe" or "attention_moe"."""
+    """What the method adds to config.json: "moe", "attention_moe" or "adapters"."""
 
     @abstractmethod
     def describe(self, entry: dict[str, Any]) -> str:

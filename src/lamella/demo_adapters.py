@@ -1,0 +1,211 @@
+"""Run: uv run lamella demo adapters
+
+Two domains on the embedded model: an adapter is learned for each, both become experts, routers are trained; beside
+them one adapter of the same total rank that learned both texts from as many tokens. One table, one JSON report, one
+picture; every figure is measured in this run, on text that nothing was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lamella.architecture.embedded import check_embedded_model
+from lamella.demo import MARK, quiet_libraries
+from lamella.errors import UserError
+from lamella.jsons import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DOMAINS = {"code": "stdlib-code", "docs": "python-docs"}
+RANK = 8
+"""Of each domain's adapter; the one that learns all texts has the sum."""
+SAMPLES_PER_STEP, SEQ_LEN = 2, 256
+OWN_NAMES = frozenset({MARK, *DOMAINS, "all", "mix", "mix-all", "routed", "experts.png", "report.json"})
+MOST_WORSE = 0.02
+"""Nats per token by which the mix may be worse on a domain than that domain's own adapter."""
+
+
+@dataclass
+class AdaptersDemo:
+    """Where one demo writes, how long it trains, and what has been measured so far."""
+
+    out: Path
+    steps: int
+    """Of each adapter's training; the routers' is half as long."""
+    tokens: int
+    """Held-out tokens of each domain."""
+    questions: int
+    """Of each domain."""
+    nats: dict[str, dict[str, float]] = field(default_factory=dict)
+    """model -> domain -> nats per token."""
+    report: Json = field(default_factory=dict)
+    console: Console = field(default_factory=Console)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Say what is being done, and how long it took."""
+        began = time.perf_counter()
+        with self.console.status(title):
+            yield
+        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
+
+
+def run_adapters_demo(out: Path, *, steps: int = 20, tokens: int = 2048, questions: int = 12) -> Json:
+    """Do all of it under `out`, in place of an earlier demo; writes report.json and experts.png there.
+
+    Raises:
+        UserError: no embedded model; `out` holds something else; fewer than two steps.
+    """
+    if steps < 2:
+        raise UserError(f"{steps} training steps teach no router; ask for at least 2")
+    if out.exists() and not (out.is_dir() and _is_demo({path.name for path in out.iterdir()})):
+        raise UserError(f"{out} holds something else than this demo; give another --out")
+    check_embedded_model()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+    began, demo = time.perf_counter(), AdaptersDemo(out, steps, tokens, questions)
+    with quiet_libraries():
+        learn(demo)
+        make_experts(demo)
+        measure(demo)
+        answer(demo)
+    judge(demo)
+    demo.report |= {"nats": demo.nats, "steps": steps, "tokens": tokens, "wall_s": time.perf_counter() - began}
+    (out / "report.json").write_text(json.dumps(demo.report, indent=1) + "\n")
+    show(demo)
+    return demo.report
+
+
+def _is_demo(names: set[str]) -> bool:
+    return not names or (names <= OWN_NAMES and MARK in names)
+
+
+def learn(demo: AdaptersDemo) -> None:
+    """An adapter of each domain, and one of all of them with the mix's total rank and tokens."""
+    from lamella.train.adapters import Pace, learn_adapter
+
+    for name, source in DOMAINS.items():
+        with demo.stage(f"learn {name}: rank {RANK}, {demo.steps} steps on {source}"):
+            pace = Pace(demo.steps, 1e-3, SAMPLES_PER_STEP, SEQ_LEN)
+            learn_adapter("embedded", [source], demo.out / name, rank=RANK, alpha=2 * RANK, pace=pace)
+    rank, steps = RANK * len(DOMAINS), demo.steps * len(DOMAINS) + demo.steps // 2
+    with demo.stage(f"learn all: rank {rank}, {steps} steps on every text in turn"):
+        pace = Pace(steps, 1e-3, SAMPLES_PER_STEP, SEQ_LEN)
+        learn_adapter("embedded", [*DOMAINS.values()], demo.out / "all", rank=rank, alpha=2 * rank, pace=pace)
+
+
+def make_experts(demo: AdaptersDemo) -> None:
+    """Adapters into experts, whose untrained routers leave the dense model's bits; then the routers are trained."""
+    from lamella.checkpoint.embedded import embedded_model
+    from lamella.conversion import convert
+    from lamella.recipe.methods.adapters import AdaptersOptions
+    from lamella.train.adapters import Pace, train_routers
+
+    with demo.stage("make experts of the adapters; compare with the dense model, bit for bit"):
+        folders = tuple(str(demo.out / name) for name in DOMAINS)
+        convert(None, demo.out / "mix", AdaptersOptions(adapters=folders))
+        convert(None, demo.out / "mix-all", AdaptersOptions(adapters=(str(demo.out / "all"),)))
+        demo.report["zero_expert_is_dense"] = _same_logits(str(embedded_model()), str(demo.out / "mix"))
+    with demo.stage(f"train the routers: {demo.steps // 2} steps"):
+        pace = Pace(demo.steps // 2, 5e-3, SAMPLES_PER_STEP, SEQ_LEN)
+        data = {source: name for name, source in DOMAINS.items()}
+        train_routers(str(demo.out / "mix"), data, demo.out / "routed", pace=pace)
+
+
+def _same_logits(dense: str, mix: str) -> bool:
+    import torch
+
+    from lamella.evaluate.checkpoints import open_checkpoint
+    from lamella.evaluate.perplexity import text_samples
+
+    ids_L = text_samples(DOMAINS["docs"], "heldout", dense, SEQ_LEN, None).sample(0).input_ids_L
+    with torch.inference_mode():
+        logits = [open_checkpoint(name)(ids_L[None], use_cache=False).logits for name in (dense, mix)]
+    return torch.equal(*logits)
+
+
+def measure(demo: AdaptersDemo) -> None:
+    """Nats per held-out token of every model on every domain."""
+    from lamella.evaluate.checkpoints import open_checkpoint
+
+    with demo.stage(f"measure on {demo.tokens} held-out tokens of each domain"):
+        routed = open_checkpoint(demo.out / "routed")
+        for index, name in enumerate([*DOMAINS, "dense"]):  # the zero expert is the last
+            demo.nats[name] = _nats(demo, routed, index)
+        demo.nats["mix"] = _nats(demo, routed, None)
+        demo.nats["all"] = _nats(demo, open_checkpoint(demo.out / "mix-all"), 0)
+
+
+def _nats(demo: AdaptersDemo, model: PreTrainedModel, adapter: int | None) -> dict[str, float]:
+    from transformers import AutoTokenizer
+
+    from lamella.evaluate.perplexity import perplexity, text_samples
+
+    folder, found = str(demo.out / "mix"), {}
+    model.computing.adapter = adapter  # type: ignore[union-attr]
+    for name, source in DOMAINS.items():
+        samples = text_samples(source, "heldout", folder, SEQ_LEN, None)
+        result = perplexity(model, samples, AutoTokenizer.from_pretrained(folder), demo.tokens)
+        found[name] = result.nats_per_token
+    return found
+
+
+def answer(demo: AdaptersDemo) -> None:
+    """Multiple choice on both domains, and which experts they use."""
+    from lamella.evaluate.choice.evaluate import evaluate_task
+    from lamella.evaluate.choice.expert_use import draw_expert_use
+
+    mix = str(demo.out / "routed")
+    with demo.stage(f"answer {demo.questions} questions of each domain: which passage follows?"):
+        results = evaluate_task(mix, "continuations", beside=[f"{mix}@zero"], limit=demo.questions)
+    demo.report["acc"] = {
+        model: {source: figures.acc for source, figures in results[key].domains.items()}
+        for model, key in {"mix": mix, "dense": f"{mix}@zero"}.items()
+    }
+    draw_expert_use(results[mix].expert_use, demo.out / "experts.png", f"Experts: {', '.join(DOMAINS)}, zero")
+
+
+def judge(demo: AdaptersDemo) -> None:
+    """What was to be reached, and whether it was."""
+    nats, domains = demo.nats, list(DOMAINS)
+    worse = {domain: nats["mix"][domain] - nats[domain][domain] for domain in domains}
+    means = {model: sum(nats[model].values()) / len(domains) for model in ("mix", "all")}
+    demo.report |= {
+        "worse_than_own_adapter": worse,
+        "within_bound_of_own_adapter": max(worse.values()) <= MOST_WORSE,
+        "better_than_one_adapter_of_all": means["mix"] < means["all"],
+    }
+
+
+def show(demo: AdaptersDemo) -> None:
+    """Print the table."""
+    table = Table(title="lamella demo adapters: SmolLM2-135M, nats per held-out token", title_justify="left")
+    table.add_column("model")
+    for name, source in DOMAINS.items():
+        table.add_column(f"{name} ({source})", justify="right")
+    labels = {
+        "dense": "dense, the zero expert", **{name: f"adapter {name}, rank {RANK}" for name in DOMAINS},
+        "all": f"one adapter of all, rank {RANK * len(DOMAINS)}", "mix": "mix, routed",
+    }  # fmt: skip
+    for name, label in labels.items():
+        table.add_row(label, *(f"{demo.nats[name][domain]:.4f}" for domain in DOMAINS))
+    demo.console.print(table)
+    report = demo.report
+    demo.console.print(f"untrained routers: the dense model's logits, bit for bit: {report['zero_expert_is_dense']}")
+    worse = ", ".join(f"{domain} {difference:+.4f}" for domain, difference in report["worse_than_own_adapter"].items())
+    demo.console.print(f"mix against each domain's own adapter: {worse} nats (bound {MOST_WORSE})")
+    demo.console.print(f"mix better than one adapter of all: {report['better_than_one_adapter_of_all']}")
+    demo.console.print(f"questions answered, acc: {report['acc']}")
+    demo.console.print(f"{demo.out / 'report.json'}, {demo.out / 'experts.png'}  ({report['wall_s']:.0f} s)")
