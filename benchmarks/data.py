@@ -197,7 +197,7 @@ def resuming(text: Path, tokens: TokenFolder, mapped: Any, repeats: int) -> list
         })  # fmt: skip
     stream = open_training(str(text), stream=True)
     consumed = int(0.9 * 0.9 * sum(map(len, mapped["input_ids"])) / SEQ_LEN)
-    state = {"consumed_samples": consumed, "streams": stream.stream_states(consumed)}
+    state = {"consumed_samples": consumed, "streams": stream.stream_states(stream.advance(consumed))}
     timed = [
         seconds(lambda: next(iter(loader_at(open_training(str(text), stream=True), state))))[0] for _ in range(repeats)
     ]

@@ -194,7 +194,8 @@ def _titan_model(config: Any, parallelize: Any, recipe: Any, options: dict[str, 
     from torchtitan.distributed import ParallelDims
     from torchtitan.tools.utils import device_type
 
-    from lamella.train.assemble import activation_checkpoint, training_config
+    from lamella.titan.checkpointing import policy
+    from lamella.train.assemble import training_config
 
     parallelism = ParallelismConfig(spmd_backend="partial_dtensor", **options)
     dims = ParallelDims.from_config(parallelism, torch.distributed.get_world_size())
@@ -202,7 +203,7 @@ def _titan_model(config: Any, parallelize: Any, recipe: Any, options: dict[str, 
         model = config.build()
     model = parallelize(
         model, parallel_dims=dims, training=training_config(recipe), parallelism=parallelism,
-        compile_config=CompileConfig(), ac_config=activation_checkpoint(recipe), dump_folder="",
+        compile_config=CompileConfig(), ac_config=policy(recipe.activation_checkpointing), dump_folder="",
     )  # fmt: skip
     model.to_empty(device=device_type)
     if config.enable_weight_tying:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -17,7 +20,7 @@ from lamella.data.packing import PackedSamples, Sample, token_file
 from lamella.data.prepare import prepare
 from lamella.data.readers import BadRecords, Place
 from lamella.data.sources import open_source, records
-from lamella.data.streaming import StreamedSamples
+from lamella.data.streaming import Ranks, StreamedSamples
 from lamella.errors import BadData, UserError
 from lamella.recipe.sections import Portion
 from lamella.recipe.training import make_recipe
@@ -267,3 +270,87 @@ def test_recipes_say_what_streams_need():
     fit = {"to_slices": ["a"], "to_twins": ["b"]}
     assert "router_fit needs samples from all over 'a'" in problem(data=weighted, router_fit=fit)
     assert "(did you mean 'stream'?)" in problem(data=[{"source": "a", "streem": True}])
+
+
+class Meeting:
+    """Gathers what the threads of several ranks give, as `all_gather_object` does."""
+
+    def __init__(self, size: int):
+        self.barrier, self.given = threading.Barrier(size, timeout=20), [None] * size
+
+    def ranks(self, rank: int) -> Ranks:
+        def gather(mine: object) -> list[object]:
+            self.given[rank] = mine
+            self.barrier.wait()
+            everyones = list(self.given)
+            self.barrier.wait()
+            return everyones
+
+        return Ranks(rank, len(self.given), gather)
+
+
+def together(streams: list[StreamedSamples], job) -> list:
+    """What `job` gives for each stream, in a thread each, with their tokenising shared out."""
+    meeting = Meeting(len(streams))
+    for rank, stream in enumerate(streams):
+        stream.ranks = meeting.ranks(rank)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        return list(pool.map(job, streams))
+
+
+@pytest.mark.parametrize("kind", ["folder", "datasets"])
+def test_ranks_tokenise_a_share_each_and_have_the_same_samples(tmp_path, tokenizer, kind, monkeypatch):
+    alone, *shared = (open_stream(tmp_path, kind, tokenizer) for _ in range(4))
+    expected = [alone.sample(i) for i in range(120)]  # into the second epoch
+    texts: defaultdict[int, int] = defaultdict(int)
+    tokenised = StreamedSamples._tokenised
+
+    def counted(stream, share):
+        texts[id(stream)] += len(share)
+        return tokenised(stream, share)
+
+    monkeypatch.setattr(StreamedSamples, "_tokenised", counted)
+
+    def read(stream: StreamedSamples) -> tuple[list[Sample], dict]:
+        samples = []
+        for first in range(0, 120, 10):
+            stream.read_ahead(first + 10)
+            samples += [stream.sample(i) for i in range(first, first + 10)]
+        return samples, stream.state_dict()
+
+    found = together(shared, read)
+    for samples, state in found:
+        assert all(equal(a, b) for a, b in zip(samples, expected, strict=True))
+        assert state == found[0][1]
+    assert max(texts.values()) < 0.6 * sum(texts.values())
+    later = open_stream(tmp_path, kind, tokenizer)
+    later.load_state_dict(json.loads(json.dumps(found[0][1])))
+    assert equal(later.sample(130), alone.sample(130))
+
+
+@pytest.mark.faults
+def test_what_one_rank_cannot_read_all_ranks_say_and_go_on_from(tmp_path, tokenizer):
+    whole, *shared = (open_stream(tmp_path, "folder", tokenizer) for _ in range(3))
+    start, broken = shared[1].reading.start, [True]
+
+    def fails(place, epoch):
+        for record in start(place, epoch):
+            if broken and record.end.file == 4:
+                raise OSError("gone")
+            yield record
+
+    shared[1].reading.start = fails
+
+    def read(stream: StreamedSamples) -> str:
+        stream.read_ahead(500)
+        with pytest.raises(BadData) as error:
+            stream.advance(500)
+        return str(error.value)
+
+    messages = together(shared, read)
+    assert messages[0] == messages[1]
+    assert "cannot be read any more: gone" in messages[0]
+    broken.clear()
+    expected = whole.sample(500)
+    samples = together(shared, lambda stream: (stream.read_ahead(501), stream.sample(500))[1])
+    assert all(equal(sample, expected) for sample in samples)

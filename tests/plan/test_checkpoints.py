@@ -55,3 +55,14 @@ def test_checkpoint_staging_has_a_line_of_its_own(gpu, llama3):
     (line,) = [line for line in lines(checkpoint_async=True) if "checkpoint staging" in line]
     assert line.endswith(" GiB")
     assert not any("checkpoint staging" in line for line in lines())
+
+
+def test_moments_in_half_precision_are_half_as_large(llama3):
+    full, half = (
+        Memory(make_layout(recipe(optimizer={"states": states}), read_model(llama3, SLICES), 8, "H100"))
+        for states in ("float32", "bfloat16")
+    )
+    assert half.state["optimizer"] * 2 == full.state["optimizer"]
+    assert half.checkpoint_bytes() * 3 == full.checkpoint_bytes() * 2
+    assert half.checkpoint_bytes() < 43 * 2**30
+    assert half.peak().total_bytes < full.peak().total_bytes

@@ -19,7 +19,7 @@ from lamella.plan.roofline import roofline
 from lamella.plan.suggest import GPU_RESERVE_BYTES, suggest
 from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.stages import prepare_recipe
-from support.planning import recipe
+from support.planning import LLAMA3_8B, recipe
 
 SLICES = SliceOptions()
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
@@ -53,7 +53,7 @@ def test_within_a_node_nothing_crosses_the_network(model):
 
 def test_with_a_copy_in_each_node_only_sums_cross(model):
     one, copies = (step_traffic(layout(model, 16, parallel={"replicate": n})).all for n in (1, 2))
-    assert copies.network == pytest.approx(4 * 4 * TRAINED / 8)  # 4 micro-batches; 2 (2 - 1)/2 of an eighth
+    assert copies.network == pytest.approx(4 * TRAINED / 8)  # once a step; 2 (2 - 1)/2 of an eighth
     assert one.network > 1.7 * copies.network
 
 
@@ -108,7 +108,8 @@ def test_where_nothing_fits_it_says_so(model):
 def test_the_command_suggests(llama3, tmp_path, capsys):
     out = tmp_path / "plan.json"
     recipe_file = str(SHIPPED / "llama3-8b.yaml")
-    run([recipe_file], dense=str(llama3), conversion=["slices=8"], ranks=8, suggests=True, json_path=out)
+    words = [recipe_file, "activation_checkpointing=full"]
+    run(words, dense=str(llama3), conversion=["slices=8"], ranks=8, suggests=True, json_path=out)
     values = json.loads(out.read_text())
     assert values["suggestions"][0]["settings"] == {"activation_checkpointing": "none"}
     assert values["suggestions"][0]["roofline_mfu"] > values["step"]["roofline_mfu"]
@@ -119,15 +120,21 @@ def test_the_command_suggests(llama3, tmp_path, capsys):
         run([recipe_file], dense=str(llama3), gpu_name="cpu", suggests=True)
 
 
-def test_ranks_that_do_not_divide_the_experts_are_told_a_layout(model):
-    def uneven(ranks, **settings):
-        found = plan_values(layout(model, ranks, samples_per_step=72, **settings), "H100")["warnings"]
+def test_ranks_that_do_not_divide_the_experts_rows_are_told_a_layout(model, tmp_path):
+    """Rows of all experts together are cut, so it takes narrow experts and many ranks."""
+
+    def uneven(model, ranks, **settings):
+        found = plan_values(layout(model, ranks, samples_per_step=ranks, **settings), "H100")["warnings"]
         return [warning for warning in found if warning.startswith("uneven experts")]
 
-    (warning,) = uneven(24)
+    assert [uneven(model, ranks) for ranks in (3, 7, 24)] == [[], [], []]
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | narrow))
+    small = read_model(tmp_path, SLICES)
+    (warning,) = uneven(small, 24)
     assert warning.endswith("Set parallel.replicate=3")
-    assert uneven(24, parallel={"replicate": 3}) == []
-    (warning,) = uneven(3)
+    assert uneven(small, 24, parallel={"replicate": 3}) == []
+    (warning,) = uneven(small, 17)
     assert warning.endswith("Take a number of ranks that divides the experts")
 
 

@@ -49,11 +49,9 @@ def test_parameters_and_flops_are_those_of_training(family, changes, heads, trai
     settings = recipe(model=str(tmp_path), trains=trains)
     layout = make_layout(settings, read_model(tmp_path), 1, "cpu")
     titan = load_titan(tmp_path)
-    counted = {w.name: w.shape for w in layout.model.weights()}
+    counted = {w.name: w.numel for w in layout.model.weights()}  # packed experts are matrices in training
     assert counted == {
-        name: tuple(p.shape)
-        for name, p in titan.named_parameters()
-        if name != "lm_head.weight" or not layout.model.tied
+        name: p.numel() for name, p in titan.named_parameters() if name != "lm_head.weight" or not layout.model.tied
     }
     assert flops_per_token(layout) == model_config(settings).get_nparams_and_flops(titan, 16)[1]
 
@@ -63,9 +61,9 @@ def test_deltas_are_counted(tmp_path, llama3):
     settings = recipe(model=str(tmp_path), lora={"rank": 2, "alpha": 4})
     plain, layout = (make_layout(r, read_model(tmp_path), 2, "cpu") for r in (recipe(model=str(tmp_path)), settings))
     config = model_config(settings)
-    built = {name: tuple(p.shape) for name, p in config.build().named_parameters() if ".lora_" in name}
-    assert built == {w.name: w.shape for w in layout.model.weights() if ".lora_" in w.name}
-    added = sum(math.prod(shape) for shape in built.values())
+    built = {name: p.numel() for name, p in config.build().named_parameters() if ".lora_" in name}
+    assert built == {w.name: w.numel for w in layout.model.weights() if ".lora_" in w.name}
+    added = sum(built.values())
     (before, with_lora) = (plan_values(x, "cpu")["parameters"] for x in (plain, layout))
     assert with_lora["trained"] - before["trained"] == with_lora["all"] - before["all"] == added
     assert Memory(layout).state["optimizer"] - Memory(plain).state["optimizer"] == 2 * 4 * added // 2
@@ -102,11 +100,12 @@ def test_the_recipe_for_three_gpus_fits_them(llama3, tmp_path):
     run([str(SHIPPED / "llama3-8b-3xh100.yaml")], ranks=3, dense=str(llama3), conversion=["slices=8"], json_path=out)
     values = json.loads(out.read_text())
     assert values["batch"]["tokens_per_step"] == 63 * 8192
-    assert [warning.partition(":")[0] for warning in values["warnings"]] == ["uneven experts"]
+    assert values["warnings"] == []
+    settings = ["activation_checkpointing=full"]
     three = make_layout(
-        prepare_recipe(str(SHIPPED / "llama3-8b-3xh100.yaml"), []), read_model(llama3, SLICES), 3, "H100"
+        prepare_recipe(str(SHIPPED / "llama3-8b-3xh100.yaml"), settings), read_model(llama3, SLICES), 3, "H100"
     )
-    assert Memory(three).peak().total_bytes < 45 * 2**30
+    assert Memory(three).peak().total_bytes < 42 * 2**30
 
 
 def test_what_shrinks_memory_shrinks_it(llama3):
@@ -139,7 +138,7 @@ def test_measured_speed_takes_the_place_of_an_assumed_one(llama3):
         ({}, 7, "uneven vocabulary"),
         ({"trains": "all", "seq_len": 8192}, 1, "does not fit"),
         ({"parallel": {"expert": 8}}, 8, None),
-        ({"activation_checkpointing": "selective"}, 8, "taken as half"),
+        ({"activation_checkpointing": "selective"}, 8, None),
         ({"attention": "sdpa"}, 8, "holds a mask"),
     ],
 )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from lamella.architecture.names import from_hf
 from lamella.titan.config import decoder_config
 from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.state_dict import rows_of_experts
 
 
 def load_titan(folder: Path, attention: str = "sdpa") -> LamellaDecoder:
@@ -19,6 +20,6 @@ def load_titan(folder: Path, attention: str = "sdpa") -> LamellaDecoder:
     model.to_empty(device="cpu")
     with torch.no_grad():
         model.init_weights()
-    model.load_state_dict(from_hf(load_file(folder / "model.safetensors")), strict=False)
+    model.load_state_dict(rows_of_experts(from_hf(load_file(folder / "model.safetensors"))), strict=False)
     assert not any(t.isnan().any() for t in [*model.parameters(), *model.buffers()])
     return model.eval()

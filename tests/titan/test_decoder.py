@@ -105,7 +105,7 @@ def test_statistics_are_gathered_in_training_only(tmp_path):
     titan.eval()(tokens)
     layer = titan.moe_layers[0]
     assert layer.statistics.eq(0).all()
-    layer.aim = Aim(next_share=1.0)
+    layer.aim = Aim(next_share=torch.tensor(1.0, dtype=torch.float64))
     titan.train()(tokens)
     E = layer.moe.num_experts
     assert layer.statistics[:E].sum() == 32 * layer.moe.num_experts_per_tok

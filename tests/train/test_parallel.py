@@ -34,7 +34,8 @@ ALONE = {
     "attention": {"model": "attention", "trains": "all", "balancing": "aux"},
 }
 LAYOUTS = {
-    "hsdp": ("twin", {"parallel.replicate": 2}),
+    "once": ("twin", {"gradient_sync": "step", "samples_per_micro_batch": 1}),
+    "hsdp": ("twin", {"parallel.replicate": 2, "samples_per_micro_batch": 1}),
     "ep2": ("twin", {"parallel.expert": 2}),
     "ep4": ("twin", {"parallel.expert": 4, "activation_checkpointing": "full", "frozen_weights": "replicated"}),
     "hsdp_ep": ("all", {"parallel.replicate": 2, "parallel.expert": 2}),

@@ -234,11 +234,11 @@ def test_recipe_reaches_torchtitan(tmp_path):
         ({"parallelism": {"spmd_backend": "spmd_types"}}, "has no use here: the experts are plain tensors"),
         ({"parallelism": {"pipeline_parallel_schedule": "GPipe"}}, "is for pipelines; set parallel.pipeline"),
         ({"parallelism": {"enable_fsdp_symm_mem": True}}, "enable_fsdp_symm_mem=True has no use here"),
-        ({"compile": {"enable": True}}, "compile.enable=True has no use here"),
+        ({"compile": {"enable": True}}, "compile.enable is set by the recipe: use compile"),
         ({"compile": {"enable_async_tensor_parallel": True}}, "enable_async_tensor_parallel=True has no use"),
-        ({"activation_checkpoint": {"memory_budget": 0.5}}, "activation_checkpoint is off; .*memory_budget: it needs"),
+        ({"activation_checkpoint": {"memory_budget": 0.5}}, "activation_checkpoint is off; .*memory_budget: set"),
         ({"activation_checkpoint": {"early_stop": True}}, "activation_checkpoint is off"),
-        ({"float8": {"recipe_name": "rowwise"}}, "float8 cannot be set: products are computed in `precision`"),
+        ({"float8": {"recipe_name": "rowwise"}}, "float8 cannot be set: set dense_products: float8"),
         ({"mxfp8": {}}, "mxfp8 cannot be set"),
         ({"loss": {"num_chunks": 8}}, "loss is set by the recipe: use"),
         ({"debug": {"moe_force_load_balance": True}}, "see `balancing`"),
@@ -276,7 +276,7 @@ def test_what_becomes_of_every_option_is_known(tmp_path):
     assert overlay(config, {}) == config
     changed = overlay(config, {"activation_checkpoint": {"preserve_rng_state": False}})
     assert not changed.activation_checkpoint.preserve_rng_state
-    with pytest.raises(UserError, match=r"memory_budget cannot be set: it needs compiled blocks"):
+    with pytest.raises(UserError, match=r"memory_budget cannot be set: set activation_checkpointing"):
         overlay(config, {"activation_checkpoint": {"memory_budget": 0.5}})
 
 
@@ -285,6 +285,9 @@ def test_what_becomes_of_every_option_is_known(tmp_path):
     [
         ({"seq_len": 999}, "longer than the model's 256 positions"),
         ({"attention": "flex"}, "no backward pass on CPU"),
+        ({"compile": True}, "compile: on cannot be had: the expert path that auto takes on a CPU waits for the host"),
+        ({"compile": True, "expert_path": "grouped"}, "no compiled form in float32 on a CPU; set precision: bfloat16"),
+        ({"dense_products": "float8"}, "dense_products: float8 needs a GPU, and there is none here"),
         ({"parallel": {"tensor": 4, "expert": 4}}, "parallel.tensor=4 does not divide 4 heads and 2 key/value heads"),
         ({"parallel": {"tensor": 2}}, "set that to a multiple of 2"),
         ({"parallel": {"pipeline": 2}}, "ties them"),

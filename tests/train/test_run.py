@@ -54,8 +54,8 @@ RUNS_ON_3 = {
     },
     "flat_aux": {"model": "flat-model", "balancing": "aux", "aux_coefficient": 0.3},
     "partitioned": {"model": "partitioned-model"},
-    "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: expert matrices are cut across, not along
-    "uneven": {"model": "uneven-model", "steps": 4},  # and where the ranks do not divide them, padded
+    "two_slices": {"model": "two-slices", "steps": 4},  # fewer than ranks: a rank holds parts of an expert
+    "uneven": {"model": "uneven-model", "steps": 4},  # and where the ranks do not divide its rows
     "lora": {"lora": "{rank: 4, alpha: 8}", "lora_lr_scale": 2.0},
     "distilled": {"objective": "distil", "distil": "{weight: 1.0, temperature: 2.0}"},
     "distilled_beside": {"objective": "distil", "distil": "{weight: 1.0, temperature: 2.0, teacher: twin-model}"},
@@ -190,8 +190,6 @@ def test_streams_go_on_where_a_checkpoint_stood_on_other_ranks(runs):
 @pytest.mark.parametrize("name", ["two_slices", "uneven"])
 def test_more_ranks_than_slices(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, f"{name}-alone"), abs=REORDERED)
-    log = RunDir(runs / name).log_file(0).read_text()
-    assert ("expert shards are padded" in log) == (name == "uneven")
 
 
 @pytest.mark.faults

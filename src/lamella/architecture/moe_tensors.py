@@ -63,6 +63,11 @@ def is_frozen(name: str) -> bool:
     return f".{_EXPERTS}frozen_" in name
 
 
+def is_expert(name: str) -> bool:
+    """Whether it is of experts that tokens are routed to, low-rank deltas too."""
+    return f".{_EXPERTS}" in name
+
+
 def is_lora(name: str) -> bool:
     """Whether it is of low-rank deltas."""
     return f".{_EXPERTS}lora_" in name

@@ -7,9 +7,10 @@ stream its own state. So a run goes on where it stood without reading what came 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,6 +24,37 @@ from lamella.data.tokenizer import fingerprint as tokenizer_fingerprint
 from lamella.errors import BadData, UserError
 
 BATCH_CHARS = 1 << 18
+LEAST_CHARS = 1 << 14
+"""A rank tokenises at least so much at once, however many there are."""
+
+
+class Ranks(NamedTuple):
+    """Those that tokenise a stream together, each its share of the texts."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[object], list[object]] = lambda mine: [mine]
+    """What all ranks give, in their order; all call it equally often."""
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands: a place in its source, and the tokens that were read before it and not given out."""
+
+    index: int
+    """Of the next sample."""
+    epoch: int
+    place: Any
+    ids: np.ndarray
+    starts: np.ndarray
+
+
+class Tokens(NamedTuple):
+    """Documents, or pieces of them, one after the other."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    """Where documents begin."""
 
 
 class FileReading:
@@ -79,7 +111,8 @@ class StreamedSamples:
     """Windows of L tokens of a source, over and over; sample i is the same for ever, on any number of ranks.
 
     They are asked for in ascending order: on the way to a sample all before it are read and tokenised, from the last
-    one on. `state_dict` is the place in the source and the tokens that were read behind the last sample.
+    one on. Several ranks share the tokenising (`ranks`): each reads all of the text and tokenises its part of it. They
+    then must call `read_ahead` equally often and with the same numbers; nothing else reads.
     """
 
     def __init__(
@@ -113,10 +146,23 @@ class StreamedSamples:
         self.reading = SetReading(opened, bad, stream or load_stream(opened)) if is_set else FileReading(opened, bad)
         made_by = [self.reading.identity(), split, seq_len, tokenizer_fingerprint(tokenizer)]
         self.hash = xxhash.xxh3_128_hexdigest(json.dumps(made_by).encode())
+        self.ranks = Ranks()
         self._place: Any
         self._records: Iterator[Record] | None
+        self._failure: BadData | None = None
+        """Why the last call of `read_ahead` was in vain."""
         self._restart()
-        self._read()
+        self._read(1)
+
+    def read_ahead(self, index: int) -> None:
+        """Read the text of all samples before `index`, so that `sample` and `advance` need not. Where a file cannot be
+        read any more, they say so.
+        """
+        self._failure = None
+        try:
+            self._read(index - self.index)
+        except BadData as error:
+            self._failure = error
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, which is none before the last one.
@@ -127,7 +173,7 @@ class StreamedSamples:
         """
         self.advance(index)
         L = self.seq_len
-        self._read()
+        self._need()
         sample = make_sample(self._ids[: L + 1], self._starts[self._starts <= L])
         self._drop()
         return sample
@@ -136,18 +182,34 @@ class StreamedSamples:
         """Read up to sample `index`."""
         assert index >= self.index, "a stream goes forward"
         while self.index < index:
-            self._read()
+            self._need()
             self._drop()
 
-    def passes(self) -> float:
-        """How often the source has been gone through, estimated; of a `datasets` name, as far as whole passes tell."""
-        given = self.index * self.seq_len
-        return (self.epoch + self.reading.share(self._place)) * given / (given + len(self._ids))
+    def _need(self) -> None:
+        """The tokens of the next sample."""
+        if len(self._ids) <= self.seq_len and self._failure is not None:
+            raise self._failure
+        self._read(1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        tokens = {"ids": self._ids.tolist(), "starts": self._starts.tolist()}
-        return {"index": self.index, "epoch": self.epoch, "place": self._place} | tokens
+    @property
+    def state(self) -> StreamState:
+        """Where the stream stands. It stays what it is while the stream goes on, and costs nothing."""
+        return StreamState(self.index, self.epoch, self._place, self._ids, self._starts)
+
+    def passes(self, state: StreamState | None = None) -> float:
+        """How often the source has been gone through, estimated; of a `datasets` name, as far as whole passes tell.
+
+        Args:
+            state: where the stream stood; None: where it stands.
+        """
+        state = state or self.state
+        given = state.index * self.seq_len
+        return (state.epoch + self.reading.share(state.place)) * given / (given + len(state.ids))
+
+    def state_dict(self, state: StreamState | None = None) -> dict[str, Any]:
+        """A state, that of now where none is given, for JSON."""
+        values = vars(state or self.state)
+        return values | {"ids": values["ids"].tolist(), "starts": values["starts"].tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._restart()
@@ -167,49 +229,73 @@ class StreamedSamples:
         self._ids, self._starts = self._ids[L:], self._starts[self._starts >= L] - L
         self.index += 1
 
-    def _read(self) -> None:
-        """Until the tokens of a sample are at hand, and the one after it."""
-        while len(self._ids) <= self.seq_len:
+    def _read(self, num_samples: int) -> None:
+        """Until the tokens of so many samples are at hand, and the one after them."""
+        while len(self._ids) <= num_samples * self.seq_len:
             if self._records is None:
                 self._records = self.reading.start(self._place, self.epoch)
-            try:
-                texts, last = self._next_texts(self._records)
-            except OSError as error:
-                self._records = None  # the next call tries again from the same place
-                raise BadData(
-                    f"{self.source} cannot be read any more: {error}; bring it back and start again"
-                ) from error
+            last, mine = self._next_share(self._records)
+            parts = self.ranks.gather(mine)
+            for part in parts:
+                if isinstance(part, Exception):
+                    self._records = None  # the next call tries again from the same place
+                    raise part
             if last is None:
                 self._next_epoch()
                 continue
             self._place = self.reading.place(last)
-            self._append(texts)
+            for part in parts:
+                assert isinstance(part, Tokens)
+                self._append(part)
+
+    def _next_share(self, stream: Iterator[Record]) -> tuple[Record | None, Tokens | Exception]:
+        """Read on, and tokenise this rank's share of it.
+
+        Returns:
+            (the last record that was read, if any; the tokens, or what all ranks are to raise).
+        """
+        last: Record | None = None
+        mine: list[Text] = []
+        try:
+            for rank in range(self.ranks.size):
+                texts, record = self._next_texts(stream)
+                last = record or last
+                mine = texts if rank == self.ranks.rank else mine
+            return last, self._tokenised(mine)
+        except OSError as error:
+            return last, BadData(f"{self.source} cannot be read any more: {error}; bring it back and start again")
+        except UserError as error:
+            return last, error
 
     def _next_texts(self, stream: Iterator[Record]) -> tuple[list[Text], Record | None]:
         """(texts of the split, the last record that was read, if any)."""
         texts, num_chars, record = [], 0, None
+        enough = max(BATCH_CHARS // self.ranks.size, min(LEAST_CHARS, BATCH_CHARS))
         for record in stream:
             if self.split in (None, record.split) and not record.is_blank:
                 texts.append(plain_text(text_of(record), self.split or "all"))
                 num_chars += len(texts[-1].text)
-            if num_chars >= BATCH_CHARS:
+            if num_chars >= enough:
                 break
         return texts, record
 
-    def _append(self, texts: list[Text]) -> None:
-        documents = [tokens for tokens in self.encode(texts) if len(tokens.ids)]
+    def _tokenised(self, texts: list[Text]) -> Tokens:
+        documents = [tokens for tokens in self.encode(texts) if len(tokens.ids)] if texts else []
         if not documents:
-            return
+            return Tokens(self._ids[:0], self._starts[:0])
         ids = np.concatenate([tokens.ids for tokens in documents])
         if self.vocab_size is not None:
             check_vocabulary(self.source, int(ids.max()), self.vocab_size, self.tokenizer)
         lengths = np.asarray([len(tokens.ids) for tokens in documents])
-        starts = len(self._ids) + np.cumsum(lengths) - lengths
-        starts = starts[[not tokens.goes_on for tokens in documents]]
-        self._ids, self._starts = np.concatenate([self._ids, ids]), np.concatenate([self._starts, starts])
+        starts = np.cumsum(lengths) - lengths
+        return Tokens(ids, starts[[not tokens.goes_on for tokens in documents]])
+
+    def _append(self, tokens: Tokens) -> None:
+        starts = len(self._ids) + tokens.starts
+        self._ids, self._starts = np.concatenate([self._ids, tokens.ids]), np.concatenate([self._starts, starts])
 
     def _next_epoch(self) -> None:
-        if self.index == 0:
+        if self.index == 0 and len(self._ids) <= self.seq_len:
             raise UserError(
                 f"{self.source} ({self.split or 'all'}) has {len(self._ids)} tokens, too few for one sample of "
                 f"{self.seq_len} and the token after it; use more text or a shorter sample"

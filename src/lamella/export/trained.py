@@ -17,8 +17,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lamella.architecture.converted import ENTRIES, converted_tensors
-from lamella.architecture.moe_tensors import is_float32
+from lamella.architecture.converted import ENTRIES, converted_tensors, ffn_config
+from lamella.architecture.moe import MoEConfig
+from lamella.architecture.moe_tensors import is_expert, is_float32
 from lamella.architecture.names import hf_name
 from lamella.checkpoint.check import read_config
 from lamella.checkpoint.distributed import checkpoint_reader
@@ -120,19 +121,22 @@ class _Trained(NamedTuple):
     """As training has it."""
     size: torch.Size
     dtype: torch.dtype
+    shape: tuple[int, ...]
+    """In a model's file, where packed experts have three dimensions."""
 
 
 def _write_weights(run: RunDir, step: int, out: Path, dtype: torch.dtype) -> None:
     """Shards of at most 5 GB, one in memory at a time: what was trained, and from the model what was not."""
     checkpoint = run.store().path(step)
     entries = checkpoint_reader(checkpoint).read_metadata().state_dict_metadata
+    moe = ffn_config(read_config(run.model))
     tensors: dict[str, _Trained | SourceTensor] = {
-        hf_name(name): _Trained(name, entry.size, entry.properties.dtype)
+        hf_name(name): _Trained(name, entry.size, entry.properties.dtype, _shape_in_file(name, entry.size, moe))
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHER_STATE)
     }
     tensors |= _still_in_model(run, tensors)
-    shards = _shards({name: math.prod(_shape(tensor)) for name, tensor in tensors.items()}, dtype)
+    shards = _shards({name: math.prod(tensor.shape) for name, tensor in tensors.items()}, dtype)
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         for i in range(1, len(shards) + 1)
@@ -150,6 +154,15 @@ def _write_weights(run: RunDir, step: int, out: Path, dtype: torch.dtype) -> Non
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _shape_in_file(name: str, size: torch.Size, moe: MoEConfig | None) -> tuple[int, ...]:
+    """The shape of a tensor, by training's name, where training makes packed experts one matrix."""
+    if moe is None or not is_expert(name) or len(size) != 2:
+        return tuple(size)
+    own = moe.for_layer(int(name.split(".")[1]))
+    E = own.num_trainable_experts if ".trainable_" in name else own.num_frozen_experts
+    return (E, size[0] // E, size[1])
+
+
 def _still_in_model(run: RunDir, trained: Container[str]) -> dict[str, SourceTensor]:
     """Those tensors of the model that its checkpoints leave out, since training does not change them."""
     config = read_config(run.model)
@@ -165,10 +178,6 @@ def _still_in_model(run: RunDir, trained: Container[str]) -> dict[str, SourceTen
     return {name: found[name] for name in missing}
 
 
-def _shape(tensor: _Trained | SourceTensor) -> tuple[int, ...]:
-    return tuple(tensor.size) if isinstance(tensor, _Trained) else tensor.shape
-
-
 def _read(checkpoint: str, tensors: dict[str, _Trained | SourceTensor]) -> dict[str, torch.Tensor]:
     """The values, by the names of transformers, in the given order."""
     trained = {t.name: torch.empty(t.size, dtype=t.dtype) for t in tensors.values() if isinstance(t, _Trained)}
@@ -177,7 +186,7 @@ def _read(checkpoint: str, tensors: dict[str, _Trained | SourceTensor]) -> dict[
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(trained, storage_reader=checkpoint_reader(checkpoint), no_dist=True)
     return {
-        name: trained[t.name] if isinstance(t, _Trained) else t.read(0, t.numel).view(t.shape)
+        name: trained[t.name].view(t.shape) if isinstance(t, _Trained) else t.read(0, t.numel).view(t.shape)
         for name, t in tensors.items()
     }
 

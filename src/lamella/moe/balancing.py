@@ -28,29 +28,37 @@ def sign_update(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     return bias_E - bias_E.mean()
 
 
-def share_bias(margins_TS: Tensor, share: float) -> Tensor:
+def share_bias(margins_TS: Tensor, share: float | Tensor) -> Tensor:
     """[S] bias with which the copies of each pair get `share` of these tokens (twin routing).
 
     A copy is chosen where margin + 2 bias > 0, so the bias is minus half the (1 - share) quantile of the margins.
     Shares 0 and 1 are exact on any text, not only on this one.
+
+    Args:
+        share: 0 to 1; as a float64 scalar on the device it may change without a compiled graph being made anew.
     """
-    S = margins_TS.shape[-1]
-    if share <= 0 or share >= 1:
-        return torch.full((S,), DENSE_BIAS if share <= 0 else -DENSE_BIAS, device=margins_TS.device)
-    ordered_TS = margins_TS.float().sort(dim=0).values
-    position = min(int((1 - share) * len(ordered_TS)), len(ordered_TS) - 1)
-    return -0.5 * ordered_TS[position]
+    share = torch.as_tensor(share, dtype=torch.float64, device=margins_TS.device)
+    bias_S = -0.5 * _at_share(margins_TS, share)
+    bias_S = torch.where(share <= 0, DENSE_BIAS, bias_S)
+    return torch.where(share >= 1, -DENSE_BIAS, bias_S)
 
 
-def quantile_bias(scores_TE: Tensor, share: float) -> Tensor:
+def quantile_bias(scores_TE: Tensor, share: float | Tensor) -> Tensor:
     """[E] biases with which each expert's score + bias is positive for `share` of these tokens (flat routing).
 
     That is minus the (1 - share) quantile of its scores; with share = K/E, K experts are positive in the mean, so
     choosing the K largest keeps near to every expert's share. Step-free: nothing to tune, nothing to oscillate.
     """
-    ordered_TE = scores_TE.float().sort(dim=0).values
-    bias_E = -ordered_TE[min(int((1 - share) * len(ordered_TE)), len(ordered_TE) - 1)]
+    share = torch.as_tensor(share, dtype=torch.float64, device=scores_TE.device)
+    bias_E = -_at_share(scores_TE, share)
     return bias_E - bias_E.mean()
+
+
+def _at_share(values_TE: Tensor, share: Tensor) -> Tensor:
+    """The values [E] that `share` of each column's T are above."""
+    ordered_TE = values_TE.float().sort(dim=0).values
+    position = ((1 - share) * len(ordered_TE)).long().clamp(0, len(ordered_TE) - 1)
+    return ordered_TE.index_select(0, position[None])[0]
 
 
 def pair_choice_loss(scores_TE: Tensor, targets_T: Tensor) -> Tensor:

@@ -33,15 +33,29 @@ def kept_bytes(layout: Layout, layer: int) -> int:
 def block_bytes(layout: Layout, layer: int) -> int:
     """The bytes that one layer keeps under the recipe's activation checkpointing.
 
-    full: its input. selective: torchtitan keeps attention outputs and every second matrix product; taken as half.
+    full: its input. selective: that, the outputs of attention, every second matrix product, and the products of experts
+    before their activation (`lamella.titan.checkpointing`).
     """
     match layout.recipe.activation_checkpointing:
         case "full":
             return layout.residual_bytes + _routing_bytes(layout, layer)
         case "selective":
-            return kept_bytes(layout, layer) // 2
+            return min(kept_bytes(layout, layer), _selected_bytes(layout, layer))
         case _:
             return kept_bytes(layout, layer)
+
+
+def _selected_bytes(layout: Layout, layer: int) -> int:
+    model, T, b = layout.model, layout.tokens, layout.compute_bytes
+    q, kv = model.N * model.H, 2 * model.G * model.H
+    attention = T * (2 * q + kv // 2) * b + T * model.N * 4  # queries, values; attended heads
+    moe = model.moe_of(layer)
+    if moe is None:
+        return layout.residual_bytes + attention + T * b * (model.F + model.D)
+    rows = T * moe.num_experts_per_tok * moe.moe_intermediate_size * b
+    shared = T * 2 * moe.shared_intermediate_size * b
+    products = rows * (2 * _buffers(layout, moe) + 1)  # gate and up; `fused` gives weighted activations with them
+    return layout.residual_bytes + attention + shared + products + _routing_bytes(layout, layer)
 
 
 def recomputed_bytes(layout: Layout, layer: int) -> int:
@@ -96,10 +110,15 @@ def _expert_bytes(layout: Layout, moe: MoEConfig) -> int:
     # under autograd: gate, up, silu(gate), product; inputs and outputs of every row
     if path in ("loop", "batched") or moe.lora_rank:
         return rows * b * (4 * f + 2 * layout.model.D)
-    # grouped, fused and quack have a buffer for frozen rows and one for trainable rows, each with room for all
-    fills_both = moe.num_frozen_experts > 0 and moe.num_trainable_experts > 0
-    halves = 2 if fills_both and (path in ("grouped", "fused", "quack") or layout.device == "gpu") else 1
-    return rows * b * 2 * f * halves
+    return rows * b * 2 * f * _buffers(layout, moe)
+
+
+def _buffers(layout: Layout, moe: MoEConfig) -> int:
+    """`grouped` and `quack`, which `auto` may take on a GPU, have a buffer for frozen rows and one for trainable rows,
+    each with room for all."""
+    path = layout.recipe.expert_path
+    has_both = moe.num_frozen_experts > 0 and moe.num_trainable_experts > 0
+    return 2 if has_both and (path in ("grouped", "quack") or (path == "auto" and layout.device == "gpu")) else 1
 
 
 def _routing_bytes(layout: Layout, layer: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lamella.errors import UserError
 from lamella.jsons import Json
+from lamella.plan.choose import chosen
 from lamella.plan.compute import DEFAULT_GPU, gpu
 from lamella.plan.faults import STORAGE_RATE
 from lamella.plan.fit import check_fit
@@ -155,4 +156,5 @@ def make_layout(
         raise UserError(f"ranks is {ranks}; it must be at least 1")
     recipe.check_world_size(ranks)
     check_fit(recipe, model, name)
-    return Layout(with_deltas(model, recipe), recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)
+    layout = Layout(with_deltas(model, recipe), recipe, ranks, "cpu" if gpu_name == "cpu" else "gpu", teacher)
+    return chosen(layout, None if gpu_name == "cpu" else gpu(gpu_name)[1])

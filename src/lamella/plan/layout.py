@@ -15,7 +15,7 @@ from lamella.plan.model import DTYPE_BYTES, Model, Weight
 from lamella.recipe.training import Recipe
 
 MASTER_BYTES = 4
-"""What trains, sums of gradients and the optimizer's moments are float32."""
+"""What trains and sums of gradients are float32."""
 Device = Literal["gpu", "cpu"]
 
 
@@ -97,6 +97,11 @@ class Layout:
         return DTYPE_BYTES[precision]
 
     @property
+    def moment_bytes(self) -> int:
+        """The bytes of a number of one of AdamW's two moments."""
+        return DTYPE_BYTES[self.recipe.optimizer.states]
+
+    @property
     def replicates_frozen(self) -> bool:
         if self.recipe.frozen_weights == "auto":
             return self.device == "cpu" and self.compute_bytes == 4
@@ -153,15 +158,12 @@ class Layout:
         return weight.numel // (self.recipe.parallel.tensor if is_cut else 1)
 
     def shard_numel(self, weight: Weight) -> int:
-        """Numbers that the fullest rank keeps. FSDP cuts rows; where experts are fewer than ranks, torchtitan cuts
-        the next dimension."""
+        """Numbers that the fullest rank keeps. FSDP cuts rows."""
         if self.is_whole(weight):
             return self.part_numel(weight)
         rows, cuts = weight.shape[0], self.shards
-        if weight.is_expert:
-            rows, cuts = rows // self.recipe.parallel.expert, self._expert_cuts
-            if cuts > rows and weight.shape[1] % cuts == 0:
-                return self.part_numel(weight) // cuts
+        if weight.is_expert:  # a matrix with the rows of all experts
+            rows, cuts = rows * weight.shape[1] // self.recipe.parallel.expert, self._expert_cuts
         return math.ceil(rows / cuts) * (self.part_numel(weight) // rows)
 
     @property

@@ -10,8 +10,8 @@ rank's micro-batch, width D, b bytes a number:
 
     gathering weights      B, once in the forward and once in the backward pass of each micro-batch (once a step where a
                            pipeline keeps them); nothing of weights that each rank holds whole
-    summing gradients      G over the ranks that cut a weight, then 2 G/s over the copies (`replicate`), each
-                           micro-batch
+    summing gradients      G over the ranks that cut a weight, each micro-batch or once a step (`gradient_sync`), then
+                           2 G/s over the copies (`replicate`), once a step
     experts                see `lamella.moe.expert_parallel`: 2 (P-1) T D b forwards and as much backwards
     context                keys and values, gathered forwards and summed backwards
     tensor                 tokens gathered and outputs summed, for attention and for dense FFNs
@@ -82,13 +82,13 @@ def step_traffic(layout: Layout, per_node: int = RANKS_PER_NODE) -> Step:
 def _stage_traffic(stage: Layout, per_node: int) -> Step:
     weights = Traffic()
     gathers = 1 if stage.is_stage else 2 * stage.micro_batches
-    sums = 1 if stage.is_stage else stage.micro_batches
+    sums = 1 if stage.is_stage or stage.recipe.gradient_sync == "step" else stage.micro_batches
     for shards, held in _by_group(stage):
         computed = stage.compute_bytes * sum(stage.part_numel(w) for w in held if not stage.is_whole(w))
         summed = MASTER_BYTES * sum(stage.part_numel(w) for w in held if stage.trains(w))
         copies = Group(stage.recipe.parallel.replicate, shards.size * shards.stride)
         weights += shards.gather(computed, per_node) * gathers
-        weights += (shards.gather(summed, per_node) + copies.gather(summed / shards.size, per_node) * 2) * sums
+        weights += shards.gather(summed, per_node) * sums + copies.gather(summed / shards.size, per_node) * 2
     return Step(weights, _activations(stage, per_node) * stage.micro_batches)
 
 

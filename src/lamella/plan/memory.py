@@ -59,7 +59,7 @@ class Memory:
         self.outside = [w for w in weights if w.layer is None]
         self.state = {
             "weights": sum(layout.held_bytes(w) for w in weights),
-            "optimizer": 2 * self._summed(weights),
+            "optimizer": 2 * layout.moment_bytes * self._trained_numel(weights),
         }
         self.offloads = layout.recipe.offload == "cpu"
         self.teacher = None if layout.teacher is None else Memory(layout.of_teacher(layout.teacher))
@@ -85,7 +85,7 @@ class Memory:
         for layer in reversed(self.layout.layers):
             yield self._moment("backward pass", layer, self._gathered(layer), self._working(layer))
         gradients = 0 if self.offloads else self._all_summed
-        yield Moment("optimizer", self.held | {"gradients": gradients})
+        yield Moment("optimizer", self.held | {"gradients": gradients} | self._rounding())
 
     def main_memory(self) -> dict[str, int]:
         """What it is -> bytes. Of a GPU's rank: offloaded state, and the copy of an asynchronous save."""
@@ -99,7 +99,7 @@ class Memory:
         saved = [weight for weight in self.layout.model.weights() if not self.layout.stays_in_model(weight)]
         numel = sum(weight.numel for weight in saved)
         trained = sum(weight.numel for weight in saved if self.layout.trains(weight))
-        return MASTER_BYTES * (numel + 2 * trained)
+        return MASTER_BYTES * numel + 2 * self.layout.moment_bytes * trained
 
     def _saves_while_training(self) -> bool:
         recipe = self.layout.recipe
@@ -111,8 +111,18 @@ class Memory:
         tables = len(layout.layers) * layout.recipe.seq_len * 2 * layout.model.H * 4
         return tables + layout.micro_batches * layout.neighbours * layout.residual_bytes
 
+    def _trained_numel(self, weights: list[Weight]) -> int:
+        return sum(self.layout.shard_numel(w) for w in weights if self.layout.trains(w))
+
     def _summed(self, weights: list[Weight]) -> int:
-        return MASTER_BYTES * sum(self.layout.shard_numel(w) for w in weights if self.layout.trains(w))
+        return MASTER_BYTES * self._trained_numel(weights)
+
+    def _rounding(self) -> dict[str, int]:
+        """Moments in half precision are computed in float32, of one weight at a time: both, noise, and their sum."""
+        if self.layout.moment_bytes == MASTER_BYTES or self.offloads:
+            return {}
+        largest = max((self.layout.shard_numel(w) for w in self.layout.weights() if self.layout.trains(w)), default=0)
+        return {"rounding": 4 * MASTER_BYTES * largest}
 
     def _moment(self, name: str, layer: int, gathered: int, more: dict[str, int]) -> Moment:
         """`layer` is the last one whose activations are there; of the micro-batches before, all are."""
@@ -151,10 +161,10 @@ class Memory:
 
     def _gradients(self, layer: int) -> int:
         """Those that are there when `layer` is computed backwards; after the first micro-batch, all. Sums over the
-        ranks, but whole in a stage of a pipeline, which sums once a step."""
+        ranks, but whole where they are summed once a step, as in a stage of a pipeline."""
         if self.offloads:
             return 0
-        if self.layout.is_stage:
+        if self.layout.is_stage or (self.layout.recipe.gradient_sync == "step" and self.layout.micro_batches > 1):
             return self._all_whole
         if self.layout.micro_batches > 1:
             return self._all_summed

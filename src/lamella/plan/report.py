@@ -11,6 +11,12 @@ from lamella.plan.memory import fullest
 from lamella.plan.roofline import roofline
 from lamella.plan.suggest import GPU_RESERVE_BYTES, Suggestion, cuts_unevenly, even_layout
 
+KEPT = {
+    "none": "all activations of a layer",
+    "selective": "a layer's products of attention and experts",
+    "full": "a layer's input alone, the rest is computed again",
+}
+
 
 def plan_values(
     layout: Layout,
@@ -45,6 +51,8 @@ def plan_values(
             "tokens_per_step": step_tokens,
             "micro_batches_per_rank": layout.micro_batches,
             "tokens_per_micro_batch": layout.tokens,
+            "activation_checkpointing": recipe.activation_checkpointing,
+            "gradient_sync": recipe.gradient_sync,
             "steps": recipe.steps,
             "tokens": recipe.steps * step_tokens,
         },
@@ -126,20 +134,19 @@ def warnings(layout: Layout, values: Json) -> list[str]:
         found.append(
             f"uneven vocabulary: {layout.shards} ranks do not divide {layout.model.V} ids; the last ranks hold less"
         )
-    found += _expert_warnings(layout)
+    found += expert_warnings(layout)
     if layout.bubble > 0.2:
         found.append(
             f"idle ranks: with {layout.micro_batches} micro-batches for {recipe.parallel.pipeline} stages a rank waits "
             f"{layout.bubble:.0%} of the time; take more samples per step, or smaller micro-batches"
         )
-    if recipe.activation_checkpointing == "selective":
-        found.append("selective activation checkpointing is taken as half of none; no measurement stands behind it")
     if layout.attention == "sdpa" and layout.device == "gpu":
         found.append("attention: sdpa holds a mask of tokens x tokens in every layer; flex holds none")
     return found
 
 
-def _expert_warnings(layout: Layout) -> list[str]:
+def expert_warnings(layout: Layout) -> list[str]:
+    """What experts shared out over ranks cost."""
     found: list[str] = []
     if cuts_unevenly(layout):
         even = even_layout(layout)
@@ -167,6 +174,8 @@ def plan_text(values: Json) -> str:
         f"ranks             {ranks['ranks']}; a weight is cut over {ranks['shards_of_a_weight']}",
         f"step              {batch['tokens_per_step']:,} tokens; each rank {batch['micro_batches_per_rank']} "
         f"micro-batches of {batch['tokens_per_micro_batch']:,}",
+        f"kept for backward {KEPT[batch['activation_checkpointing']]}; gradients are summed over ranks once a "
+        f"{batch['gradient_sync'].replace('_', '-')}",
         f"run               {batch['steps']:,} steps, {batch['tokens']:,} tokens",
         f"memory of a rank  {gib(memory['peak_bytes'])}, reached in the {memory['peak_moment']}"
         + (f" of stage {memory['stage']}" if ranks["pipeline"] > 1 else "")

@@ -5,7 +5,7 @@ Steps are counted from 1: `at(step)` is what holds while optimizer step `step` c
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_serializer, model_validator
 
@@ -134,6 +134,14 @@ class LoRA(Strict):
     """The deltas of a matrix are a product of two of this rank."""
     alpha: float = Field(default=32.0, gt=0)
     """The deltas are scaled by alpha / rank."""
+
+
+class OptimizerStates(Strict):
+    """What AdamW keeps of each weight that trains."""
+
+    states: Literal["float32", "bfloat16"] = "float32"
+    """The means of the gradients and of their squares are held, and saved, in this precision. bfloat16 takes half of
+    the memory and rounds by chance, so that small changes are not lost; weights stay float32."""
 
 
 class Distil(Strict):

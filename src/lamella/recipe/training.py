@@ -14,7 +14,16 @@ from lamella.architecture.moe import ExpertPath
 from lamella.errors import UserError, did_you_mean
 from lamella.recipe.check import Harmless, Problems, Strict, checked, harmless_keys, refuse
 from lamella.recipe.parallel import Parallel
-from lamella.recipe.sections import Distil, LoRA, Portion, RouterFit, RoutingLoss, TopKSchedule, TwinShare
+from lamella.recipe.sections import (
+    Distil,
+    LoRA,
+    OptimizerStates,
+    Portion,
+    RouterFit,
+    RoutingLoss,
+    TopKSchedule,
+    TwinShare,
+)
 
 
 class Recipe(Strict):
@@ -85,6 +94,8 @@ class Recipe(Strict):
     """AdamW's mean of the gradients decays by this factor a step."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's mean of the squared gradients decays by this factor a step."""
+    optimizer: OptimizerStates = OptimizerStates()
+    """AdamW's own memory is held like this."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """A longer gradient is shortened to this norm."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -143,17 +154,31 @@ class Recipe(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The model is computed in this precision; weights, sums over ranks and optimizer are float32. auto: bfloat16 where
     there is a GPU."""
+    dense_products: Literal["precision", "float8"] = "precision"
+    """Products with the weights of attention's projections and of dense FFNs are computed in `precision`, or rounded to
+    float8 with a scale for each row, which takes a GPU of compute capability 8.9 or later and torchao. Weights stay
+    what they are; the head, the router and the experts are computed in `precision`."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Attention is computed by this implementation; auto: flex where there is a GPU and heads have 16 features or more,
     sdpa elsewhere."""
     expert_path: ExpertPath = "auto"
     """Experts are computed by this implementation; auto takes the fastest measured for the shapes at hand."""
+    compile: Harmless[Literal["auto"] | bool] = "auto"
+    """Each block of the model is compiled into one graph with torch.compile (on), or not (off), or where there is a GPU
+    and nothing in the block needs the host (auto)."""
     loss_chunk_tokens: PositiveInt = 1024
     """The loss is computed this many tokens of a sample at a time, so that the logits of the others need no memory:
     those of 8,192 tokens take 12 GB at a vocabulary of 128,256. It has an effect where it divides a rank's tokens of a
     sample; pipelines, tensor parallelism and distillation compute all logits at once."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """The backward pass computes activations again instead of keeping them: none, some, or all of a layer's."""
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """The backward pass computes activations again instead of keeping them: none; the cheap ones, but not the products
+    of experts and attention (selective); or all of a layer's (full). auto: the first of these that fits the GPU's
+    memory as `lamella plan` counts it."""
+    gradient_sync: Harmless[Literal["auto", "micro_batch", "step"]] = "auto"
+    """Gradients are summed over the ranks after each micro-batch, which keeps a part of them on each rank; or once per
+    optimizer step, whole on every rank until then, 4 bytes a weight that trains. Copies of the model
+    (parallel.replicate) are summed once per step either way. auto: once per step where ranks are on several nodes and
+    it fits."""
     frozen_weights: Literal["auto", "sharded", "replicated"] = "auto"
     """What does not train is shared out like the rest (sharded), or every rank holds all of it and none is gathered
     during a step (replicated), which is worth its memory where ranks are joined by a slow network. auto: replicated

@@ -17,16 +17,8 @@ from torchtitan.protocols.module import Module
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
 from lamella.architecture.moe_tensors import PARAMETERS, Kind, expert_shapes, lora_name, packed_name
 from lamella.moe.balancing import add_gradient_of, pair_choice_loss
-from lamella.moe.experts import (
-    AnyExperts,
-    MoEWeights,
-    Resident,
-    SharedExpert,
-    moe_ffn,
-    packed,
-    packed_lora,
-    router_scores,
-)
+from lamella.moe.experts import MoEWeights, Resident, SharedExpert, moe_ffn, router_scores
+from lamella.moe.lora import Lora
 from lamella.moe.packed import Experts
 from lamella.moe.routing import with_top_k
 from lamella.titan.routed import Routed, Router, unset
@@ -35,7 +27,11 @@ UNSET = dict.fromkeys((*PARAMETERS, "bias"), unset)
 
 
 class PackedExperts(Module):
-    """Parameters only: frozen and trainable experts apart, so that an optimizer never sees the frozen ones."""
+    """Parameters only: frozen and trainable experts apart, so that an optimizer never sees the frozen ones.
+
+    A parameter is a matrix with the rows of all experts one below the other: FSDP cuts rows, which any number of ranks
+    shares out evenly, where 3 ranks would share out 8 experts as 3, 3 and 2.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -46,32 +42,45 @@ class PackedExperts(Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        D, f = config.dim, config.moe.moe_intermediate_size
-        counts: dict[Kind, int] = {
-            "frozen": config.moe.num_frozen_experts,
-            "trainable": config.moe.num_trainable_experts,
-        }
-        for kind, E in counts.items():
-            for part, shape in expert_shapes(D, f, gated=True).items() if E else ():
-                self.register_parameter(packed_name(kind, part), nn.Parameter(torch.empty(E, *shape)))
-        for field, shape in config.moe.lora_shapes(D).items():
-            self.register_parameter(lora_name(field), nn.Parameter(torch.empty(shape)))
+        moe = config.moe
+        self.counts: dict[Kind, int] = {"frozen": moe.num_frozen_experts, "trainable": moe.num_trainable_experts}
+        self.shapes = expert_shapes(config.dim, moe.moe_intermediate_size, gated=True)
+        """Of one expert's matrices."""
+        self.lora_shapes = moe.lora_shapes(config.dim)
+        for kind, E in self.counts.items():
+            for part, (rows, columns) in self.shapes.items() if E else ():
+                self.register_parameter(packed_name(kind, part), nn.Parameter(torch.empty(E * rows, columns)))
+        for field, (E, rows, columns) in self.lora_shapes.items():
+            self.register_parameter(lora_name(field), nn.Parameter(torch.empty(E * rows, columns)))
 
     @property
     def frozen(self) -> Experts:
         """This rank's slices."""
-        return _here(packed(self, "frozen"))
+        return self._packed("frozen")
 
     @property
     def trainable(self) -> Experts:
         """This rank's experts that train."""
-        return _here(packed(self, "trainable"))
+        return self._packed("trainable")
+
+    @property
+    def lora(self) -> Lora | None:
+        """The low-rank deltas, if there are any."""
+        if not self.lora_shapes:
+            return None
+        return Lora(*(_here(getattr(self, lora_name(f))).view(self.lora_shapes[f]) for f in Lora._fields))
+
+    def _packed(self, kind: Kind) -> Experts:
+        if not self.counts[kind]:
+            other: Kind = "frozen" if kind == "trainable" else "trainable"
+            return Experts(*(tensor[:0] for tensor in self._packed(other)))
+        parts = (getattr(self, packed_name(kind, part)) for part in Experts._fields)
+        return Experts(*(_here(t).view(-1, *self.shapes[p]) for t, p in zip(parts, Experts._fields, strict=True)))
 
 
-def _here(experts: AnyExperts) -> Experts:
-    """This rank's experts, where expert parallelism shares them out."""
-    assert isinstance(experts, Experts), "models of two-matrix experts cannot be trained"
-    return Experts(*(t.to_local() if isinstance(t, DTensor) else t for t in experts))
+def _here(tensor: Tensor) -> Tensor:
+    """This rank's rows, where expert parallelism shares out the experts."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ class MoELayer(Routed):
             _plain(router.weight), router.selection_bias, Resident(experts.frozen, experts.trainable),
             _plain_or_none(router.up_weight), _plain_or_none(router.gate_scale),
             None if shared is None else SharedExpert(_plain(shared.gate_up_proj), _plain(shared.down_proj)),
-            _plain_or_none(self.output_bias), packed_lora(experts),
+            _plain_or_none(self.output_bias), experts.lora,
         )  # fmt: skip
 
     @property

@@ -12,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from lamella.architecture.names import is_trained, stays_in_model
+from lamella.titan.compile import compile_blocks
 from lamella.titan.context import ContextShare
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.inner_attention import share_keys
@@ -29,7 +30,8 @@ def parallelize(
     ac_config: ActivationCheckpointing.Config | None,
     dump_folder: str,
 ) -> nn.Module:
-    """torchtitan's `parallelize_fn`: freeze, share out experts, activation checkpointing, FSDP2 over all ranks."""
+    """torchtitan's `parallelize_fn`: freeze, share out experts, activation checkpointing, compile, FSDP2 over all
+    ranks."""
     # FSDP keeps each parameter's requires_grad as it finds it
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, model.config.trains))
@@ -44,6 +46,9 @@ def parallelize(
         _share_out_experts(model, parallel_dims.get_mesh("ep"))
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
+    if compile_config is not None and compile_config.enable and "model" in compile_config.components:
+        num_tokens = training.local_batch_size * training.seq_len // parallel_dims.cp
+        compile_blocks(model, compile_config, parallel_dims, num_tokens, computed_in)
     whole = {p for p in model.parameters() if replicated and not p.requires_grad}
     shard_decoder(model, parallel_dims, training, parallelism, whole)
     if not torch.accelerator.is_available():

@@ -55,9 +55,10 @@ class Aim:
 
     top_k: int | None = None
     """Experts per token (flat routing); None: the config's."""
-    next_share: float | None = None
+    next_share: Tensor | None = None
     """The share of the tokens, 0 to 1, that the twins (flat routing: each expert) should get after the next bias
-    update; None: no bias is gathered for it."""
+    update, a float64 scalar on the layer's device: a number would be part of a compiled graph. None: no bias is
+    gathered for it."""
     auxiliary_factor: float = 0.0
     """The factor on the auxiliary loss of one forward (flat routing); 0: none is computed."""
     choice_factor: float = 0.0

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
 import torch._utils
 from torch import nn
 
@@ -18,8 +19,13 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 __all__ = [
-    "HOOKS", "FSDPMeshInfo", "HSDPMeshInfo", "Hook", "ShardPlacementResult", "accelerator_answer", "computed_dtype",
+    "GROUPED_PRODUCT", "HOOKS", "FSDPMeshInfo", "HSDPMeshInfo", "Hook", "ShardPlacementResult", "accelerator_answer",
+    "allow_graphs", "computed_dtype",
 ]  # fmt: skip
+
+
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
+"""The operator below `torch.nn.functional.grouped_mm`."""
 
 
 class Hook(NamedTuple):
@@ -44,6 +50,14 @@ HOOKS = (
     Hook(
         "torchtitan.protocols.module.Module", "_init_self_buffers", ("self", "buffer_device"),
         "selection biases and statistics are buffers that begin on the meta device",
+    ),
+    Hook(
+        "torch.distributed.checkpoint.hf_storage.HuggingFaceStorageReader", "_process_read_request",
+        ("self", "f", "req", "planner"), "packed experts are matrices here, and have three dimensions in the file",
+    ),
+    Hook(
+        "torchtitan.components.optimizer.optimizer.OptimizersContainer", "_resolve_optimizer_factory", ("name",),
+        "AdamW with bfloat16 moments is an optimizer, too",
     ),
     Hook(
         "torchtitan.components.checkpointer.dcp.CheckpointManager", "_save", ("self", "curr_step", "last_step"),
@@ -78,6 +92,11 @@ def accelerator_answer(kind: str, module: ModuleType) -> Iterator[None]:
         yield
     finally:
         asked._get_available_device_type, asked._get_device_module = ask_type, ask_module
+
+
+def allow_graphs(number: int) -> None:
+    """Let `torch.compile` make at least so many graphs of one function; the setting has no public spelling."""
+    torch._dynamo.config.recompile_limit = max(number, torch._dynamo.config.recompile_limit)
 
 
 def computed_dtype(model: nn.Module) -> torch.dtype:

@@ -1,7 +1,7 @@
-"""FSDP2 over a decoder: what is gathered together, over which ranks, and cut along which dimension.
+"""FSDP2 over a decoder: what is gathered together, and over which ranks it is cut.
 
 The units are torchtitan's: the embedding, every block, and the last norm with the head; a tied embedding belongs to the
-head. Packed experts are cut by expert while there are at most as many ranks as experts, along their rows beyond that.
+head. All parameters are cut by rows.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.logging import logger
 
 from lamella.titan.block import Block
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.seams import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
-Placement: TypeAlias = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]
+Placement: TypeAlias = Callable[[nn.Parameter], ShardPlacementResult]
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,6 @@ class Sharding:
     """The ranks that hold parts of all but the experts, in the last dimension; before it, copies (HSDP)."""
     expert_mesh: DeviceMesh
     """The same for the experts; with expert parallelism fewer ranks, as these hold different experts."""
-    ranks_of_experts: int
-    """Ranks over which the experts of one layer are cut, expert parallelism included."""
     precision: MixedPrecisionPolicy
     offload: OffloadPolicy
     ignored: set[nn.Parameter]
@@ -54,34 +50,12 @@ class Sharding:
             )  # fmt: skip
 
     def placement(self, block: Block) -> Placement | None:
-        """Which dimension of each parameter of a block is cut, and over which ranks; None: all alike."""
-        if not block.moe_enabled:
+        """Over which ranks each parameter of a block is cut; None: all alike."""
+        if not block.moe_enabled or self.expert_mesh is self.mesh:
             return None
         experts = set(block.moe.experts.parameters())
-        dimension = expert_dimension([p.shape for p in experts], self.ranks_of_experts, self.expert_mesh.shape[-1])
-        if self.expert_mesh is self.mesh:
-            return None if dimension == 0 else lambda p: Shard(dimension) if p in experts else None
         rest, own = _mesh_info(self.mesh), _mesh_info(self.expert_mesh)
-        return lambda p: ShardPlacementResult(*((Shard(dimension), own) if p in experts else (Shard(0), rest)))
-
-
-def expert_dimension(shapes: list[torch.Size], num_ranks: int, num_parts: int) -> int:
-    """The dimension along which packed experts are cut.
-
-    Dimension 0 is the experts'. With more ranks than experts it would leave some without any, so dimension 1 is cut,
-    which must divide evenly; where it does not, dimension 0 is padded.
-
-    Args:
-        shapes: of all packed tensors of a layer, [experts, rows, columns], before they are cut.
-        num_ranks: those that share the layer's experts, expert parallelism included.
-        num_parts: parts that each tensor is cut into.
-    """
-    if not shapes or num_ranks <= min(shape[0] for shape in shapes):
-        return 0
-    uneven = [shape[1] for shape in shapes if shape[1] % num_parts]
-    if uneven:
-        logger.warning(f"{num_parts} ranks divide none of {uneven}: expert shards are padded, some ranks hold none")
-    return 0 if uneven else 1
+        return lambda p: ShardPlacementResult(Shard(0), own if p in experts else rest)
 
 
 def shard_decoder(
@@ -115,19 +89,29 @@ def shard_decoder(
         _prefetch(embedding, blocks, last)
 
 
+def sum_gradients(model: nn.Module, once_per_step: bool, is_last: bool) -> None:
+    """Say which sums over ranks the backward pass of a micro-batch takes.
+
+    Args:
+        once_per_step: gradients stay whole on each rank until the last micro-batch.
+        is_last: whether this micro-batch is the last of its optimizer step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last or not once_per_step)
+        model.set_requires_all_reduce(is_last)  # over copies; within one, sums of parts are kept meanwhile
+
+
 def _sharding(dims: ParallelDims, training: TrainingConfig, ignored: set[nn.Parameter]) -> Sharding:
     copies = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*copies, "fsdp"])
     expert_mesh = dims.get_mesh([*copies, "efsdp"]) if dims.ep_enabled else mesh
-    # torchtitan counts copies without expert parallelism, and does not with it
-    ranks = expert_mesh["efsdp"].size() * dims.ep if dims.ep_enabled else mesh.size()
     precision = MixedPrecisionPolicy(
         param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         cast_forward_inputs=False,
     )
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
-    return Sharding(mesh, expert_mesh, ranks, precision, offload, ignored)
+    return Sharding(mesh, expert_mesh, precision, offload, ignored)
 
 
 def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:

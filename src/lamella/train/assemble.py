@@ -8,24 +8,31 @@ from pathlib import Path
 
 import torch
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
+from torchtitan.config import CommConfig, CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.logging import logger
 
 from lamella.errors import UserError
 from lamella.export.trained import model_dtype
+from lamella.plan.choose import chosen
 from lamella.plan.fit import check_fit
+from lamella.plan.layout import Device, Layout
 from lamella.plan.model import read_model
+from lamella.plan.report import expert_warnings
+from lamella.plan.start import with_deltas
 from lamella.recipe.training import Recipe
 from lamella.run.folder import RunDir
 from lamella.run.store import absolute
+from lamella.titan.checkpointing import policy
 from lamella.titan.config import decoder_config
 from lamella.titan.decoder import LamellaDecoder
+from lamella.titan.float8 import check_float8, with_float8
 from lamella.titan.inner_attention import FLEX_LEAST_WIDTH, check_kernels
 from lamella.titan.parallelise import parallelize
 from lamella.titan.state_dict import LamellaStateDictAdapter
 from lamella.train.checkpoint import CommittedCheckpoints
+from lamella.train.compiled import compiles
 from lamella.train.data import MixedSamples, SampleLoader
 from lamella.train.distil import DistilLoss
 from lamella.train.lora import add_lora
@@ -121,8 +128,14 @@ def trainer_config(
     recipe: Recipe, run: RunDir, model: LamellaDecoder.Config, train: MixedSamples, heldout: MixedSamples | None
 ) -> LamellaTrainer.Config:
     """torchtitan's config with the recipe's `torchtitan:` section laid over it."""
+    recipe, notes = decided(recipe)
+    compiled = compiles(recipe, model, has_gpu())
+    if recipe.dense_products == "float8":
+        check_float8(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+        model = with_float8(model, compiled)
     config = LamellaTrainer.Config(
         recipe=recipe,
+        notes=notes,
         heldout=heldout,
         teacher=teacher_config(recipe, model),
         model_spec=ModelSpec(
@@ -138,7 +151,9 @@ def trainer_config(
         dump_folder=str(run.path.resolve()),
         tokenizer=TokenisedAlready.Config(),
         loss=loss_config(recipe, model.vocab_size),
-        dataloader=SampleLoader.Config(samples=train),
+        dataloader=SampleLoader.Config(
+            samples=train, samples_per_step=recipe.samples_per_step, end=recipe.steps * recipe.samples_per_step
+        ),
         optimizer=optimizer_config(recipe),
         lr_scheduler=Schedules.Config(
             warmup_steps=recipe.warmup_steps,
@@ -148,16 +163,7 @@ def trainer_config(
             min_lr_factor=recipe.min_lr_ratio,
         ),
         training=training_config(recipe),
-        # plain tensors inside a module: the experts are no DTensor code
-        parallelism=ParallelismConfig(
-            spmd_backend="partial_dtensor",
-            data_parallel_replicate_degree=recipe.parallel.replicate,
-            expert_parallel_degree=recipe.parallel.expert,
-            context_parallel_degree=recipe.parallel.context,
-            tensor_parallel_degree=recipe.parallel.tensor,
-            pipeline_parallel_degree=recipe.parallel.pipeline,
-            pipeline_parallel_microbatch_size=recipe.samples_per_micro_batch,
-        ),
+        parallelism=parallelism_config(recipe),
         metrics=LamellaMetrics.Config(
             log_freq=recipe.log_every_steps,
             enable_tensorboard=recipe.tensorboard,
@@ -165,7 +171,8 @@ def trainer_config(
             disable_color_printing=True,
         ),
         checkpoint=checkpoint_config(recipe),
-        activation_checkpoint=activation_checkpoint(recipe),
+        activation_checkpoint=policy(recipe.activation_checkpointing),
+        compile=CompileConfig(enable=compiled, components=["model"]),
         # a saving rank or a busy machine must not look like a hang
         comm=CommConfig(
             init_timeout_seconds=1800,
@@ -176,6 +183,19 @@ def trainer_config(
         debug=DebugConfig(seed=recipe.seed, enable_structured_logging=False),
     )
     return overlay(config, recipe.torchtitan)
+
+
+def parallelism_config(recipe: Recipe) -> ParallelismConfig:
+    """torchtitan's section `parallelism`: how the ranks are laid out."""
+    return ParallelismConfig(
+        spmd_backend="partial_dtensor",  # plain tensors inside a module: the experts are no DTensor code
+        data_parallel_replicate_degree=recipe.parallel.replicate,
+        expert_parallel_degree=recipe.parallel.expert,
+        context_parallel_degree=recipe.parallel.context,
+        tensor_parallel_degree=recipe.parallel.tensor,
+        pipeline_parallel_degree=recipe.parallel.pipeline,
+        pipeline_parallel_microbatch_size=recipe.samples_per_micro_batch,
+    )
 
 
 def loss_config(recipe: Recipe, vocab_size: int) -> BaseLoss.Config:
@@ -222,8 +242,19 @@ def checkpoint_config(recipe: Recipe) -> CommittedCheckpoints.Config:
     )
 
 
-def activation_checkpoint(recipe: Recipe) -> ActivationCheckpointing.Config | None:
-    """Which activations torchtitan computes again in the backward pass; None keeps them all."""
-    kinds = {"selective": SelectiveAC.Config, "full": FullAC.Config}
-    kind = kinds.get(recipe.activation_checkpointing)
-    return None if kind is None else kind()
+def decided(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe without what it leaves to the memory of this rank's GPU, as `lamella plan` counts it.
+
+    Returns:
+        (the recipe, what a person should know of the layout).
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    model = with_deltas(read_model(recipe.model), recipe)
+    teacher = None if recipe.distil.teacher is None or recipe.objective != "distil" else recipe.distil.teacher
+    device: Device = "gpu" if has_gpu() else "cpu"
+    layout = Layout(model, recipe, num_ranks, device, None if teacher is None else read_model(teacher))
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if has_gpu() else None
+    layout = chosen(layout, memory, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
+    kept, sync = layout.recipe.activation_checkpointing, layout.recipe.gradient_sync
+    logger.info(f"Activation checkpointing: {kept}; gradients are summed once per {sync.replace('_', '-')}")
+    return layout.recipe, expert_warnings(layout)

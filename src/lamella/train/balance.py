@@ -83,22 +83,28 @@ class Balance:
             layer.aim = self._twin_aim(step) if layer.moe.routing == "twin" else self._flat_aim(layer.moe, step)
         for heads in self.heads:
             share = self._even_share(heads.moe, heads.moe.num_experts_per_tok)
-            heads.aim = Aim(next_share=share, auxiliary_factor=self._auxiliary_factor())
+            heads.aim = Aim(next_share=self._on_device(share), auxiliary_factor=self._auxiliary_factor())
 
     def _twin_aim(self, step: int) -> Aim:
         share, loss = self.recipe.twin_share, self.recipe.routing_loss
         tokens_per_step = self.recipe.samples_per_step * self.recipe.seq_len
         return Aim(
-            next_share=share.at(step + 1) if isinstance(share, TwinShare) else None,
+            next_share=self._on_device(share.at(step + 1)) if isinstance(share, TwinShare) else None,
             choice_factor=0.0 if loss is None else loss.coefficient / tokens_per_step,
         )
 
     def _flat_aim(self, config: MoEConfig, step: int) -> Aim:
         return Aim(
             top_k=self._top_k(config, step),
-            next_share=self._even_share(config, self._top_k(config, step + 1)),
+            next_share=self._on_device(self._even_share(config, self._top_k(config, step + 1))),
             auxiliary_factor=self._auxiliary_factor(),
         )
+
+    def _on_device(self, share: float | None) -> Tensor | None:
+        if share is None:
+            return None
+        # filled there: nothing is copied from the host
+        return torch.full((), share, dtype=torch.float64, device=self.routed[0].statistics.device)
 
     def _auxiliary_factor(self) -> float:
         """The factor on the loss of one forward: the gradients of a step's forwards, on all ranks, add up."""

@@ -13,10 +13,13 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
@@ -24,11 +27,12 @@ from lamella.data.order import Interleaving, Permutation
 from lamella.data.packing import IGNORE_INDEX, PackedConversations, Sample, Samples, samples_of, token_file
 from lamella.data.readers import Policy
 from lamella.data.sources import Split, open_source
-from lamella.data.streaming import StreamedSamples
+from lamella.data.streaming import Ranks, StreamedSamples, StreamState
 from lamella.data.tokenizer import check_vocabulary
 from lamella.errors import BadData, UserError
 from lamella.jsons import Json
 from lamella.recipe.sections import Portion
+from lamella.train.prefetch import Prefetch
 
 # One damaged shard is skipped; a folder that has gone is an error whatever the policy.
 MAX_BAD_IN_A_ROW = 16
@@ -53,6 +57,8 @@ class MixedSamples:
     ):
         self.sources, self.seed, self.on_bad_data = sources, seed, on_bad_data
         self.skipped = self._skipped_in_a_row = 0
+        self.places: list[StreamState] | None = None
+        """Of the streams, where the run is; None: where they are."""
         self.names = list(names) or [str(i) for i in range(len(sources))]
         self.streams = {i: s for i, s in enumerate(sources) if isinstance(s, StreamedSamples)}
         self.sized = {i: s for i, s in enumerate(sources) if not isinstance(s, StreamedSamples)}
@@ -115,7 +121,8 @@ class MixedSamples:
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often each source has been gone through after so many samples; of a stream, until now."""
         counts = self.interleaving.counts(num_samples)
-        done = {i: stream.passes() for i, stream in self.streams.items()}
+        places = self.places or [stream.state for stream in self.streams.values()]
+        done = {i: s.passes(place) for (i, s), place in zip(self.streams.items(), places, strict=True)}
         done |= {i: counts[i] / len(source) for i, source in self.sized.items()}
         return {name: done[i] for i, name in enumerate(self.names)}
 
@@ -142,20 +149,36 @@ class MixedSamples:
 
         return bisect_left(range(at_most + 1), True, key=repeats) - 1
 
-    def stream_states(self, num_samples: int) -> str:
-        """JSON: the place of each stream behind so many samples of the mixture, the same on every rank.
+    def read_ahead(self, num_samples: int) -> None:
+        """Let all streams read the text of the first so many samples, as all ranks do together."""
+        counts = self.interleaving.counts(num_samples)
+        for i, stream in self.streams.items():
+            stream.read_ahead(counts[i])
 
-        A rank has read up to the last sample of its own; here it reads on to the common place.
+    def advance(self, num_samples: int) -> list[StreamState]:
+        """The place of each stream behind so many samples of the mixture, the same on every rank.
+
+        A rank has taken its own samples, the last of which may lie before.
         """
         counts = self.interleaving.counts(num_samples)
         for i, stream in self.streams.items():
-            stream.advance(counts[i])
-        return json.dumps([stream.state_dict() for stream in self.streams.values()])
+            with suppress(*([BadData] if self.on_bad_data == "skip" else [])):  # the next sample tries again
+                stream.advance(counts[i])
+        return [stream.state for stream in self.streams.values()]
+
+    def given_out(self, places: list[StreamState]) -> None:
+        """Take note that the run has come to these places; the streams may be ahead of them."""
+        self.places = places
+
+    def stream_states(self, places: list[StreamState]) -> str:
+        """JSON of places of the streams."""
+        return json.dumps([stream.state_dict(p) for stream, p in zip(self.streams.values(), places, strict=True)])
 
     def load_stream_states(self, states: str) -> None:
         """Go on behind the places that `stream_states` told."""
         for stream, state in zip(self.streams.values(), json.loads(states), strict=True):
             stream.load_state_dict(state)
+        self.places = None
 
     def _order(self, source: int, epoch: int) -> Permutation:
         if (source, epoch) not in self._orders:
@@ -278,8 +301,16 @@ def nothing(seq_len: int) -> Sample:
     return Sample(zeros_L, torch.full_like(zeros_L, IGNORE_INDEX), torch.arange(seq_len))
 
 
+class Given(NamedTuple):
+    """A micro-batch of one rank, and where the run is behind it."""
+
+    batch: tuple[dict[str, Tensor], Tensor]
+    consumed: int
+    places: list[StreamState]
+
+
 class SampleLoader(BaseDataLoader):
-    """Endless micro-batches of one data-parallel rank."""
+    """Micro-batches of one data-parallel rank, made ahead by a thread while the model computes."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -287,30 +318,75 @@ class SampleLoader(BaseDataLoader):
 
         samples: MixedSamples
         """Opened before the ranks meet."""
+        samples_per_step: int = 1
+        """Of all ranks; so many are made ahead."""
+        end: int | None = None
+        """The run takes so many samples."""
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: object):
-        self.samples = config.samples
+        self.samples, self.end = config.samples, config.end
         self.dp_world_size, self.dp_rank, self.local_batch_size = dp_world_size, dp_rank, local_batch_size
+        self.depth = max(1, config.samples_per_step // (dp_world_size * local_batch_size))
         self.consumed = 0
         """Samples given out so far, over all ranks."""
+        self.prefetch: Prefetch[Given] | None = None
+        ranks = _all_ranks() if self.samples.streams else Ranks()
+        for stream in self.samples.streams.values():
+            stream.ranks = ranks
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        while True:
-            first = self.consumed + self.dp_rank * self.local_batch_size
+        self.prefetch = Prefetch(self._batches(self.consumed), self.depth)
+        try:
+            for given in self.prefetch:
+                self.consumed = given.consumed
+                self.samples.given_out(given.places)
+                yield given.batch
+        finally:
+            self.close()
+
+    def _batches(self, consumed: int) -> Iterator[Given]:
+        """In the thread: the micro-batches behind so many samples of all ranks."""
+        while self.end is None or consumed < self.end:
+            first = consumed + self.dp_rank * self.local_batch_size
             indices = range(first, first + self.local_batch_size)
-            self.consumed += self.dp_world_size * self.local_batch_size
+            consumed += self.dp_world_size * self.local_batch_size
+            self.samples.read_ahead(consumed)
             inputs, labels_BL = collate([self.samples.sample(i) for i in indices])
             # which text each sample is of, for losses that depend on it
             inputs["source"] = torch.tensor([self.samples.locate(i)[0] for i in indices])
-            yield inputs, labels_BL
+            yield Given((inputs, labels_BL), consumed, self.samples.advance(consumed))
+
+    def close(self) -> None:
+        """End the thread that makes micro-batches; on every rank after the same one."""
+        if self.prefetch is not None:
+            self.prefetch.close()
+            self.prefetch = None
 
     def state_dict(self) -> Json:
         """The number of samples consumed over all ranks, and the places of streams."""
-        streams = {"streams": self.samples.stream_states(self.consumed)} if self.samples.streams else {}
-        return {"consumed_samples": self.consumed} | streams
+        if not self.samples.streams:
+            return {"consumed_samples": self.consumed}
+        places = self.samples.places or self.samples.advance(self.consumed)
+        return {"consumed_samples": self.consumed, "streams": self.samples.stream_states(places)}
 
     def load_state_dict(self, state_dict: Json) -> None:
         """Go on behind a state."""
+        self.close()
         self.consumed = state_dict["consumed_samples"]
         if self.samples.streams:
             self.samples.load_stream_states(state_dict["streams"])
+
+
+def _all_ranks() -> Ranks:
+    """The ranks of the run, in a group of their own: a thread uses it beside the training."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Ranks()
+    group, size = dist.new_group(backend="gloo"), dist.get_world_size()
+    assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+
+    def gather(mine: object) -> list[object]:
+        everyones: list[object] = [None] * size
+        dist.all_gather_object(everyones, mine, group=group)
+        return everyones
+
+    return Ranks(dist.get_rank(), size, gather)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -25,6 +24,7 @@ from lamella.data.packing import IGNORE_INDEX
 from lamella.recipe.sections import Distil
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.parallelise import parallelize
+from lamella.titan.state_dict import RowsReader
 
 TOKENS_PER_CHUNK = 1024
 
@@ -127,6 +127,6 @@ def load_teacher(
     with torch.no_grad():
         model.init_weights(buffer_device=buffers)
     state = names.to_hf(model.state_dict())
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    dcp.load(state, storage_reader=RowsReader(str(folder)))
     model.load_state_dict(names.from_hf(state), strict=False)  # a tied head is in neither form
     return model.eval()

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 from lamella.recipe.training import Recipe
 from lamella.titan.config import read_hf_config
+from lamella.train.rounded_adamw import RoundedAdamW
 from lamella.train.skip import SkipNonFinite
 
 ROUTER = r"\.router\."
@@ -38,12 +40,29 @@ def optimizer_config(recipe: Recipe) -> OptimizersContainer.Config:
         groups.append(_group(recipe, EXPERTS, recipe.lr, recipe.weight_decay))
     if recipe.trains == "all":
         groups.append(_group(recipe, ".*", rest_lr, rest_decay))
-    return OptimizersContainer.Config(param_groups=groups)
+    return Optimizers.Config(param_groups=groups)
 
 
 def _group(recipe: Recipe, pattern: str, lr: float, weight_decay: float) -> ParamGroupConfig:
     kwargs = {"lr": lr, "weight_decay": weight_decay, "betas": (recipe.beta1, recipe.beta2), "eps": 1e-8}
-    return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=kwargs)
+    name = "AdamW" if recipe.optimizer.states == "float32" else RoundedAdamW.__name__
+    return ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs=kwargs)
+
+
+class Optimizers(OptimizersContainer):
+    """torchtitan's, which knows AdamW with bfloat16 moments too."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """torchtitan's."""
+
+        pass
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
+        if name == RoundedAdamW.__name__:
+            return RoundedAdamW
+        return OptimizersContainer._resolve_optimizer_factory(name)
 
 
 def group_name(param_names: list[str]) -> str:

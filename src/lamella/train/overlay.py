@@ -38,6 +38,7 @@ OWNED = {
     "checkpoint.async_mode": "checkpoint_async",
     "loss": "objective",
     "tokenizer": "model",
+    "compile.enable": "compile",
     "optimizer.param_groups": "lr, router_lr_scale, weight_decay and their like",
     "metrics.log_freq": "log_every_steps",
     "metrics.enable_tensorboard": "tensorboard",
@@ -55,13 +56,13 @@ OWNED = {
     "recipe": "the other keys of the recipe",
     "heldout": "heldout_data",
     "teacher": "distil.teacher",
+    "notes": "the other keys of the recipe",
     "stream": "the other keys of the recipe",
     "stop": "the other keys of the recipe",
     "heart": "the other keys of the recipe",
 }
 Config = TypeVar("Config", bound="DataclassInstance")
 
-NO_COMPILE = "the blocks are not compiled"
 # Path -> (the only value that is taken, why another one would do nothing here, or harm).
 REFUSED: dict[str, tuple[object, str]] = {
     "training.disable_cuda_graphs": (True, "some expert paths wait for the host"),
@@ -83,10 +84,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "checkpoint.exclude_from_loading": ([], "a run is resumed whole"),
     "checkpoint.create_seed_checkpoint": (False, "weights come from the model"),
     "checkpoint.load_only": (False, "a run could not be resumed"),
-    "compile.enable": (False, NO_COMPILE),
-    "compile.enable_async_tensor_parallel": (False, NO_COMPILE),
-    "compile.components": (["model", "loss"], NO_COMPILE),
-    "compile.backend": ("inductor", NO_COMPILE),
+    "compile.enable_async_tensor_parallel": (False, "blocks under tensor parallelism are not compiled"),
     "comm.mode": ("default", "the ranks are real"),
     "debug.spmd_typechecking": (False, "the experts are plain tensors"),
     "debug.moe_force_load_balance": (False, "it is for torchtitan's own MoE; see `balancing`"),
@@ -97,8 +95,8 @@ REFUSED: dict[str, tuple[object, str]] = {
 SCHEDULES = ("1F1B", "GPipe")
 # Options of torchtitan that this config does not reach: words that somebody may look for.
 UNREACHABLE = {
-    "memory_budget": "it needs compiled blocks; set activation_checkpointing: selective or full",
-    "float8": "products are computed in `precision`",
+    "memory_budget": "set activation_checkpointing: selective or full",
+    "float8": "set dense_products: float8",
     "mxfp8": "products are computed in `precision`",
     "mx": "products are computed in `precision`",
     "nvfp4": "products are computed in `precision`",
@@ -113,7 +111,7 @@ WORKS = frozenset({
     "parallelism.module_fqns_per_model_part", "parallelism.pipeline_parallel_first_stage_less_layers",
     "parallelism.pipeline_parallel_last_stage_less_layers", "parallelism.pipeline_parallel_layers_per_stage",
     "checkpoint.load_step", "checkpoint.enable_first_step_checkpoint",
-    "activation_checkpoint",
+    "activation_checkpoint", "compile.backend", "compile.components",
     "comm.init_timeout_seconds", "comm.train_timeout_seconds", "comm.trace_buf_size", "comm.save_traces_folder",
     "comm.save_traces_file_prefix",
     "debug.deterministic", "debug.deterministic_warn_only", "debug.detect_anomaly", "debug.print_config",

@@ -29,6 +29,7 @@ from lamella.run.heartbeat import Heartbeat, Where
 from lamella.run.processes import StopRequest
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.flops import forward_flops_per_token
+from lamella.titan.shard import sum_gradients
 from lamella.train import fault_hook, lora
 from lamella.train.balance import Balance, assert_loaded, start_routing
 from lamella.train.checkpoint import CommittedCheckpoints
@@ -74,6 +75,8 @@ class LamellaTrainer(Trainer):
         """torchtitan's config, and what it does not know of."""
 
         recipe: Recipe
+        notes: list[str] = dataclasses.field(default_factory=list)
+        """What people are told at the start."""
         heldout: MixedSamples | None = None
         teacher: LamellaDecoder.Config | None = None
         """A model beside the student."""
@@ -105,7 +108,7 @@ class LamellaTrainer(Trainer):
         self.optimizers.register_step_pre_hook(lambda *_: self._before_update())
         self.lr_schedulers.follow(self.skips)
         self.watch = Watch(self.model, self.run, self.recipe, self.device, self.mesh)
-        self.notes: list[str] = []
+        self.notes = list(config.notes)
         self.heldout = self._open_heldout(config.heldout)
         self.teacher = self._open_teacher(config) if self.recipe.objective == "distil" else None
         self._show_where_it_stands(config.heart)
@@ -227,11 +230,13 @@ class LamellaTrainer(Trainer):
             profiler.step()
             if self.step - first_step == 1:
                 self.shorten_timeouts()
+        cast(SampleLoader, self.dataloader).close()
         return state
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """One optimizer step, on every rank; it is skipped where the gradient is not finite."""
         self.balance.aim(self.step)
+        self.micro_batch = 0
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -253,6 +258,10 @@ class LamellaTrainer(Trainer):
     ) -> Tensor:
         """Of a step without a label the loss and the gradient are 0; torchtitan would divide by 0."""
         self.labels_of_step = global_valid_tokens
+        self.micro_batch += 1
+        if self.stages is None:
+            is_last = self.micro_batch == self.gradient_accumulation_steps
+            sum_gradients(self.model, self.recipe.gradient_sync == "step", is_last)
         return super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens.clamp(min=1)
         )

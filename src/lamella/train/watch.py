@@ -24,7 +24,6 @@ from lamella.architecture.moe import MoEConfig
 from lamella.jsons import Json
 from lamella.recipe.training import Recipe, TwinShare
 from lamella.run.folder import RunDir
-from lamella.titan.block import Block
 from lamella.titan.decoder import LamellaDecoder
 from lamella.train import fault_hook
 from lamella.train.balance import RoutingReport
@@ -47,8 +46,9 @@ class OwnTime:
         self.spans: list[tuple[torch.Event, torch.Event]] = []
         """Begin and end of each forward, on a GPU."""
         for module in modules:
-            module.register_forward_pre_hook(self._begin)
-            module.register_forward_hook(self._end)
+            # called between graphs, and no graphs themselves
+            module.register_forward_pre_hook(torch.compiler.disable(self._begin))
+            module.register_forward_hook(torch.compiler.disable(self._end))
 
     def _begin(self, *_: object) -> None:
         self.began, self.began_s = self._event(), time.perf_counter()
@@ -109,9 +109,8 @@ class Watch:
     def __init__(
         self, model: LamellaDecoder, run: RunDir, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     ):
-        blocks = [m for m in model.modules() if isinstance(m, Block)]
-        inner = [m for b in blocks for m in (b.attention, b.moe if b.moe_enabled else b.feed_forward)]
-        self.own_time = OwnTime(inner, device)
+        # behind FSDP's own hooks, so that waiting for weights does not count; inside a block they would break its graph
+        self.own_time = OwnTime(list(model.layers.values()), device)
         self.run, self.device, self.mesh = run, device, mesh
         self.held = isinstance(recipe.twin_share, TwinShare)
         self.last_step: int | None = None
