@@ -327,7 +327,8 @@ def demo(
         Path | None, typer.Option(help="Write everything to this folder.", show_default="artifacts/demo, -STORY")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Of story whole: train with this many processes.", show_default="3")
+        int | None,
+        typer.Option(help="Of story whole: train with this many processes.", show_default="the GPUs; on CPU 3"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Train for this many optimizer steps.", show_default="12, adapters 20")
@@ -345,7 +346,7 @@ def demo(
         return
     from lamella.demo import run_demo
 
-    run_demo(out or Path("artifacts/demo"), ranks=3 if ranks is None else ranks, **chosen)
+    run_demo(out or Path("artifacts/demo"), ranks=ranks, **chosen)
 
 
 if __name__ == "__main__":

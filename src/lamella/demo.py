@@ -1,7 +1,7 @@
 """Run: uv run lamella demo
 
-The whole way on the embedded model: dense, convert, compare, train on 3 ranks, resume, export; one table, one JSON
-report, one picture. Every figure is measured in this run.
+The whole way on the embedded model: dense, convert, compare, train on 3 ranks (or the GPUs that are there), resume,
+export; one table, one JSON report, one picture. Every figure is measured in this run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from rich.table import Table
 from lamella.architecture.embedded import check_embedded_model
 from lamella.errors import UserError
 from lamella.run.folder import RunDir
+from lamella.run.gpus import visible_gpus
+from lamella.run.launch import check_gpus
 from lamella.run.store import LATEST
 
 Report = dict[str, dict[str, Any]]
@@ -61,12 +63,22 @@ MARK = ".lamella-demo"
 OWN_NAMES = frozenset({MARK, "moe", "run", "run-resumed", "glm4-moe", "training.png", "report.json", ".report.json"})
 
 
+RANKS = 3
+"""Without a GPU, and at most: the 8 experts of a kind come out uneven then, which shows that they may."""
+
+
+def default_ranks(gpus: int) -> int:
+    """One for each GPU, up to RANKS; on 1, 2 or 3 ranks FSDP cuts the same model over what is there."""
+    return min(gpus, RANKS) or RANKS
+
+
 def check_arguments(out: Path, ranks: int, steps: int) -> None:
     """UserError for a demo that cannot be; a folder is replaced only if all it holds is a demo, broken off or not."""
     if steps < 2:
         raise UserError(f"{steps} training steps cannot be cut in two; ask for at least 2")
     if ranks < 1:
         raise UserError(f"{ranks} training processes cannot train; ask for at least 1")
+    check_gpus(ranks)
     if out.exists() and not (out.is_dir() and _is_demo({path.name for path in out.iterdir()})):
         raise UserError(f"{out} holds something else than a demo; give another --out")
 
@@ -76,12 +88,16 @@ def _is_demo(names: set[str]) -> bool:
     return not names or (names <= OWN_NAMES and (MARK in names or {"report.json", "training.png"} <= names))
 
 
-def run_demo(out: Path, *, ranks: int = 3, steps: int = 12) -> Report:
+def run_demo(out: Path, *, ranks: int | None = None, steps: int = 12) -> Report:
     """Do all of it under `out`, in place of an earlier demo; writes report.json and training.png there.
+
+    Args:
+        ranks: None: see `default_ranks`.
 
     Raises:
         UserError: see `check_arguments`; or a stage refused its input.
     """
+    ranks = default_ranks(visible_gpus()) if ranks is None else ranks
     check_arguments(out, ranks, steps)
     check_embedded_model()
     shutil.rmtree(out, ignore_errors=True)

@@ -50,6 +50,7 @@ def check(words: Sequence[str], nproc: int, check_source: CheckSource | None = N
     if nproc < 1:
         raise UserError(f"nproc is {nproc}; it must be at least 1")
     recipe.check_world_size(nproc)
+    check_gpus(nproc)
     if check_source is not None:
         for portion in [*recipe.data, *(recipe.heldout_data or [])]:
             check_source(portion.source)
@@ -64,6 +65,15 @@ def check(words: Sequence[str], nproc: int, check_source: CheckSource | None = N
     elif run_of_result(model) is None:
         raise UserError(f"there is no model {model}; make it with `{command(f'lamella convert --out {model}')}`")
     return recipe
+
+
+def check_gpus(nproc: int) -> None:
+    """UserError where there are GPUs, but fewer than ranks: two cannot share one."""
+    if 0 < (gpus := visible_gpus()) < nproc:
+        raise UserError(
+            f"{nproc} processes need a GPU each, and {gpus} can be used here; start {gpus}, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+        )
 
 
 def check_stages(words: Sequence[str], nproc: int, check_source: CheckSource | None = None) -> list[Recipe]:

@@ -1,0 +1,55 @@
+"""The demo's ranks on machines with and without GPUs; `lamella demo` itself is run by test_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamella import demo
+from lamella.architecture.moe import MoEConfig
+from lamella.errors import UserError
+from lamella.plan.command import make_layout
+from lamella.plan.start import starting_model
+from lamella.recipe.stages import prepare_recipe
+from lamella.run import launch
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Say how many GPUs this machine has."""
+
+    def have(count: int) -> None:
+        for module in (demo, launch):
+            monkeypatch.setattr(module, "visible_gpus", lambda: count)
+
+    return have
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(0, 3), (1, 1), (2, 2), (3, 3), (8, 3)])
+def test_a_rank_for_each_gpu_up_to_three(count, ranks, gpus, tmp_path, monkeypatch):
+    """And the recipe that the demo trains can be laid over them, with all of each step's samples shared out."""
+    gpus(count)
+
+    def begins(begun: demo.Demo) -> None:
+        raise InterruptedError(begun.ranks)
+
+    monkeypatch.setattr(demo, "convert", begins)
+    with pytest.raises(InterruptedError) as stopped:
+        demo.run_demo(tmp_path / "demo")
+    assert stopped.value.args == (ranks,)
+    recipe = prepare_recipe(None, [f"samples_per_step={ranks}"])
+    model = starting_model(recipe).model
+    assert isinstance(model.moe, MoEConfig)
+    layout = make_layout(recipe, model, ranks, "H100" if count else "cpu")
+    assert (layout.shards, layout.batch_ranks, layout.micro_batches) == (ranks, ranks, 1)
+
+
+def test_more_ranks_than_gpus_are_refused_before_anything_is_written(gpus, tmp_path):
+    gpus(2)
+    with pytest.raises(UserError, match="3 processes need a GPU each, and 2 can be used here; start 2"):
+        demo.run_demo(tmp_path / "demo", ranks=3)
+    assert not Path(tmp_path / "demo").exists()
+    launch.check_gpus(2)
+    gpus(0)
+    launch.check_gpus(64)
