@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from lamella.recipe.methods.slice import SliceOptions
 @with_fields_of(SliceOptions)
 def convert_by_slicing(
     model: Annotated[str | None, typer.Option(help=MODEL, show_default="the embedded SmolLM2-135M")] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT, show_default="artifacts/moe")] = None,
+    out: Annotated[str | None, typer.Option(help=OUT, show_default="artifacts/moe")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     **options: Any,

@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 # What several commands say alike.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every tensor that would be written, and write nothing.")]
-MODEL = "Convert this model: a folder, a .gguf file or a hub name."
-OUT = "Write the converted model to this folder."
+MODEL = "Convert this model: a folder or its URL (s3://bucket/model), a .gguf file or a hub name."
+OUT = "Write the converted model to this folder, or to this URL shard by shard."
 
 
 def main() -> None:
@@ -87,7 +87,17 @@ def convert(
     model: Annotated[
         str | None, typer.Option(help=MODEL, show_default="the recipe's, or the embedded SmolLM2-135M")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT, show_default="the recipe's, or artifacts/moe")] = None,
+    out: Annotated[str | None, typer.Option(help=OUT, show_default="the recipe's, or artifacts/moe")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make the I-th of N parts alone, as one of several machines; the last to be made finishes the model.",
+        ),
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Make nothing; finish the model whose parts are all there.")
+    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(help="Calibrate on the training part of this text, whatever the recipe's calibration.data is."),
@@ -103,10 +113,14 @@ def convert(
 
     words = [*(words or []), *([] if calibration is None else [f"calibration.data={calibration}"])]
     recipe = read_conversion(words)  # refuses before torch is imported
-    from lamella.conversion.command import run_recipe, run_slicing
+    from lamella.conversion.command import run_part, run_recipe, run_slicing
     from lamella.recipe.methods.slice import SliceOptions
 
-    if words:
+    if part is not None or join:
+        if dry_run or (join and part is not None):
+            raise UserError("--part, --join and --dry-run do not go together; give one of them")
+        run_part(recipe, model, out, part, overwrite)
+    elif words:
         run_recipe(recipe, model, out, overwrite=overwrite, dry_run=dry_run)
     else:
         run_slicing(model, out, SliceOptions(), overwrite=overwrite, dry_run=dry_run)

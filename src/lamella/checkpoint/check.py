@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from lamella.architecture.families import Shapes, dense_tensors, may_be_stored
 from lamella.architecture.types import Family
+from lamella.checkpoint.remote import AnyPath
 from lamella.checkpoint.tensors import DTYPES, SourceTensor
 from lamella.errors import UserError
 from lamella.jsons import Json, json_object
 
 
-def read_config(folder: Path) -> Json:
+def read_config(folder: AnyPath) -> Json:
     path = folder / "config.json"
     return read_json(path, f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
 
 
-def read_json(path: Path, if_missing: str) -> Json:
+def read_json(path: AnyPath, if_missing: str) -> Json:
     if not path.is_file():
         raise UserError(if_missing)
     return json_object(path.read_bytes(), str(path))

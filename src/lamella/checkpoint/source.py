@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lamella.architecture.two_matrix import full_names
 from lamella.checkpoint.check import check_dense, listed, read_config, read_json
 from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.gguf import open_gguf
+from lamella.checkpoint.remote import AnyPath, RemotePath, is_remote
 from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.checkpoint.tying import as_stored, say_once, stray_files
 from lamella.errors import UserError
@@ -49,13 +49,19 @@ class Checkpoint:
         """Find and check a model.
 
         Args:
-            model: a folder with config.json and safetensors, a .gguf file, a hub name, or None for the embedded model.
+            model: a folder with config.json and safetensors, its URL (s3://bucket/model), a .gguf file, a hub name, or
+                None for the embedded model.
 
         Raises:
             UserError: no such model, an architecture that cannot be converted, or tensors that do not match the config.
         """
         if model is None:
             return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
+        if is_remote(model):
+            remote = RemotePath.open(str(model))
+            if not remote.is_dir():
+                raise UserError(f"no such model: there is no folder {model}")
+            return cls._from_folder(remote, str(model))
         path = Path(model).expanduser()
         if path.suffix == ".gguf":
             return cls(path.name, *open_gguf(path))
@@ -69,7 +75,7 @@ class Checkpoint:
         return cls._from_folder(folder, f"{model}@{folder.name}")
 
     @classmethod
-    def _from_folder(cls, folder: Path, name: str, licence: str | None = None) -> Checkpoint:
+    def _from_folder(cls, folder: AnyPath, name: str, licence: str | None = None) -> Checkpoint:
         config = read_config(folder)
         family = family_of(config)
         found = full_names(read_folder(folder), dense_tensors(config, family), family)
@@ -98,7 +104,7 @@ def read_stored_config(folder: Path) -> Json:
     return as_stored(config, tensors, str(folder))
 
 
-def read_folder(folder: Path) -> dict[str, SourceTensor]:
+def read_folder(folder: AnyPath) -> dict[str, SourceTensor]:
     """All tensors of a folder's safetensors, from the headers alone; an index and its files must agree.
 
     Where there are both a single file and an index of others, transformers loads the single file, and so do we.
@@ -115,7 +121,7 @@ def read_folder(folder: Path) -> dict[str, SourceTensor]:
     raise UserError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
+def _read_sharded(folder: AnyPath) -> dict[str, SourceTensor]:
     weight_map = read_json(folder / INDEX_FILE, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
@@ -133,17 +139,18 @@ def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
     return {name: tensor for header in headers.values() for name, tensor in header.items()}
 
 
-def copy_sidecars(folder: Path, out: Path, names: tuple[str, ...] = SIDECARS) -> None:
+def copy_sidecars(folder: AnyPath, out: Path, names: tuple[str, ...] = SIDECARS) -> None:
     """Tokenizer, generation config, chat templates and licence files, byte for byte."""
     for name in names:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+            (out / name).write_bytes((folder / name).read_bytes())
     for name in SIDECAR_FOLDERS if names == SIDECARS else ():
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, out / name, copy_function=shutil.copyfile)
+        for file in (folder / name).iterdir() if (folder / name).is_dir() else ():
+            (out / name).mkdir(exist_ok=True)
+            (out / name / file.name).write_bytes(file.read_bytes())
 
 
-def card_licence(folder: Path) -> str | None:
+def card_licence(folder: AnyPath) -> str | None:
     """The `license:` of a model card's front matter, if there is one."""
     card = folder / "README.md"
     if not card.is_file():

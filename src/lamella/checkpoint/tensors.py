@@ -11,13 +11,13 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from lamella.checkpoint.remote import AnyPath, RemotePath
 from lamella.errors import UserError
 
 # safetensors' code -> torch dtype; what a dense model's weights come in.
@@ -35,7 +35,7 @@ class SourceTensor:
     dtype: str
     """safetensors' code, such as "BF16"."""
     shape: tuple[int, ...]
-    path: Path
+    path: AnyPath
     begin: int
     """Offset of the first byte in the file."""
 
@@ -73,8 +73,13 @@ def spans(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
         yield at, min(size, start + count - at)
 
 
-def read_bytes(path: Path, begin: int, count: int) -> np.ndarray:
+def read_bytes(path: AnyPath, begin: int, count: int) -> np.ndarray:
     """`count` bytes from offset `begin`; UserError if the file ends earlier."""
+    if isinstance(path, RemotePath):
+        found = path.read_range(begin, begin + count)
+        if len(found) != count:
+            raise UserError(f"{path} ends {count - len(found)} bytes early; it is truncated or changed")
+        return np.frombuffer(found, np.uint8).copy()
     size = path.stat().st_size
     if begin + count > size:  # or a damaged header asks for memory that there is not
         raise UserError(f"{path} ends {begin + count - size} bytes early; it is truncated or changed while it was read")
@@ -90,7 +95,7 @@ def read_bytes(path: Path, begin: int, count: int) -> np.ndarray:
     return buffer
 
 
-def read_header(path: Path) -> dict[str, SourceTensor]:
+def read_header(path: AnyPath) -> dict[str, SourceTensor]:
     """All tensors of a safetensors file, after checking that the file's length is exactly what the header promises."""
     size = path.stat().st_size
     length = struct.unpack("<Q", read_bytes(path, 0, 8).tobytes())[0] if size >= 8 else 0
@@ -110,7 +115,7 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     return {name: tensor for name, (tensor, _) in entries}
 
 
-def _entry(path: Path, name: str, data_start: int, fields: dict) -> tuple[SourceTensor, int]:
+def _entry(path: AnyPath, name: str, data_start: int, fields: dict) -> tuple[SourceTensor, int]:
     """(tensor, offset of its end)."""
     shape, (begin, end) = tuple(fields["shape"]), fields["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
@@ -123,7 +128,7 @@ def _entry(path: Path, name: str, data_start: int, fields: dict) -> tuple[Source
     return tensor, data_start + end
 
 
-def _check_layout(path: Path, data_start: int, size: int, entries: list[tuple[SourceTensor, int]]) -> None:
+def _check_layout(path: AnyPath, data_start: int, size: int, entries: list[tuple[SourceTensor, int]]) -> None:
     at = data_start
     for tensor, end in sorted(entries, key=lambda entry: entry[1]):
         if tensor.begin != at and tensor.numel:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from lamella.architecture.families import HEAD, sizes_of, tensors_of
+from lamella.checkpoint.remote import AnyPath
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.jsons import Json
 
@@ -45,7 +45,7 @@ def say_once(message: str) -> None:
     _logger.warning(message)
 
 
-def stray_files(folder: Path, tensors: Mapping[str, SourceTensor]) -> list[str]:
+def stray_files(folder: AnyPath, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Names of safetensors files of the folder that are not among those which the tensors are read from."""
     used = {tensor.path.name for tensor in tensors.values()}
     return sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)

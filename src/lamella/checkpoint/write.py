@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lamella.checkpoint.blocks import BlockFile, Stream
 from lamella.checkpoint.plan import OutputTensor, WritePlan
+from lamella.checkpoint.remote import AnyPath
 from lamella.checkpoint.tensors import DTYPES, encode_header
 from lamella.errors import UserError
 from lamella.jsons import Json
@@ -96,7 +97,7 @@ def write_tensors(plan: WritePlan, folder: Path, on_bytes: Callable[[int], None]
     finally:
         for file in files:
             file.close()
-    _write_index(plan, folder)
+    write_index(plan, folder)
     return hashes
 
 
@@ -142,7 +143,19 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_index(plan: WritePlan, folder: Path) -> None:
+def write_shard(path: Path, tensors: list[OutputTensor], on_bytes: Callable[[int], None]) -> dict[str, str]:
+    """Write one safetensors file; the hashes are those of `write_tensors`."""
+    header = encode_header([(t.name, t.dtype, t.shape) for t in tensors])
+    file = BlockFile(path, len(header) + sum(t.nbytes for t in tensors))
+    try:
+        file.write(0, memoryview(header))
+        return _run(list(_lay_out(file, len(header), tensors, on_bytes)))
+    finally:
+        file.close()
+
+
+def write_index(plan: WritePlan, folder: Path) -> None:
+    """Write the index of the plan's files, if there are several."""
     shards = plan.shards()
     if len(shards) > 1:
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
@@ -154,7 +167,7 @@ def write_json(path: Path, values: Json) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_output(out: Path, overwrite: bool, needed_bytes: int = 0, sources: Iterable[Path] = ()) -> None:
+def check_output(out: Path, overwrite: bool, needed_bytes: int = 0, sources: Iterable[AnyPath] = ()) -> None:
     """UserError if `out` cannot take a checkpoint of this size; nothing is touched.
 
     Only an empty folder or a checkpoint is ever overwritten, and never one that holds a source file.
@@ -168,7 +181,8 @@ def check_output(out: Path, overwrite: bool, needed_bytes: int = 0, sources: Ite
             raise UserError(f"{out} is not a checkpoint, so it is not overwritten; give another --out")
     if out.resolve() == Path.cwd():
         raise UserError("the working directory itself cannot be replaced; give another --out")
-    files = [place for path in sources for place in (path.parent.resolve() / path.name, path.resolve())]  # links too
+    here = [path for path in sources if isinstance(path, Path)]
+    files = [place for path in here for place in (path.parent.resolve() / path.name, path.resolve())]  # links too
     if any(out.resolve() in file.parents for file in files):
         raise UserError(f"{out} holds the model that is to be read; give another --out")
     parent = _existing_parent(out)

@@ -16,17 +16,20 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from lamella.architecture.converted import converted_layers
 from lamella.architecture.layout import ffn_layout
 from lamella.checkpoint.plan import WritePlan
+from lamella.checkpoint.remote import is_remote
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import check_output
-from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, plan_conversion
+from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, peak_rss_mib, plan_conversion
+from lamella.conversion.parts import Part, write_part
 from lamella.conversion.sidecars import holds_conversion
+from lamella.errors import UserError
 from lamella.installation import command as typed
 from lamella.recipe.conversion import ConversionRecipe
 from lamella.recipe.methods.common import MethodOptions
 
 
 def run_slicing(
-    model: str | None, out: Path | None, options: SliceOptions, *, overwrite: bool = False, dry_run: bool = False
+    model: str | None, out: str | Path | None, options: SliceOptions, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Slice, or with `dry_run` print the plan. UserError before anything is written.
 
@@ -41,14 +44,42 @@ def run_slicing(
 
 
 def run_recipe(
-    recipe: ConversionRecipe, model: str | None, out: Path | None, *, overwrite: bool = False, dry_run: bool = False
+    recipe: ConversionRecipe, model: str | None, out: str | None, *, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Convert by a recipe; `model` and `out` take the place of its own."""
-    chosen = out or (Path(recipe.out) if recipe.out else DEFAULT_OUT)
-    run(model or recipe.model, chosen, recipe.options, overwrite=overwrite, dry_run=dry_run)
+    run(model or recipe.model, out or recipe.out or DEFAULT_OUT, recipe.options, overwrite=overwrite, dry_run=dry_run)
 
 
-def run(model: str | None, out: Path, options: MethodOptions, *, overwrite: bool, dry_run: bool) -> None:
+def run_part(recipe: ConversionRecipe, model: str | None, out: str | None, part: str | None, overwrite: bool) -> None:
+    """Make one part of a conversion, such as "3/16", or with `part` None finish one whose parts are all there."""
+    if overwrite:
+        raise UserError("parts never replace a model, which other machines may be writing; remove it first")
+    place, number = str(out or recipe.out or DEFAULT_OUT), None if part is None else Part.parse(part)
+    _run_part(model or recipe.model, place, recipe.options, number)
+
+
+def _run_part(model: str | None, out: str, options: MethodOptions, part: Part | None) -> None:
+    with progress_bar("Converting") as display:
+        report = write_part(
+            plan_conversion(model, options), options, out, part, on_plan=display.on_plan, on_bytes=display.on_bytes
+        )
+    made = f"{report.made} shards made, {report.found} were there"
+    if not report.is_whole:
+        rest = "the last part to be made finishes the model" if part else "make their parts first"
+        print(f"{out}: {made}; {report.missing} of other parts are missing: {rest}")
+        return
+    speed = f"{report.bytes_written / 1e9:.2f} GB in {report.wall_s:.1f} s, peak memory {peak_rss_mib():,.0f} MiB"
+    print(f"{out}: {made}, {speed}. The model is whole")
+
+
+def run(model: str | None, out: str | Path, options: MethodOptions, *, overwrite: bool, dry_run: bool) -> None:
+    """Convert into a folder, or shard by shard to a URL."""
+    if is_remote(out) and not dry_run:
+        if overwrite:
+            raise UserError(f"a model in a remote folder is not replaced; remove {out} first")
+        _run_part(model, str(out), options, Part())
+        return
+    out = Path(out)
     if dry_run:
         plan = plan_conversion(model, options)
         source, listing = plan.source, plan.listing

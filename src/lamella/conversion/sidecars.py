@@ -11,6 +11,7 @@ from lamella.architecture.layout import ffn_layout
 from lamella.checkpoint.check import read_json
 from lamella.checkpoint.manifest import MANIFEST
 from lamella.checkpoint.plan import WritePlan
+from lamella.checkpoint.remote import AnyPath
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.write import write_json
 from lamella.recipe.methods.common import MethodOptions
@@ -67,7 +68,8 @@ def manifest(source: Checkpoint, plan: WritePlan, options: MethodOptions, hashes
 
 def provenance(source: Checkpoint, options: MethodOptions) -> dict:
     """What a conversion is made of: two that agree in it have the same tensors."""
-    files = {tensor.path.name: tensor.path.stat().st_size for tensor in source.tensors.values()}
+    paths = {tensor.path.name: tensor.path for tensor in source.tensors.values()}
+    files = {name: path.stat().st_size for name, path in paths.items()}
     return {
         "lamella_version": __version__,
         "source": {
@@ -80,7 +82,7 @@ def provenance(source: Checkpoint, options: MethodOptions) -> dict:
     }
 
 
-def holds_conversion(folder: Path, source: Checkpoint, options: MethodOptions) -> bool:
+def holds_conversion(folder: AnyPath, source: Checkpoint, options: MethodOptions) -> bool:
     """Whether the folder's manifest says that it is this conversion of this model."""
     if not (folder / MANIFEST).is_file():
         return False
