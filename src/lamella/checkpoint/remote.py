@@ -25,6 +25,8 @@ class Stat(NamedTuple):
     """As `os.stat_result`, as far as it is asked for."""
 
     st_size: int
+    st_mtime_ns: int
+    """No time, but another number where the file is another one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class RemotePath:
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self.files, posixpath.join(self.place, name), posixpath.join(self.url, name))
+
+    def __lt__(self, other: AnyPath) -> bool:
+        return str(self) < str(other)
 
     def __str__(self) -> str:
         return self.url
@@ -83,8 +88,8 @@ class RemotePath:
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def stat(self) -> Stat:
-        """Its size."""
-        return Stat(self.files.size(self.place))
+        """Its size, and what tells it from another version."""
+        return Stat(self.files.size(self.place), int(self.files.ukey(self.place)[:15], 16))
 
     def read_bytes(self) -> bytes:
         """All of a small file."""
