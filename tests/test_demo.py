@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from lamella import demo
-from lamella.architecture.moe import MoEConfig
 from lamella.errors import UserError
-from lamella.plan.command import make_layout
-from lamella.plan.start import starting_model
 from lamella.recipe.stages import prepare_recipe
 from lamella.run import launch
 
@@ -28,7 +25,7 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize(("count", "ranks"), [(0, 3), (1, 1), (2, 2), (3, 3), (8, 3)])
 def test_a_rank_for_each_gpu_up_to_three(count, ranks, gpus, tmp_path, monkeypatch):
-    """And the recipe that the demo trains can be laid over them, with all of each step's samples shared out."""
+    """And the recipe that the demo trains can be laid over them."""
     gpus(count)
 
     def begins(begun: demo.Demo) -> None:
@@ -38,11 +35,7 @@ def test_a_rank_for_each_gpu_up_to_three(count, ranks, gpus, tmp_path, monkeypat
     with pytest.raises(InterruptedError) as stopped:
         demo.run_demo(tmp_path / "demo")
     assert stopped.value.args == (ranks,)
-    recipe = prepare_recipe(None, [f"samples_per_step={ranks}"])
-    model = starting_model(recipe).model
-    assert isinstance(model.moe, MoEConfig)
-    layout = make_layout(recipe, model, ranks, "H100" if count else "cpu")
-    assert (layout.shards, layout.batch_ranks, layout.micro_batches) == (ranks, ranks, 1)
+    prepare_recipe(None, [f"samples_per_step={ranks}"]).check_world_size(ranks)
 
 
 def test_more_ranks_than_gpus_are_refused_before_anything_is_written(gpus, tmp_path):
