@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from support.scripts import script_module
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {"kernel tests", "memory", "offload"}
@@ -47,12 +48,7 @@ def test_without_time_nothing_begins_and_all_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_day", ROOT / "benchmarks/gpu_day.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = sys.modules["gpu_day"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return script_module("gpu_day", "benchmarks")
 
 
 @pytest.mark.parametrize(
