@@ -14,8 +14,8 @@ HOME = Path("artifacts/service")
 ADDRESS = "address"
 """In the home: where the service listens, for commands to find it."""
 REMOTE = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss|hf)://[^\x00-\x1f]+")
-ALWAYS_PATHS = ("out", "out_folder", "source", "folder", "checkpoint_folder", "teacher", "tokenizer")
-"""The last words of keys whose value is a path even if nothing is there yet."""
+ALWAYS_PATHS = ("out", "out_folder", "checkpoint_folder")
+"""The last words of keys whose value will be written, even if nothing is there yet."""
 MAX_LENGTH = 4096
 
 

@@ -44,8 +44,9 @@ def plan_of(
             text = "\n\n".join(texts.values())
         except UserError as error:  # mostly a model that is not here yet
             problem = str(error)
+    command = shlex.join(["lamella", *command_of(run, place)[3:]]).replace(DRAFT, "RUN")
     return {
-        "kind": run.kind, "command": shlex.join(["lamella", *command_of(run, place)[3:]]), "executor": run.executor,
+        "kind": run.kind, "command": command, "executor": run.executor,
         "gpus": gpus, "cores": cores, "out": submission.job.out(), "training": plans, "text": text,
         "problem": problem, "files": EXECUTORS[run.executor](place).render(run, 1),
     }  # fmt: skip
