@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib import metadata
 
 from fastapi import FastAPI
 
+from lamella.jsons import Json
 from lamella.service import routes_files, routes_jobs, routes_service
 from lamella.service.context import Service
 from lamella.service.guard import LOOPBACK, Guard, Rates
@@ -17,6 +18,20 @@ from lamella.service.problems import Problem, handle_problems
 
 RATE, BURST = 100.0, 200.0
 """Requests a second of one address, and how many at once."""
+
+
+class App(FastAPI):
+    """An application whose OpenAPI document says what errors look like."""
+
+    def openapi(self) -> Json:
+        """The document."""
+        document = super().openapi()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "Problem" not in schemas:
+            schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas["Problem"] = schema
+        return document
 
 
 def make_app(
@@ -29,7 +44,7 @@ def make_app(
         rate: requests a second of one address.
         schedule: run the scheduler beside it; else runs are only stored.
     """
-    app = FastAPI(
+    app = App(
         title="lamella", version=metadata.version("lamella"), lifespan=_lifespan(service, schedule), docs_url=None,
         redoc_url=None, description="Submit, watch, cancel and resume conversions and training runs.",
     )  # fmt: skip
@@ -37,12 +52,11 @@ def make_app(
     handle_problems(app)
     for routes in (routes_jobs, routes_files, routes_service):
         app.include_router(routes.router)
-    _describe_problems(app)
     app.add_middleware(Guard, hosts=hosts, rates=Rates(rate, 2 * rate), figures=service.figures)
     return app
 
 
-def _lifespan(service: Service, schedule: bool):  # type: ignore[no-untyped-def]
+def _lifespan(service: Service, schedule: bool) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.hub.start()
@@ -59,19 +73,3 @@ def _lifespan(service: Service, schedule: bool):  # type: ignore[no-untyped-def]
             await asyncio.to_thread(thread.join, 10)
 
     return lifespan
-
-
-def _describe_problems(app: FastAPI) -> None:
-    """Have the OpenAPI document say what errors look like."""
-    made = app.openapi
-
-    def openapi() -> dict[str, object]:
-        if app.openapi_schema is None:
-            document = made()
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas["Problem"] = schema
-        return app.openapi_schema or {}
-
-    app.openapi = openapi  # type: ignore[method-assign]
