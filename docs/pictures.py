@@ -220,6 +220,7 @@ ROOMS = {  # what each knows
     "cli_evaluate": "the command evaluate",
     "demo": "the whole way, shown",
     "demo_adapters": "adapters, shown",
+    "demo_merge": "a merge, shown",
     "worker": "what torchrun starts",
     "api": "from Python",
     "command_options": "options from fields",

@@ -45,17 +45,23 @@ def differences(pairs: dict[Path, Path], mode: str = "routed") -> dict[Path, flo
                     tensors["positions"] = reference.positions_1L
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
                 jobs.append([str(export), str(file)])
-        # Nothing of the project is on this path: the exports must be read without it.
-        environment = os.environ | {"PYTHONPATH": str(site()), "HF_HUB_OFFLINE": "1"}
-        words = [sys.executable, __file__, "--read", json.dumps(jobs)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])
+        found = read_elsewhere(jobs)
     largest = dict.fromkeys(pairs, 0.0)
     for (export, _), difference in zip(jobs, found, strict=True):
         largest[Path(export)] = max(largest[Path(export)], difference)
     return largest
+
+
+def read_elsewhere(jobs: list[list[str]]) -> list[float]:
+    """`read` in a process of the older environment; RuntimeError with what it said where it fails."""
+    # Nothing of the project is on this path: the exports must be read without it.
+    environment = os.environ | {"PYTHONPATH": str(site()), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, __file__, "--read", json.dumps(jobs)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    found: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def read(jobs: list[list[str]]) -> list[float]:

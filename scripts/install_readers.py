@@ -2,7 +2,8 @@
 
 This script fetches what reads exports beside the project's own transformers, each into a folder of its own in lamella's
 cache (or where $LAMELLA_TRANSFORMERS_4 and $LAMELLA_XLLAMACPP say), out of the way of the project's versions:
-transformers 4.57 with what it needs in other versions (135 MB), and xllamacpp, llama.cpp ready to run (102 MB).
+transformers 4.57 with what it needs in other versions (135 MB), and xllamacpp, llama.cpp ready to run (102 MB). And
+mergekit (3 MB), the peer of method "merge", which runs on the project's own torch and transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ READERS = {
         "LAMELLA_TRANSFORMERS_4",
         ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"],
     ),
+    "mergekit": ("LAMELLA_MERGEKIT", ["mergekit==0.1.5", "immutables==0.21"]),
     "xllamacpp": ("LAMELLA_XLLAMACPP", ["xllamacpp==2026.10.11549"]),
 }
 

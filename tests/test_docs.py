@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lamella.recipe.conversion import make_conversion
 from lamella.recipe.keys import keys
 from lamella.recipe.methods import METHODS
 from lamella.recipe.training import Recipe, make_recipe
@@ -41,7 +42,8 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path, monkeypatc
     for block in blocks(page, "python") if "extend" not in page.parts else ():
         compile(block, page.name, "exec", ast.PyCF_ONLY_AST)
     for block in blocks(page, "yaml"):
-        make_recipe(yaml.safe_load(block))
+        values = yaml.safe_load(block)
+        (make_conversion if "method" in values else make_recipe)(values)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,17 @@ def version() -> None:
 
 @app.command(
     epilog="Keys of a recipe that every method has: model, out, method. `lamella keys convert METHOD` lists the others "
-    "of slice, partition, upcycle, adapters or attention, with their defaults."
+    "of slice, partition, upcycle, merge, adapters or attention, with their defaults."
 )
 def convert(
-    words: Words = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.yaml [OUT]] [key=value ...]",
+            help="A recipe, as a file or a name of `lamella recipes`, or a config of mergekit-moe, the folder to make, "
+            "and settings that replace its own.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help=MODEL, show_default="the recipe's, or the embedded SmolLM2-135M")
     ] = None,
@@ -105,7 +112,7 @@ def convert(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Convert a dense model into a mixture of experts, by the method that a recipe names.
+    """Convert a dense model into a mixture of experts, or several models into one, by the method that a recipe names.
 
     Without a recipe every FFN becomes 8 frozen slices and 8 trainable copies of them (method slice).
     """
@@ -147,7 +154,7 @@ def keys(
         str | None,
         typer.Argument(
             metavar="[METHOD]",
-            help="The method of a conversion: slice, partition, upcycle, adapters or attention.",
+            help="The method of a conversion: slice, partition, upcycle, merge, adapters or attention.",
             autocompletion=_methods,
         ),
     ] = None,
@@ -333,7 +340,8 @@ def demo(
         str | None,
         typer.Argument(
             metavar="[STORY]",
-            help="Show this: whole (slices, from converting to export), or adapters as experts.",
+            help="Show this: whole (slices, from converting to export), adapters as experts, or merge (three models "
+            "become one).",
             show_default="whole",
         ),
     ] = None,
@@ -349,7 +357,7 @@ def demo(
     ] = None,
 ) -> None:
     """Show what lamella does on a small real model: convert, train, export, compare; every figure is measured."""
-    check_choice("story", story, (None, "whole", "adapters"))
+    check_choice("story", story, (None, "whole", "adapters", "merge"))
     chosen = {} if steps is None else {"steps": steps}
     if story == "adapters":
         from lamella.demo_adapters import run_adapters_demo
@@ -357,6 +365,13 @@ def demo(
         if ranks is not None:
             raise UserError("--ranks has no effect on the story adapters; leave it out")
         run_adapters_demo(out or Path("artifacts/demo-adapters"), **chosen)
+        return
+    if story == "merge":
+        from lamella.demo_merge import run_merge_demo
+
+        if ranks is not None:
+            raise UserError("--ranks has no effect on the story merge; leave it out")
+        run_merge_demo(out or Path("artifacts/demo-merge"), **chosen)
         return
     from lamella.demo import run_demo
 

@@ -153,6 +153,10 @@ ON_TOP: tuple[tuple[str, list[str]], ...] = (
     ("lamella plan", SHORT[:1]),
     ("launch/conversions/demo-partition.yaml", [f"model={DENSE}", *CALIBRATION[:1]]),
     ("launch/conversions/llama3-8b-partition.yaml", CALIBRATION),
+    (
+        "launch/conversions/merge.yaml",
+        [f"model={DENSE}", "experts=[{positive_prompts: [abc, cab]}, {positive_prompts: [xyz, yzx]}]"],
+    ),
     ("launch/conversions/attention.yaml", [*CALIBRATION[:1], "top_k=1"]),
     ("--task", []),
     ("lamella adapters learn", ["--steps", "2", "--seq-len", "64"]),

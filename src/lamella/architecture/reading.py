@@ -9,13 +9,12 @@ transformers has been imported here anyway. Equal configs are asked once per pro
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ SHARED_NAMES = (
 )  # fmt: skip
 # Of files, hubs and converted models; none says what the dense model computes.
 _NOT_ASKED = ("auto_map", "architectures", "moe", "attention_moe", "adapters", "_name_or_path", "quantization_config")
+_MOST_ANSWERS = 256
 _TIMEOUT_S = 600  # a machine that has no memory left reads every library from the disk
 
 
@@ -47,27 +47,48 @@ def read_meaning(config: dict[str, Any]) -> Reading:
     Raises:
         UserError: a config that transformers refuses.
     """
-    asked = {key: value for key, value in config.items() if key not in _NOT_ASKED}
-    try:
-        text = json.dumps(asked, sort_keys=True)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"config.json is damaged ({error}); copy it again from the model's source") from None
-    answer = _ask(text)
+    text = _asked(config)
+    _ask([text])
+    answer = _answers[text]
     if "refused" in answer:
         raise UserError(f"transformers does not accept this config.json: {answer['refused']}")
     return Reading(answer["model_type"], answer["values"])
 
 
-@functools.lru_cache(maxsize=256)
-def _ask(text: str) -> dict[str, Any]:
+def read_together(configs: Iterable[dict[str, Any]]) -> None:
+    """Ask for several configs in one process; `read_meaning` then has its answers without another."""
+    _ask([_asked(config) for config in configs])
+
+
+def _asked(config: dict[str, Any]) -> str:
+    asked = {key: value for key, value in config.items() if key not in _NOT_ASKED}
+    try:
+        return json.dumps(asked, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config.json is damaged ({error}); copy it again from the model's source") from None
+
+
+_answers: dict[str, dict[str, Any]] = {}
+
+
+def _ask(texts: list[str]) -> None:
+    """Fill in the answers that are not there yet."""
+    new = [text for text in dict.fromkeys(texts) if text not in _answers]
+    if not new:
+        return
+    if len(_answers) > _MOST_ANSWERS:
+        _answers.clear()
+        new = list(dict.fromkeys(texts))
     if "transformers" in sys.modules:
-        return answer(text)
+        _answers.update((text, answer(text)) for text in new)
+        return
     command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    done = subprocess.run(command, input=json.dumps(new), capture_output=True, text=True, timeout=_TIMEOUT_S)
     if done.returncode != 0 or not done.stdout:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return {"refused": reason}
-    return json.loads(done.stdout.splitlines()[-1])
+        _answers.update((text, {"refused": reason}) for text in new)
+        return
+    _answers.update(zip(new, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def answer(text: str) -> dict[str, Any]:
@@ -107,17 +128,21 @@ class _WithoutTorch:
             raise ModuleNotFoundError(name)
 
 
-def main() -> None:
-    """Answer one config.json from standard input, in a process of its own."""
+def hide_torch() -> None:
+    """Let this process import transformers without torch: for config classes and tokenizers, in seconds less."""
     find = importlib.util.find_spec
-    hidden = _WithoutTorch()
-    sys.meta_path.insert(0, hidden)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _WithoutTorch())  # type: ignore[arg-type]
 
     def find_spec(name: str, package: str | None = None) -> Any:
         return None if name.partition(".")[0] in ("torch", "torchvision", "torchaudio") else find(name, package)
 
     importlib.util.find_spec = find_spec
-    print(json.dumps(answer(sys.stdin.read())))
+
+
+def main() -> None:
+    """Answer a list of config.json from standard input, in a process of its own."""
+    hide_torch()
+    print(json.dumps([answer(text) for text in json.load(sys.stdin)]))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def calibrate(
     results.check(wanted, overwrite)
     left = sum(not (results.is_of(wanted) and results.has(layer)) for layer in chosen)
     stream.check_space(calibration.num_streams, result_bytes * left)
-    with _locked(folder):
+    with locked(folder):
         results.claim(wanted)
         if not all(results.has(layer) for layer in chosen):
             calibration.all()
@@ -86,7 +86,8 @@ def _checked_layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a calibration's folder, which is made; UserError where another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lamella.calibrate.text import CalibrationTokens
 from lamella.checkpoint.check import read_json
+from lamella.checkpoint.folder import write_json
 from lamella.checkpoint.source import Checkpoint
-from lamella.checkpoint.write import write_json
 from lamella.errors import UserError
 from lamella.jsons import Json
 

@@ -20,8 +20,8 @@ import xxhash
 from torch import Tensor
 
 from lamella.calibrate.layerwise import config_of
+from lamella.checkpoint.folder import write_json
 from lamella.checkpoint.source import Checkpoint
-from lamella.checkpoint.write import write_json
 from lamella.data.packing import PackedSamples, Sample, make_sample, token_file
 from lamella.data.prepared import TokenFolder
 from lamella.data.sources import Split, open_source

@@ -14,6 +14,8 @@ from pathlib import Path
 
 BLOCK_BYTES = 4096  # of the file systems and devices in use; a multiple of what O_DIRECT asks for
 BUFFER_BYTES = 1 << 20
+COPY_BYTES = 64 << 20
+"""Copied in the kernel at a time."""
 
 
 class BlockFile:
@@ -39,6 +41,30 @@ class BlockFile:
                 if error.errno != errno.EINVAL:
                     raise
         return os.pwrite(self._fd, view, at)
+
+    def copy_from(self, source: int, begin: int, count: int, at: int) -> None:
+        """Copy `count` bytes of an open file from `begin` on to offset `at`, in the kernel where it can.
+
+        Raises:
+            EOFError: the source ends early.
+        """
+        while count:
+            done = self._copy_some(source, begin, min(count, COPY_BYTES), at)
+            if not done:
+                raise EOFError
+            begin, at, count = begin + done, at + done, count - done
+
+    def _copy_some(self, source: int, begin: int, count: int, at: int) -> int:
+        try:
+            return os.copy_file_range(source, self._fd, count, begin, at)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        buffer = self.take_buffer()
+        got = os.preadv(source, [memoryview(buffer)[: min(count, BUFFER_BYTES)]], begin)
+        self.write(at, memoryview(buffer)[:got])
+        self.give_back(buffer)
+        return got
 
     def read(self, at: int, count: int) -> Iterator[memoryview]:
         """What was written to a range, in order; each view is good until the next."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from lamella.architecture.families import Shapes, dense_tensors, may_be_stored
 from lamella.architecture.types import Family
 from lamella.checkpoint.remote import AnyPath
-from lamella.checkpoint.tensors import DTYPES, SourceTensor
+from lamella.checkpoint.tensors import ITEM_BYTES, SourceTensor
 from lamella.errors import UserError
 from lamella.jsons import Json, json_object
 
@@ -40,8 +40,8 @@ def check_tensors(
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
             problems.append(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
-    if odd := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
-        problems.append(f"dtype {', '.join(odd)}, only {', '.join(DTYPES)} can be converted")
+    if odd := sorted({t.dtype for t in tensors.values()} - set(ITEM_BYTES)):
+        problems.append(f"dtype {', '.join(odd)}, only {', '.join(ITEM_BYTES)} can be converted")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"the tensors of {where} do not match its config.json: {'; '.join(problems[:5])}{more}")

@@ -1,5 +1,7 @@
 """How the elements of one output tensor come from source tensors, a chunk at a time.
 
+A plan is made without torch, which is imported where the first piece is written.
+
 Shapes: D model width, F dense FFN width, S slices, f = F/S, r rows of a chunk.
 """
 
@@ -8,15 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lamella.checkpoint.tensors import CHUNK_ELEMENTS, SourceTensor, spans
 from lamella.errors import UserError
 
-ChangeBlock = Callable[[Tensor, int, torch.dtype], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ChangeBlock: TypeAlias = "Callable[[Tensor, int, torch.dtype], Tensor]"
 """(elements, the place of the first one in the flattened tensor, dtype) -> the changed elements in that dtype."""
 
 
@@ -101,6 +107,8 @@ class JoinColumns:
     source: SourceTensor
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        import torch
+
         S, D, f = self.source.shape
         for row, rows in spans(0, D, max(1, CHUNK_ELEMENTS // (S * f))):
             parts = [self.source.read((i * D + row) * f, rows * f).view(rows, f) for i in range(S)]
@@ -116,9 +124,84 @@ class Values:
     """Each value this many times."""
 
     def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        import torch
+
         for value in self.values:
             for _, count in spans(0, self.repeat, CHUNK_ELEMENTS):
                 sink.append(torch.full((count,), value, dtype=dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Array:
+    """A small float32 array that is in memory."""
+
+    values: np.ndarray
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        import torch
+
+        data = torch.from_numpy(np.ascontiguousarray(self.values)).flatten()
+        sink.append(checked(data.to(dtype), data, "a router"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """[D, F] -> [D, f]: the columns from `first` on."""
+
+    source: SourceTensor
+    first: int
+    width: int
+    change: Change | None = None
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        D, F = self.source.shape
+        change = _prepared(self.source, self.change)
+        for row, rows in spans(0, D, _rows_per_chunk(F, self.change)):
+            block_rF = _elements(self.source, row * F, rows * F, dtype, change).view(rows, F)
+            sink.append(block_rF[:, self.first : self.first + self.width].flatten())
+
+
+@dataclass(frozen=True)
+class BesideEachOther:
+    """Matrices [D, F] -> [D, N*F]: their columns, one matrix after the other."""
+
+    parts: tuple[tuple[SourceTensor, Change | None], ...]
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        import torch
+
+        changes = [_prepared(source, change) for source, change in self.parts]
+        D, F = self.parts[0][0].shape
+        for row, rows in spans(0, D, max(1, CHUNK_ELEMENTS // (F * len(self.parts)))):
+            blocks = [
+                _elements(source, row * F, rows * F, dtype, change).view(rows, F)
+                for (source, _), change in zip(self.parts, changes, strict=True)
+            ]
+            sink.append(torch.cat(blocks, dim=1).flatten())
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Pieces laid end to end: all of them in order (`append`), so that whole matrices become one packed tensor."""
+
+    pieces: tuple[Piece, ...]
+
+    def write(self, sink: Sink, dtype: torch.dtype) -> None:
+        for piece in self.pieces:
+            piece.write(sink, dtype)
+
+
+def plain_stretches(piece: Piece, code: str) -> list[Stretch] | None:
+    """The stretches whose bytes, one after another, are the piece's tensor in a dtype; None where bytes change."""
+    if isinstance(piece, EndToEnd):
+        found = [plain_stretches(part, code) for part in piece.pieces]
+        return None if None in found else [stretch for part in found if part is not None for stretch in part]
+    if not isinstance(piece, Stretches) or piece.change is not None:
+        return None
+    # a kind of SourceTensor that computes what it reads has no bytes to be copied
+    sources = [part.source for part in piece.stretches]
+    is_plain = all(type(source) is SourceTensor and source.dtype == code for source in sources)
+    return list(piece.stretches) if is_plain and all(isinstance(source.path, Path) for source in sources) else None
 
 
 def _rows_per_chunk(width: int, change: Change | None) -> int:
@@ -140,7 +223,7 @@ def _elements(source: SourceTensor, start: int, count: int, dtype: torch.dtype, 
 
 def checked(cast: Tensor, data: Tensor, name: str) -> Tensor:
     """`cast`, computed from `data`; UserError where float16 could not hold its values."""
-    if cast.dtype == torch.float16 and not cast.isfinite().all():
+    if str(cast.dtype) == "torch.float16" and not cast.isfinite().all():
         if not data.isfinite().all():
             raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         raise UserError(f"{name} holds values beyond float16's range; use dtype bfloat16 or float32")

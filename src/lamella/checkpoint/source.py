@@ -12,7 +12,6 @@ from lamella.architecture.families import Family, dense_tensors, family_of
 from lamella.architecture.two_matrix import full_names
 from lamella.checkpoint.check import check_dense, listed, read_config, read_json
 from lamella.checkpoint.embedded import embedded_model
-from lamella.checkpoint.gguf import open_gguf
 from lamella.checkpoint.remote import AnyPath, RemotePath, is_remote
 from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.checkpoint.tying import as_stored, say_once, stray_files
@@ -45,12 +44,13 @@ class Checkpoint:
     """Writes tokenizer, generation config and the like into a folder."""
 
     @classmethod
-    def open(cls, model: str | Path | None = None) -> Checkpoint:
+    def open(cls, model: str | Path | None = None, revision: str | None = None) -> Checkpoint:
         """Find and check a model.
 
         Args:
             model: a folder with config.json and safetensors, its URL (s3://bucket/model), a .gguf file, a hub name, or
                 None for the embedded model.
+            revision: branch, tag or commit of a hub name; None: the newest.
 
         Raises:
             UserError: no such model, an architecture that cannot be converted, or tensors that do not match the config.
@@ -63,7 +63,11 @@ class Checkpoint:
                 raise UserError(f"no such model: there is no folder {model}")
             return cls._from_folder(remote, str(model))
         path = Path(model).expanduser()
+        if revision is not None and path.exists():
+            raise UserError(f"{model} is on this disk, where it has no revision {revision!r}; leave @{revision} out")
         if path.suffix == ".gguf":
+            from lamella.checkpoint.gguf import open_gguf  # imports torch
+
             return cls(path.name, *open_gguf(path))
         if path.is_file():
             raise UserError(
@@ -71,7 +75,7 @@ class Checkpoint:
             )
         if path.is_dir():
             return cls._from_folder(path, str(model))
-        folder = download(str(model))
+        folder = download(str(model), revision)
         return cls._from_folder(folder, f"{model}@{folder.name}")
 
     @classmethod
@@ -161,10 +165,10 @@ def card_licence(folder: AnyPath) -> str | None:
     return found[1] if found else None
 
 
-def download(name: str) -> Path:
+def download(name: str, revision: str | None = None) -> Path:
     """A hub model's config, safetensors and tokenizer, in the hub's own cache; UserError if there are none.
 
-    The folder's name is the commit.
+    The folder's name is the commit, the newest where no `revision` (branch, tag or commit) is asked for.
     """
     if not re.fullmatch(r"[\w\-.]+(/[\w\-.]+)?", name) or name.startswith("."):
         raise UserError(f"no such model: {name} is no folder here, and cannot be a hub name")
@@ -175,8 +179,10 @@ def download(name: str) -> Path:
     # Some repositories hold the weights a second time, in another format, in a subfolder or as "consolidated".
     unwanted = ["*/*.safetensors", "consolidated*"]
     try:
-        family_of(read_config(Path(snapshot_download(name, allow_patterns=["config.json"]))))  # before the large files
-        return Path(snapshot_download(name, allow_patterns=["config.json", *wanted], ignore_patterns=unwanted))
+        small = snapshot_download(name, revision=revision, allow_patterns=["config.json"])
+        family_of(read_config(Path(small)))  # before the large files
+        files = ["config.json", *wanted]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=unwanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no such model: {name} is no folder here, and the hub did not give it ({reason})") from None

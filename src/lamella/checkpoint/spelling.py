@@ -7,6 +7,8 @@ read `rope_theta` and `rope_scaling`, and fall back to theta 10000 where these a
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from lamella.jsons import Json
 
@@ -23,14 +25,17 @@ def both_spellings(config: Json) -> Json:
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         config |= {"dtype": dtype, "torch_dtype": dtype}
     rope = standard_rope(config)
-    if rope is None:
-        return config
+    return config if rope is None else config | spelt_rope(rope)
+
+
+def spelt_rope(rope: Json) -> Json:
+    """The keys of config.json that say `rope`, every number of its type given, to old and new readers."""
     scaling = {key: value for key, value in rope.items() if key not in _OUTSIDE_SCALING}
     older = {key: rope[key] for key in _OUTSIDE_SCALING if key in rope}
     older["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     if rope["rope_type"] == "longrope":  # transformers 4 reads it there alone, and else the longer new maximum
         older["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    return config | {"rope_parameters": rope} | older
+    return {"rope_parameters": rope} | older
 
 
 def standard_rope(config: Json) -> Json | None:
@@ -45,7 +50,12 @@ def standard_rope(config: Json) -> Json | None:
     rope = getattr(parsed, "rope_parameters", None)
     if not rope or "rope_type" not in rope:
         return None
+    return completed(rope, parsed.max_position_embeddings)
+
+
+def completed(rope: Mapping[str, Any], max_positions: int) -> Json:
+    """`rope_parameters` without what is not set, with the factor that older readers do not compute themselves."""
     rope = {key: value for key, value in rope.items() if value is not None and key != "type"}
     if rope["rope_type"] in ("yarn", "longrope") and "factor" not in rope:
-        rope["factor"] = parsed.max_position_embeddings / rope["original_max_position_embeddings"]
+        rope["factor"] = max_positions / rope["original_max_position_embeddings"]
     return rope

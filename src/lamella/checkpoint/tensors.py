@@ -1,7 +1,8 @@
 """Tensors that stay in their file: the safetensors header, and reading a range of elements.
 
 Format of a safetensors file: 8 bytes little-endian header length n, n bytes of JSON (name -> dtype, shape, data_offsets
-relative to the end of the header), then the bytes of all tensors without gaps.
+relative to the end of the header), then the bytes of all tensors without gaps. torch is imported by the first `read`:
+what only copies files does without.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
 
 from lamella.checkpoint.remote import AnyPath, RemotePath
 from lamella.errors import UserError
 
-# safetensors' code -> torch dtype; what a dense model's weights come in.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# safetensors' code -> bytes of an element; what a dense model's weights come in.
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 CHUNK_ELEMENTS = 1 << 20
 """Elements handled at a time: 4 MiB in float32 stay in the cache, and memory does not depend on the model's size."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -50,14 +53,15 @@ class SourceTensor:
 
     def read(self, start: int, count: int) -> Tensor:
         """Elements start .. start+count of the flattened tensor, [count], in the file's dtype."""
-        dtype = DTYPES[self.dtype]
-        raw = read_bytes(self.path, self.begin + start * dtype.itemsize, count * dtype.itemsize)
-        return torch.from_numpy(raw).view(dtype)
+        from lamella.checkpoint.dtypes import as_tensor
+
+        size = ITEM_BYTES[self.dtype]
+        return as_tensor(read_bytes(self.path, self.begin + start * size, count * size), self.dtype)
 
     def xxh3_128(self) -> str:
         """Hash of the tensor's bytes, as the manifest has it."""
         digest = xxhash.xxh3_128()
-        size = self.numel * DTYPES[self.dtype].itemsize
+        size = self.numel * ITEM_BYTES[self.dtype]
         for begin, count in spans(self.begin, size, CHUNK_ELEMENTS):
             digest.update(read_bytes(self.path, begin, count).data)
         return digest.hexdigest()
@@ -121,7 +125,7 @@ def _entry(path: AnyPath, name: str, data_start: int, fields: dict) -> tuple[Sou
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
         raise ValueError(f"the shape or place of {name} is no whole numbers")
     tensor = SourceTensor(name, str(fields["dtype"]), shape, path, data_start + begin)
-    if tensor.dtype in DTYPES and end - begin != tensor.numel * DTYPES[tensor.dtype].itemsize:
+    if tensor.dtype in ITEM_BYTES and end - begin != tensor.numel * ITEM_BYTES[tensor.dtype]:
         raise UserError(
             f"{path}: {name} has {end - begin} bytes, not those of {tensor.dtype} {list(shape)}; download it again"
         )
@@ -144,7 +148,7 @@ def encode_header(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in entries:
-        end = at + math.prod(shape) * DTYPES[dtype].itemsize
+        end = at + math.prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamella.checkpoint.dtypes import DTYPES
 from lamella.checkpoint.remote import RemotePath
-from lamella.checkpoint.tensors import DTYPES, SourceTensor, read_bytes
+from lamella.checkpoint.tensors import SourceTensor, read_bytes
 from lamella.errors import UserError
 
 

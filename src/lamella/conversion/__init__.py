@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lamella.checkpoint.folder import appearing_folder, check_output
 from lamella.checkpoint.plan import WritePlan
-from lamella.checkpoint.write import appearing_folder, check_output, write_tensors
-from lamella.conversion.plan import ConversionPlan, Workspace
+from lamella.checkpoint.source import Checkpoint
+from lamella.conversion.plan import ConversionPlan, Workspace, Write
 from lamella.conversion.sidecars import write_sidecars
 from lamella.jsons import Json
 from lamella.recipe.methods import METHODS
@@ -75,19 +76,34 @@ def convert(
     options, out, began = options or SliceOptions(), Path(out), time.perf_counter()
     check_output(out, overwrite)  # before a model is downloaded
     planned = plan_conversion(model, options)
-    source = planned.source
-    check_output(out, overwrite, planned.listing.total_bytes, {tensor.path for tensor in source.tensors.values()})
+    check_output(out, overwrite, planned.listing.total_bytes, planned.files)
     plan = planned.decided(Workspace(out.with_name(f"{out.name}.calibration"), on_progress, on_verdict))
     on_plan(plan)
     with appearing_folder(out) as folder:
-        source.copy_sidecars(folder)
-        hashes = write_tensors(plan, folder, on_bytes)
-        write_sidecars(folder, source, plan, options, hashes)
+        (planned.write or _written(planned.source, options))(plan, folder, on_bytes)
     if plan.scratch is not None:
         shutil.rmtree(plan.scratch, ignore_errors=True)
     return ConversionReport(
-        out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, plan.config[options.entry], plan.notes
+        out, time.perf_counter() - began, peak_rss_mib(), plan.total_bytes, entry_of(planned, plan, options), plan.notes
     )
+
+
+def entry_of(planned: ConversionPlan, plan: WritePlan, options: MethodOptions) -> Json:
+    """What the method adds to config.json, whether the new config has a place for it or not."""
+    return plan.config.get(options.entry, planned.entry)
+
+
+def _written(source: Checkpoint, options: MethodOptions) -> Write:
+    """Writes a folder of our own form: its tensors are hashed for the manifest."""
+
+    def write(plan: WritePlan, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        from lamella.checkpoint.write import write_tensors
+
+        source.copy_sidecars(folder)
+        hashes = write_tensors(plan, folder, on_bytes)
+        write_sidecars(folder, source, plan, options, hashes)
+
+    return write
 
 
 def peak_rss_mib() -> float:

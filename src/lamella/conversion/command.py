@@ -8,24 +8,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lamella.architecture.converted import converted_layers
 from lamella.architecture.layout import ffn_layout
+from lamella.checkpoint.folder import check_output
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.remote import is_remote
 from lamella.checkpoint.source import Checkpoint
-from lamella.checkpoint.write import check_output
-from lamella.conversion import DEFAULT_OUT, ConversionReport, SliceOptions, convert, peak_rss_mib, plan_conversion
-from lamella.conversion.parts import Part, write_part
+from lamella.conversion import (
+    DEFAULT_OUT,
+    ConversionReport,
+    SliceOptions,
+    convert,
+    entry_of,
+    peak_rss_mib,
+    plan_conversion,
+)
+from lamella.conversion.plan import ConversionPlan
 from lamella.conversion.sidecars import holds_conversion
 from lamella.errors import UserError
 from lamella.installation import command as typed
 from lamella.recipe.conversion import ConversionRecipe
 from lamella.recipe.methods.common import MethodOptions
+
+if TYPE_CHECKING:
+    from lamella.conversion.parts import Part
 
 
 def run_slicing(
@@ -54,11 +65,15 @@ def run_part(recipe: ConversionRecipe, model: str | None, out: str | None, part:
     """Make one part of a conversion, such as "3/16", or with `part` None finish one whose parts are all there."""
     if overwrite:
         raise UserError("parts never replace a model, which other machines may be writing; remove it first")
+    from lamella.conversion.parts import Part
+
     place, number = str(out or recipe.out or DEFAULT_OUT), None if part is None else Part.parse(part)
     _run_part(model or recipe.model, place, recipe.options, number)
 
 
 def _run_part(model: str | None, out: str, options: MethodOptions, part: Part | None) -> None:
+    from lamella.conversion.parts import write_part  # imports torch
+
     with progress_bar("Converting") as display:
         report = write_part(
             plan_conversion(model, options), options, out, part, on_plan=display.on_plan, on_bytes=display.on_bytes
@@ -77,14 +92,18 @@ def run(model: str | None, out: str | Path, options: MethodOptions, *, overwrite
     if is_remote(out) and not dry_run:
         if overwrite:
             raise UserError(f"a model in a remote folder is not replaced; remove {out} first")
+        from lamella.conversion.parts import Part
+
         _run_part(model, str(out), options, Part())
         return
     out = Path(out)
     if dry_run:
         plan = plan_conversion(model, options)
-        source, listing = plan.source, plan.listing
-        check_output(out, overwrite, listing.total_bytes, {tensor.path for tensor in source.tensors.values()})
-        print(f"{listing.describe()}\n{_summary(source, listing, options)}: nothing was written to {out}")
+        listing = plan.listing
+        check_output(out, overwrite, listing.total_bytes, plan.files)
+        print(f"{listing.describe()}\n{_summary(plan, options)}: nothing was written to {out}")
+        for remark in listing.notes.get("remarks", []):
+            print(f"To know: {remark}.")
         if plan.remark:
             print(f"Until it is converted: {plan.remark}.")
         return
@@ -93,6 +112,8 @@ def run(model: str | None, out: str | Path, options: MethodOptions, *, overwrite
             model, out, options, overwrite=overwrite, on_plan=display.on_plan, on_bytes=display.on_bytes,
             on_progress=display.on_progress, on_verdict=_print_verdict,
         )  # fmt: skip
+    for line in _found(report):
+        print(line)
     print(f"{_result(report, options)}. Next: {_next(model, report, options)}")
 
 
@@ -145,10 +166,10 @@ def _print_verdict(verdict: Any) -> None:
     print(f"layer {verdict.layer}: {verdict.before:.4g} -> {verdict.after:.4g}, {end}", flush=True)
 
 
-def _summary(source: Checkpoint, plan: WritePlan, options: MethodOptions) -> str:
-    entry = plan.config[options.entry]
-    layers = f"{len(converted_layers(entry))} of {ffn_layout(plan.config).num_layers} layers"
-    return f"{source.name}, {layers} with {_experts(entry)}, gate {entry['gate']}"
+def _summary(plan: ConversionPlan, options: MethodOptions) -> str:
+    entry = entry_of(plan, plan.listing, options)
+    layers = f"{len(converted_layers(entry))} of {ffn_layout(plan.source.config).num_layers} layers"
+    return f"{plan.source.name}, {layers} with {_experts(entry)}, gate {entry['gate']}"
 
 
 def _experts(moe: dict[str, Any]) -> str:
@@ -160,6 +181,18 @@ def _experts(moe: dict[str, Any]) -> str:
         return f"{moe['num_frozen_experts']} frozen slices and {moe['num_trainable_experts']} trainable copies"
     shared = f" and {moe['shared_intermediate_size']} shared neurons" if moe["shared_intermediate_size"] else ""
     return f"{moe['num_trainable_experts']} experts, {moe['num_experts_per_tok']} of them active{shared}"
+
+
+def _found(report: ConversionReport) -> Iterator[str]:
+    """What a merge found: what to know of the model, and how its routers send the prompts."""
+    for remark in report.notes.get("remarks", []):
+        yield f"To know: {remark}."
+    gates = report.notes.get("gates", {})
+    if "layers" in gates:
+        from lamella.conversion.merge.report import table
+
+        yield table(gates)
+        yield f"Routing: {gates['summary']}."
 
 
 def _result(report: ConversionReport, options: MethodOptions) -> str:

@@ -10,7 +10,6 @@ from lamella.checkpoint.pieces import Stretches
 from lamella.checkpoint.plan import OutputTensor
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
-from lamella.checkpoint.transposed import transposed
 from lamella.recipe.methods.common import DTYPE_NAMES
 
 
@@ -54,5 +53,7 @@ def _ffn_parts(source: Checkpoint, layout: FFNLayout, layer: int) -> dict[str, S
     """A layer's dense FFN by the parts of `FFNLayout.names`, matrices as [out, in] however they are stored."""
     parts = {part: source.tensors[name] for part, name in layout.names(layer).items()}
     if layout.transposed:
+        from lamella.checkpoint.transposed import transposed
+
         parts |= {part: transposed(parts[part]) for part in ("up", "down")}
     return parts

@@ -9,11 +9,11 @@ from lamella.architecture.converted import REMOTE_CODE, converted_layers
 from lamella.architecture.families import Family
 from lamella.architecture.layout import ffn_layout
 from lamella.checkpoint.check import read_json
+from lamella.checkpoint.folder import write_json
 from lamella.checkpoint.manifest import MANIFEST
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.remote import AnyPath
 from lamella.checkpoint.source import Checkpoint
-from lamella.checkpoint.write import write_json
 from lamella.recipe.methods.common import MethodOptions
 
 _REMOTE_CODE = '''"""Imported by transformers with trust_remote_code=True; needs the package `lamella`."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamella.architecture.moe import Mode
+from lamella.checkpoint.folder import appearing_folder, check_output
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import LICENCE_FILES, copy_sidecars
-from lamella.checkpoint.write import appearing_folder, check_output
 from lamella.errors import UserError, did_you_mean
 from lamella.export import dense, gguf, glm4_moe, mixtral
 from lamella.export.card import card

@@ -22,8 +22,9 @@ from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
 from lamella.architecture.moe_tensors import GATE_SCALE, SELECTION_BIAS, router_name
 from lamella.checkpoint.check import check_tensors, read_config
+from lamella.checkpoint.dtypes import DTYPES
 from lamella.checkpoint.source import read_folder, read_stored_config
-from lamella.checkpoint.tensors import DTYPES, SourceTensor
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.jsons import Json
 

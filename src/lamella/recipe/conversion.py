@@ -10,12 +10,14 @@ calibration: {data: python-docs, num_tokens: 16384}
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lamella.errors import UserError
 from lamella.recipe.check import Options, checked, refuse
 from lamella.recipe.files import arguments, parse_yaml, read_recipe_text, set_by_word
+from lamella.recipe.mergekit import BASE, as_recipe
 from lamella.recipe.methods import method_named
 from lamella.recipe.methods.common import MethodOptions
 
@@ -29,7 +31,8 @@ class CommonKeys(Options):
     out: str | None = None
     """The converted model is written to this folder; null takes artifacts/moe."""
     method: str = "slice"
-    """The conversion is by this method: slice, partition, upcycle, adapters or attention; each has keys of its own."""
+    """The conversion is by this method: slice, partition, upcycle, merge, adapters or attention; each has
+    keys of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,14 @@ class ConversionRecipe:
 
 
 def read_conversion(words: Sequence[str]) -> ConversionRecipe:
-    """The recipe of a command's words: a YAML file, if one is named, and `key=value`; else as `load_conversion`."""
+    """The recipe of a command's words: a YAML file, if one is named, the folder to be made, if one is named behind
+    it, and `key=value`; else as `load_conversion`."""
+    plain, settings = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if len(plain) == 2 and not plain[1].endswith((".yaml", ".yml")):
+        recipe = load_conversion(plain[0], settings)
+        if any(word.startswith("out=") for word in settings):
+            raise UserError(f"the folder to be made is {plain[1]}, and out= names another; give one of them")
+        return replace(recipe, out=plain[1])
     path, settings = arguments(words)
     return load_conversion(path, settings)
 
@@ -68,6 +78,7 @@ def _spelled_out(values: dict[str, Any]) -> dict[str, Any]:
 
 def make_conversion(values: dict[str, Any]) -> ConversionRecipe:
     """The recipe of plain values; UserError with all its problems at once."""
+    values, lacking = as_recipe(values)
     names = [f.name for f in fields(CommonKeys)]
     own = {key: str(value) if isinstance(value, Path) else value for key, value in values.items() if key in names}
     rest = _spelled_out({key: value for key, value in values.items() if key not in names})
@@ -75,8 +86,9 @@ def make_conversion(values: dict[str, Any]) -> ConversionRecipe:
         rest["layers"] = str(rest["layers"]).strip("[](),")
     common, lines = checked(CommonKeys, own)
     method = common.method if common is not None else str(own.get("method", "slice"))
-    options, more = checked(method_named(method).options, rest, names, f" of method {method!r}")
-    refuse([*lines, *more])
+    known = [*names, BASE] if method == "merge" else names
+    options, more = checked(method_named(method).options, rest, known, f" of method {method!r}")
+    refuse([*lacking, *lines, *more])
     assert common is not None
     assert options is not None
     return ConversionRecipe(options, common.model, common.out)

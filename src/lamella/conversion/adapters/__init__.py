@@ -27,7 +27,7 @@ from lamella.architecture.peft import PeftAdapter, Place
 from lamella.checkpoint.pieces import Piece, Sink, Values, checked
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import Checkpoint
-from lamella.checkpoint.tensors import DTYPES, read_header
+from lamella.checkpoint.tensors import ITEM_BYTES, read_header
 from lamella.conversion.plan import ConversionPlan
 from lamella.conversion.replace import stored_dtype, with_ffns_replaced
 from lamella.errors import UserError
@@ -93,7 +93,7 @@ class Stacked:
 def read_low_rank(adapter: PeftAdapter, place: Place, half: str) -> Tensor:
     """A [r, in] or, times the adapter's scale, B [out, r], in float32."""
     source = read_header(adapter.weights)[adapter.tensor(place, half)]
-    if source.dtype not in DTYPES:
+    if source.dtype not in ITEM_BYTES:
         raise UserError(f"{adapter.weights} holds {source.dtype}, which is no dtype of an adapter; save it in float32")
     matrix = source.read(0, source.numel).view(source.shape).float()
     return matrix * adapter.scales[place] if half == "b" else matrix

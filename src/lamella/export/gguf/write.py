@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.checkpoint import tensors
+from lamella.checkpoint.dtypes import DTYPES as TORCH_DTYPES
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.errors import UserError
 
@@ -90,7 +90,7 @@ def _kind(tensor: OutputTensor, dtype: str) -> gguf.GGMLQuantizationType:
 def _values(tensor: OutputTensor) -> np.ndarray:
     """The tensor as its piece makes it, float32."""
     memory = _Memory()
-    tensor.piece.write(memory, tensors.DTYPES[tensor.dtype])
+    tensor.piece.write(memory, TORCH_DTYPES[tensor.dtype])
     values = torch.cat([part.flatten().float() for part in memory.parts]).numpy()
     if values.size != tensor.numel or not np.isfinite(values).all():
         raise UserError(f"{tensor.name} is not whole or holds NaN or infinite values; the checkpoint is damaged")

@@ -14,6 +14,7 @@ from lamella.errors import UserError, did_you_mean
 from lamella.recipe.methods.adapters import AdaptersOptions, adapters_sizes
 from lamella.recipe.methods.attention import AttentionOptions, attention_sizes
 from lamella.recipe.methods.common import MethodOptions
+from lamella.recipe.methods.merge import MergeOptions, merge_sizes
 from lamella.recipe.methods.partition import PartitionOptions, partition_sizes
 from lamella.recipe.methods.slice import SliceOptions, slice_sizes
 from lamella.recipe.methods.upcycle import UpcycleOptions, upcycle_sizes
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "partition": Method(PartitionOptions, partition_sizes, "lamella.conversion.partition.calibrated:plan_partition"),
     "upcycle": Method(UpcycleOptions, upcycle_sizes, "lamella.conversion.upcycle:plan_upcycle"),
     "adapters": Method(AdaptersOptions, adapters_sizes, "lamella.conversion.adapters:plan_adapters"),
+    "merge": Method(MergeOptions, merge_sizes, "lamella.conversion.merge.plan:plan_merge"),
     "attention": Method(AttentionOptions, attention_sizes, "lamella.conversion.attention.plan:plan_attention"),
 }
 

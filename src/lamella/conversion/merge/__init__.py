@@ -1,0 +1,1 @@
+"""Method "merge": several models of one shape become the experts of one."""
