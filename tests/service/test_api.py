@@ -297,6 +297,7 @@ def test_metrics_for_prometheus(client: TestClient) -> None:
     assert client.get("/readyz").status_code == 503  # no scheduler runs here
 
 
+@pytest.mark.slow
 def test_the_service_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
     """What a server does before it listens, on an empty home; the bound of 2 s is for an idle machine."""
     code = (

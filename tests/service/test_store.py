@@ -168,6 +168,7 @@ def test_a_user_has_as_many_runs_as_allowed(store: Store) -> None:
     store.create(new_run(), limit=1)
 
 
+@pytest.mark.slow
 def test_cancel_races_success_and_one_of_them_stands(store: Store) -> None:
     """Case 20."""
     for _ in range(20):
@@ -192,6 +193,7 @@ def test_cancel_races_success_and_one_of_them_stands(store: Store) -> None:
         assert store.wish(run_id, "cancelled").state == "succeeded"
 
 
+@pytest.mark.slow
 def test_events_come_in_the_order_of_their_ids_also_from_many_writers(store: Store) -> None:
     runs = [store.create(new_run())[0] for _ in range(8)]
     seen: list[int] = []
@@ -335,7 +337,7 @@ class Life(RuleBasedStateMachine):
 Life.TestCase.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestLife = Life.TestCase
+TestLife = pytest.mark.slow(Life.TestCase)
 
 
 def test_no_such_run(store: Store) -> None:

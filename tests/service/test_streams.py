@@ -53,6 +53,7 @@ def test_a_stream_goes_on_after_the_last_id(service: Service) -> None:
     assert listen(store, own[3], len(own) - 4, run.id) == own[4:]
 
 
+@pytest.mark.slow
 def test_a_listener_that_does_not_read_holds_nothing(service: Service) -> None:
     """Case 28: 3,000 events later it reads all of them from the store, and the hub keeps its bound."""
     store = service.store

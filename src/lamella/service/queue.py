@@ -82,6 +82,13 @@ def in_state(store: Store, state: str, limit: int = 500) -> list[Run]:
         return [as_run(row) for row in connection.execute(query).mappings()]
 
 
+def awaited(store: Store) -> set[str]:
+    """The executors for which runs wait in the queue."""
+    with store.database.reading() as connection:
+        query = select(runs.c.executor).where(runs.c.state == "queued", runs.c.not_before <= time.time()).distinct()
+        return {row[0] for row in connection.execute(query)}
+
+
 def change_attempt(store: Store, attempt: Attempt, **values: object) -> None:
     """Columns of an attempt."""
     with store.database.writing() as connection:

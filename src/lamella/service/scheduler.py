@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from lamella.errors import UserError
+from lamella.jsons import Json
 from lamella.run.launch import check_stages
 from lamella.service import progress, queue
 from lamella.service.database import Unavailable
@@ -24,9 +25,9 @@ from lamella.service.states import State
 from lamella.service.store import Attempt, Run, Store
 
 log = logging.getLogger("lamella.service")
-TICK_S = 0.5
+TICK_S = 1.0
 PROGRESS_S = 2.0
-"""What is known of a run's progress is stored at most this often."""
+"""A run's folder is read this often."""
 START_S = 20.0
 """An attempt that nobody has taken after so long is started again."""
 STOP_S, KEEP_S = 120.0, 900.0
@@ -50,6 +51,8 @@ class Scheduler:
         self.ticked = 0.0
         """When it last looked at everything."""
         self.problem = ""
+        self._looked: dict[str, float] = {}
+        """When the folder of a run was last read."""
         self._wake = threading.Event()
         self._stop = threading.Event()
 
@@ -83,7 +86,9 @@ class Scheduler:
                 self.store.move(run, "queued", "queued")
         for run, attempt in queue.active(self.store, self.host):
             self._guarded(self._attend, run, attempt)
-        for name in self.executors:
+        for name in (
+            queue.awaited(self.store) & self.executors.keys()
+        ):  # only they need a transaction that others wait for
             while (taken := queue.claim(self.store, self.host, self.place.capacity, name)) is not None:
                 self._guarded(self._start, *taken)
         self.ticked = time.time()
@@ -147,9 +152,13 @@ class Scheduler:
         seen = self.executors[run.executor].look(run, attempt)
         submission = submission_of(run)
         runs = progress.run_dirs(submission)
-        self._take_over_events(run, [stage.events_file for stage in runs])
-        self._note_progress(run, progress.progress_of(runs, run.started), over=seen.state in ("ended", "gone"))
-        if seen.state in ("ended", "gone"):
+        over = seen.state in ("ended", "gone")
+        if over or time.monotonic() - self._looked.get(run.id, 0.0) >= PROGRESS_S:
+            self._looked[run.id] = time.monotonic()
+            self._take_over_events(run, [stage.events_file for stage in runs])
+            self._note_progress(run, progress.progress_of(runs, run.started))
+        if over:
+            self._looked.pop(run.id, None)
             self._end(run, attempt, seen)
         elif run.state in ("pausing", "cancelling"):
             self._ask_to_end(run, attempt, seen)
@@ -181,11 +190,9 @@ class Scheduler:
             if new != old:
                 self.store.take_over(run.id, str(file), old, new, lines)
 
-    def _note_progress(self, run: Run, values: dict[str, object], over: bool) -> None:
-        old = float(run.progress.get("noted", 0))
-        due = over or time.time() - old >= PROGRESS_S
-        if values and due and {**run.progress, "noted": 0} != {**values, "noted": 0}:
-            self.store.progress(run.id, values | {"noted": time.time()})
+    def _note_progress(self, run: Run, values: Json) -> None:
+        if values and run.progress != values:
+            self.store.progress(run.id, values)
 
     # -- after -------------------------------------------------------------------------------------------------------
 
