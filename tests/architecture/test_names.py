@@ -6,7 +6,7 @@ import pytest
 
 from lamella.architecture import names
 from lamella.errors import UserError
-from support.models import TRAINABLE_FAMILIES, tiny_moe
+from support.models import TRAINABLE_FAMILIES, TRAINED_KIN, tiny_moe
 from support.titan import load_titan
 
 
@@ -16,10 +16,10 @@ def test_no_name_stands_twice():
     assert len(set(titan)) == len(titan)
 
 
-@pytest.mark.parametrize("family", TRAINABLE_FAMILIES)
+@pytest.mark.parametrize("family", [*TRAINABLE_FAMILIES, *TRAINED_KIN])
 def test_map_is_invertible_on_whole_models(family, tmp_path):
     hf = dict(tiny_moe(family, tmp_path).state_dict())
-    if family in ("llama", "qwen2"):
+    if family in ("llama", "qwen2", "granite", "gemma"):
         del hf["lm_head.weight"]  # tied: in neither form
     titan = names.from_hf(hf)
     assert names.to_hf(titan) == hf

@@ -69,7 +69,9 @@ def test_the_tensors_are_those_of_the_class(name: str, tmp_path: Path) -> None:
         layers = getattr(model.get_decoder(), family.modules.layers)
         assert [window_of(layer, theirs) for layer in layers] == list(sizes.windows)
         if sizes.rope is not None:
-            assert sizes.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+            ropes = (sizes.rope, theirs.rope_parameters)
+            kinds = zip(*(r.values() for r in ropes), strict=True) if family.ropes_by_kind else [ropes]
+            assert all(ours["rope_theta"] == own["rope_theta"] for ours, own in kinds)
 
     check()
 

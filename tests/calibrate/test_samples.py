@@ -144,8 +144,8 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gemma models cannot be converted"):
-        anatomy_of({"model_type": "gemma"})
+    with pytest.raises(UserError, match="mixtral models cannot be converted"):
+        anatomy_of({"model_type": "mixtral"})
     source = checkpoint(tmp_path / "model", "llama")
     for layers in ([3], [], [-1]):
         with pytest.raises(UserError, match="the model has 0 to 2"):

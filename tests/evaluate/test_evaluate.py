@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lamella.data.packing import IGNORE_INDEX
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import model_path, open_checkpoint
 from lamella.evaluate.commands import verify
-from lamella.evaluate.differences import compare, compare_reordered, kl_divergence, logits_of
+from lamella.evaluate.differences import Difference, compare, compare_reordered, kl_divergence, logits_of
 from lamella.evaluate.logit_match import Check, fp32_bounds, logit_match
 from lamella.evaluate.perplexity import evaluate, perplexity, text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode, routed_as, routing_controls
@@ -141,8 +142,13 @@ def test_reordered_sums_are_the_same_model_and_leave_it_alone(dense, text):
 
 
 def test_bounds_and_verdicts():
-    assert fp32_bounds(1536, 30, 43.5).max_abs == pytest.approx(5.57e-4, rel=0.01)
-    assert fp32_bounds(14336, 80, 100).max_abs == 1e-3
+    floor = Difference(max_abs=1e-5, max_logit=43.5)
+    assert fp32_bounds(1536, 30, floor).max_abs == pytest.approx(5.57e-4, rel=0.01)
+    assert fp32_bounds(14336, 80, replace(floor, max_logit=100)).max_abs == 1e-3
+    # logits that are capped say nothing of the rounding behind them
+    capped = fp32_bounds(1536, 30, replace(floor, max_logit=0.1))
+    assert (capped.max_abs, capped.reason) == (2e-5, "2x the floor")
+    assert fp32_bounds(1536, 30, replace(floor, max_abs=1.0)).max_abs == 1e-3
     assert Check("float32", "dense", "x", 1.0, 1.0).passed
     assert not Check("float32", "dense", "x", 1.1, 1.0).passed
     assert Check("float32", "dense", "x", 1.1, 1.0, at_least=True).passed

@@ -97,11 +97,11 @@ def test_recomputed_in_the_backward_pass(path, monkeypatch):
 def test_ranges_of_pairs_add_up(path, count, monkeypatch):
     """Pairs on several ranks: each computes its own, the sum of the outputs is the layer's, the gradients likewise."""
 
-    def in_ranges(x_TD, routing, frozen, trainable):
+    def in_ranges(x_TD, routing, frozen, trainable, activation):
         parts = []
         for first in range(0, S, count):
             own = [Experts(*(t[first : first + count] for t in packed)) for packed in (frozen, trainable)]
-            parts.append(apply_experts(x_TD, pair_range(routing, first, count), *own, path))
+            parts.append(apply_experts(x_TD, pair_range(routing, first, count), *own, path, activation))
         return sum(parts)
 
     monkeypatch.setitem(PATHS, "in ranges", in_ranges)

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from lamella.architecture.moe import MoEConfig
+from lamella.errors import UserError
+from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.experts import PATHS, MoEWeights, Resident, SharedExpert, apply_experts, gated_ffn, moe_ffn
 from lamella.moe.packed import Experts
+from lamella.moe.paths import fused, row_ops
 from lamella.moe.routing import Routing, expert_scores, fixed_routing, route
 from support.experts import LOADS, TOLERANCE, D, S, T, assert_close, f, make_experts, make_ids, random, run
 from support.slicing import slice_ffn
@@ -25,6 +29,51 @@ def test_paths_agree_with_the_loop(path, load, dtype):
     for name in ("gate_up", "down"):
         empty = [e for e in range(S) if not (make_ids(load) == S + e).any()]
         assert all((actual[name][e] == 0).all() for e in empty)
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "silu"])
+def test_other_activations_agree_with_the_loop(path, activation):
+    expected, actual = run("loop", "twin", torch.float32, activation), run(path, "twin", torch.float32, activation)
+    assert_close(actual, expected, torch.float32)
+    silu = run("loop", "twin", torch.float32)
+    assert (silu["y"] - expected["y"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activations_are_those_of_transformers(activation):
+    """One token and the shared expert as well: transformers' own function, token by token in fp64."""
+    x_TD, ids_TK = random(3, D, seed=1, dtype=torch.float64), make_ids("flat")[:3]
+    frozen, trainable = (make_experts(seed, torch.float64, False) for seed in (10, 20))
+    weights_TK, act = random(3, S, seed=4, dtype=torch.float64), ACT2FN[activation]
+    gate_up, down = (torch.cat(pair) for pair in zip(frozen, trainable, strict=True))
+
+    def expert(e, x_D):
+        return down[e] @ (act(gate_up[e, :f] @ x_D) * (gate_up[e, f:] @ x_D))
+
+    rows = zip(x_TD, weights_TK, ids_TK, strict=True)
+    expected = torch.stack([sum(w * expert(e, x) for w, e in zip(w_K, e_K, strict=True)) for x, w_K, e_K in rows])
+    for path in ("loop", "batched", "tiled"):
+        y_TD = apply_experts(x_TD, Routing(ids_TK, weights_TK), frozen, trainable, path, activation)
+        torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():  # decoding
+        for t in range(3):
+            routing = Routing(ids_TK[t : t + 1], weights_TK[t : t + 1])
+            y_1D = apply_experts(x_TD[t : t + 1], routing, frozen, trainable, "auto", activation)
+            torch.testing.assert_close(y_1D, expected[t : t + 1], rtol=0, atol=1e-12)
+    whole = torch.stack([expert(0, x) for x in x_TD])
+    torch.testing.assert_close(gated_ffn(x_TD, gate_up[0], down[0], activation), whole)
+
+
+def test_kernels_that_know_silu_alone_are_not_chosen_for_another(monkeypatch):
+    monkeypatch.setattr(fused, "runs_triton", lambda device: True)
+    x_TD, experts = torch.empty(8, 16, dtype=torch.bfloat16), Experts(torch.empty(2, 32, 16), torch.empty(2, 16, 16))
+    assert fused.fused_fits(x_TD, experts)
+    assert not fused.fused_fits(x_TD, experts, "gelu")
+    with pytest.raises(UserError, match="'fused' computes silu, and these experts 'gelu'"):
+        fused.fused_path(x_TD, Routing(torch.zeros(8, 1).long(), torch.ones(8, 1)), experts, experts, "gelu")
+    monkeypatch.setattr(row_ops, "runs_triton", lambda device: True)
+    assert row_ops.row_ops(torch.device("cuda"), "gelu") is row_ops
 
 
 def test_a_kept_graph_gives_the_same_gradients_again():

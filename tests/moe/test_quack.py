@@ -11,7 +11,7 @@ from lamella.errors import UserError
 from lamella.moe.packed import Experts
 from lamella.moe.paths import measured, quack_path
 from lamella.moe.paths.choose import PATHS, fitting_paths
-from lamella.moe.paths.grouped import by_products
+from lamella.moe.paths.grouped import Kind, by_products
 from lamella.moe.paths.measured import PathFailed, fastest
 from support import experts, quack_products
 
@@ -25,8 +25,8 @@ def on_cpu(monkeypatch):
         calls.append(options)
         return quack_products.gemm(*arguments, **options)
 
-    def path(*layer):
-        return by_products(quack_path.QuackProducts(gemm), *layer)
+    def path(x_TD, routing, frozen, trainable, activation="silu"):
+        return by_products(Kind(quack_path.QuackProducts(gemm), activation), x_TD, routing, frozen, trainable)
 
     monkeypatch.setitem(PATHS, "quack", path)
     return calls

@@ -16,7 +16,7 @@ from lamella.calibrate.layerwise import document_mask
 from lamella.calibrate.sample import FFN, LayerSample
 from lamella.checkpoint.source import Checkpoint
 from lamella.data.packing import make_sample
-from support.models import LLAMA3_ROPE, tiny_checkpoint
+from support.models import KIN, LLAMA3_ROPE, tiny_checkpoint
 
 # name -> (family, changes to the tiny config, sharded, dtype)
 MODELS: dict[str, tuple[str, dict[str, Any], bool, torch.dtype]] = {
@@ -38,6 +38,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], bool, torch.dtype]] = {
         "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, False, torch.float32,
     ),
     "opt, without a final norm": ("opt", {"_remove_final_layer_norm": True}, False, torch.float32),
+    # a norm or a factor between the FFN and the sum, scaled or capped logits, two matrices in one
+    **{name: (name, KIN[name], False, torch.float32) for name in ("olmo2", "granite", "cohere", "gemma2", "glm4")},
 }  # fmt: skip
 
 
@@ -65,9 +67,10 @@ def whole_model(source: Checkpoint) -> PreTrainedModel:
 
 def ffn_modules(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """(up, down) of each layer."""
-    up, down = {"gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}.get(
-        model.config.model_type, ("mlp.up_proj", "mlp.down_proj")
-    )
+    own = {
+        "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2"), "glm4": ("mlp.gate_up_proj", "mlp.down_proj"),
+    }  # fmt: skip
+    up, down = own.get(model.config.model_type, ("mlp.up_proj", "mlp.down_proj"))
     layers = model.get_decoder().h if model.config.model_type == "gpt2" else model.get_decoder().layers
     return [(layer.get_submodule(up), layer.get_submodule(down)) for layer in layers]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses import FakeTensorMode
 
+from lamella.architecture.moe import Activation
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
 from lamella.moe.routing import Routing, router_logits
@@ -49,14 +50,14 @@ def make_ids(load: str) -> torch.Tensor:
 LOADS = ["all frozen", "all trainable", "twin", "flat", "one full, one empty"]
 
 
-def run(path: str, load: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def run(path: str, load: str, dtype: torch.dtype, activation: Activation = "silu") -> dict[str, torch.Tensor]:
     """The output and every gradient, through gate weights that come from a router."""
     x_TD = random(T, D, seed=1, dtype=dtype).requires_grad_()
     router_ED = random(2 * S, D, seed=2, std=0.2).requires_grad_()
     frozen, trainable = make_experts(10, dtype, trains=False), make_experts(20, dtype, trains=True)
     ids_TK = make_ids(load)
     weights_TK = router_logits(x_TD, router_ED).sigmoid().gather(1, ids_TK)
-    y_TD = apply_experts(x_TD, Routing(ids_TK, weights_TK), frozen, trainable, path)  # type: ignore[arg-type]
+    y_TD = apply_experts(x_TD, Routing(ids_TK, weights_TK), frozen, trainable, path, activation)  # type: ignore[arg-type]
     (y_TD.float() * random(T, D, seed=3)).sum().backward()
     grads = {"x": x_TD.grad, "router": router_ED.grad, "gate_up": trainable[0].grad, "down": trainable[1].grad}
     assert frozen[0].grad is None

@@ -11,32 +11,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Exaone4Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    MinistralConfig,
-    MistralConfig,
-    Olmo2Config,
-    OPTConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-    StableLmConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from lamella.architecture.rows import FAMILIES
 
 BOS, EOS = 256, 257
 VOCAB = 258
-CONFIGS = {
-    "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt2": GPT2Config,
-    "opt": OPTConfig, "olmo2": Olmo2Config, "granite": GraniteConfig, "smollm3": SmolLM3Config,
-    "ministral": MinistralConfig, "exaone4": Exaone4Config, "stablelm": StableLmConfig, "cohere": CohereConfig,
-}  # fmt: skip
+CONFIGS = {name: CONFIG_MAPPING[name] for name in FAMILIES}
 # What these call the width of the FFN; they have neither key-value heads nor a head_dim of their own.
 TWO_MATRIX = {"gpt2": "n_inner", "opt": "ffn_dim"}
 LLAMA3_ROPE = {
@@ -58,9 +39,17 @@ TRAINABLE_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "internlm3": {},
+    "iquestcoder": {"head_dim": 16},
 }  # fmt: skip
 # Those that only the transformers home has, with Llama's FFN in a decoder of their own, each with what sets it apart.
 _TWO_WINDOWS = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA = _TWO_WINDOWS | {"head_dim": 16, "tie_word_embeddings": True}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+_ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 KIN: dict[str, dict[str, Any]] = {
     "olmo2": {"attention_bias": True},
     "granite": {
@@ -72,9 +61,40 @@ KIN: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16} | _TWO_WINDOWS,
     "stablelm": {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, "attention_bias": True} | _TWO_WINDOWS,
+    "olmo": {"clip_qkv": 0.3},
+    "olmo3": {"attention_bias": True} | _TWO_WINDOWS,
+    "ministral3": {
+        "sliding_window": 7,
+        "rope_parameters": _YARN | {"llama_4_scaling_beta": 0.1},
+    },
+    "cwm": {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 16}}
+    | {"bos_token_id": 1, "eos_token_id": 2}  # its class wants numbers
+    | _TWO_WINDOWS,
+    "ernie4_5": {"tie_word_embeddings": True},
+    "helium": {"attention_bias": True},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "head_dim": 16},
+    "hunyuan_v1_dense": {"attention_bias": True, "rope_parameters": _ALPHA_ROPE},
+    "hyperclovax": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+        "use_post_norm": True,
+    },
+    "granite_swa": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+        "layer_rope_theta": [10000.0, 500.0, 10000.0],
+    } | _TWO_WINDOWS,
+    "diffllama": {"attention_bias": True},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5} | _GEMMA,
+    "gemma3_text": {"query_pre_attn_scalar": 16, "final_logit_softcapping": 1.5} | _GEMMA,
+    "vaultgemma": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0} | _GEMMA,
+    "phi3": {"sliding_window": 7, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "glm": {},
+    "glm4": {"head_dim": 16},
 }  # fmt: skip
-# The tests that try many variants leave out the families that differ from Llama in the decoder alone.
-WIDELY_TESTED = [family for family in CONFIGS if family not in KIN]
+TRAINED_KIN = [name for name in KIN if FAMILIES[name].trains]
+# The tests that try many variants leave out the families that differ from Llama in the decoder or the name alone.
+WIDELY_TESTED = [name for name in CONFIGS if name not in KIN and not FAMILIES[name].also_called]
 # Single heads, of which two share a key/value head; a token chooses three.
 HEADS = {"layers": [0, 1], "num_experts": 4, "num_experts_per_tok": 3}
 # A model of experts that all train, as partitioning makes it: every field of the config away from its default.
@@ -166,7 +186,7 @@ def tiny_moe(
 
     torch.manual_seed(0)
     own = {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    values = SIZES | own | TRAINABLE_FAMILIES[family] | changes
+    values = SIZES | own | (TRAINABLE_FAMILIES | KIN)[family] | changes
     sliced = {
         "num_frozen_experts": slices,
         "num_trainable_experts": slices,
@@ -176,6 +196,8 @@ def tiny_moe(
         "routing": routing,
         "route_scale": float(slices),
     }
+    if family == "gemma":
+        sliced["activation"] = "gelu_pytorch_tanh"
     moe = MoEConfig(**(sliced | (moe_changes or {})))
     model_class = CONVERTED_MODELS[family]
     attention = None if heads is None else AttentionMoEConfig(**heads).to_dict()

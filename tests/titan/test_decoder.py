@@ -12,14 +12,17 @@ from lamella.titan.config import decoder_config
 from lamella.titan.context import ContextShare
 from lamella.titan.masks import document_mask
 from lamella.titan.routed import Aim
-from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
+from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, TRAINED_KIN, tiny_moe
+from support.tiers import slow_but
 from support.titan import load_titan
 
 # fp32, logits of order 1 to 10, another order of summation in attention and experts
 FP32 = 2e-5
 
 
-@pytest.mark.parametrize("family", TRAINABLE_FAMILIES)
+@pytest.mark.parametrize(
+    "family", slow_but([*TRAINABLE_FAMILIES, *TRAINED_KIN], *TRAINABLE_FAMILIES, "olmo2", "granite")
+)
 @pytest.mark.parametrize("routing", ["twin", "flat"])
 def test_logits_equal_those_of_transformers(family, routing, tmp_path):
     hf = tiny_moe(family, tmp_path, routing=routing)
@@ -40,6 +43,15 @@ def test_logits_of_a_partitioned_model_equal_those_of_transformers(family, tmp_p
     assert difference < FP32
     first, last = (len(layer.experts.trainable.down_proj) for layer in hf.moe_layers)
     assert (first, last) == (6, 5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+def test_other_activations_equal_those_of_transformers(activation, tmp_path):
+    """Of the experts and of the layer that stays dense."""
+    hf = tiny_moe("llama", tmp_path, moe_changes={"activation": activation}, hidden_act=activation)
+    titan, tokens = load_titan(tmp_path), torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        assert (titan(tokens) - hf(tokens).logits).abs().max() < FP32
 
 
 SOFT = {"layers": [1], "num_experts": 2, "num_experts_per_tok": 1, "gate": "softmax", "route_scale": 2.0}
@@ -118,7 +130,8 @@ def test_statistics_are_gathered_in_training_only(tmp_path):
     [
         ({"model_type": "lamella_gpt2"}, "model_type 'gpt2' cannot be trained"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope scaling 'yarn'"),
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ({"model_type": "lamella_cohere"}, "'cohere' cannot be trained: its norms subtract the mean"),
     ],
 )
 def test_other_architectures_are_refused(change, message, tmp_path):
@@ -129,11 +142,15 @@ def test_other_architectures_are_refused(change, message, tmp_path):
         decoder_config(tmp_path)
 
 
-def test_a_window_of_some_layers_is_refused_for_longer_samples(tmp_path):
-    tiny_moe("qwen2", tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert decoder_config(tmp_path, seq_len=8).sliding_window is None
-    with pytest.raises(UserError, match="seq_len of at most 8"):
-        decoder_config(tmp_path, seq_len=16)
+def test_a_window_of_some_layers_is_theirs_alone(tmp_path):
+    hf = tiny_moe("qwen2", tmp_path, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    titan, tokens = load_titan(tmp_path), torch.arange(40).view(2, 20)
+    assert titan.config.windows == (None, 5)
+    with torch.no_grad():
+        assert (titan(tokens) - hf(tokens).logits).abs().max() < FP32
+        for block in titan.layers.values():
+            block.window = None
+        assert (titan(tokens) - hf(tokens).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("window", [None, 3])

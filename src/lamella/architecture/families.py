@@ -31,17 +31,17 @@ def family_of(config: Json) -> Family:
     sizes = sizes_of(config)
     family = sizes.family
     architectures = config.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
-        raise UserError(
-            f"the architecture is {architectures}; only {family.architecture} of {family.name} can be converted"
-        )
+    if architectures not in [[name] for name in family.architectures]:
+        known = " or ".join(family.architectures)
+        raise UserError(f"the architecture is {architectures}; only {known} of {family.name} can be converted")
     if config.get("quantization_config"):
         raise UserError("the model is quantised; convert its unquantised original, or a GGUF file of it")
-    if family.ffn.gate is None:
+    if not family.ffn.gated:
         check_two_matrix(sizes)
     elif sizes.mlp_bias:
         raise UserError(
-            "mlp_bias is true: a bias of the FFN cannot be cut into slices; only models without one can be converted"
+            "mlp_bias (or use_bias) is true: a bias of the FFN cannot be cut into slices; only models without one can "
+            "be converted"
         )
     check_activation(sizes)
     return family

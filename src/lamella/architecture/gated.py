@@ -1,7 +1,7 @@
 """Decoders whose FFN is gated, down(act(gate x) * up x): the tensors of a layer, in transformers' and torchtitan's
 spelling, with their shapes.
 
-Shapes: D model width, F dense FFN width, V vocabulary, H head width, Q = query heads * H, K = key/value heads * H.
+Shapes: D model width, F dense FFN width, V vocabulary, N query heads, H head width, Q = N * H, K = key/value heads * H.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def gated_tensors(sizes: Sizes) -> Shapes:
     return shapes_of(sizes, sizes.family.layer)
 
 
-def shapes_of(sizes: Sizes, layer_parts: Iterable[Part]) -> Shapes:
-    """The same, with these tensors in each layer."""
+def shapes_of(sizes: Sizes, layer_parts: Iterable[Part], final_norm: bool = True) -> Shapes:
+    """The same, with these tensors in each layer; `final_norm`: the norm behind the last one has a weight."""
     letters = {
-        "D": sizes.D, "F": sizes.F, "V": sizes.V, "H": sizes.H, "Q": sizes.N * sizes.H, "K": sizes.G * sizes.H,
+        "D": sizes.D, "F": sizes.F, "V": sizes.V, "N": sizes.N, "H": sizes.H, "Q": sizes.N * sizes.H,
+        "K": sizes.G * sizes.H, "2F": 2 * sizes.F, "Q+2K": (sizes.N + 2 * sizes.G) * sizes.H,
     }  # fmt: skip
 
     def shape(part: Part) -> tuple[int, ...]:
@@ -61,4 +62,4 @@ def shapes_of(sizes: Sizes, layer_parts: Iterable[Part]) -> Shapes:
     shapes: Shapes = {EMBEDDING.hf: shape(EMBEDDING)}
     for layer in range(sizes.num_layers):
         shapes |= {part.hf.format(layer): shape(part) for part in parts}
-    return shapes | {FINAL_NORM.hf: shape(FINAL_NORM)}
+    return shapes | ({FINAL_NORM.hf: shape(FINAL_NORM)} if final_norm else {})

@@ -10,7 +10,7 @@ from lamella.architecture.two_matrix import check_activation
 from lamella.architecture.types import FFNNames, Sizes
 from lamella.jsons import Json
 
-PARTS = ("gate", "up", "up_bias", "down", "down_bias")
+PARTS = ("gate_up", "gate", "up", "up_bias", "down", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FFNLayout:
 
     @property
     def gated(self) -> bool:
-        return self.ffn.gate is not None
+        return self.ffn.gated
 
     @property
     def output_bias(self) -> bool:

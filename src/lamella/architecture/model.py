@@ -12,6 +12,7 @@ from typing import Any
 from lamella.architecture.not_held import NOT_HELD
 from lamella.architecture.reading import Reading, read_meaning
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES, names_of
+from lamella.architecture.two_matrix import check_activation
 from lamella.architecture.types import Family, Sizes
 from lamella.errors import UserError, did_you_mean
 from lamella.jsons import Json
@@ -52,12 +53,12 @@ def trainable_sizes(config: Json) -> Sizes:
     can = names_of(lambda family: family.trains)
     name = str(config.get("model_type")).removeprefix(CONVERTED_PREFIX)
     if name not in can:
-        raise UserError(f"model_type {name!r} cannot be trained{did_you_mean(name, can)}; {', '.join(can)} can")
+        reason = f": {FAMILIES[name].not_trained}" if name in FAMILIES else did_you_mean(name, can)
+        raise UserError(f"model_type {name!r} cannot be trained{reason}; {', '.join(can)} can")
     if config.get("adapters") is not None:
         raise UserError("adapters as experts are trained by `lamella adapters route`, not as this model")
     sizes = sizes_of(config)
-    if sizes.activation != "silu":
-        raise UserError(f"the activation {sizes.activation!r} cannot be trained; only silu (gated) can")
+    check_activation(sizes)
     return sizes
 
 
@@ -93,18 +94,26 @@ def _sizes(family: Family, reading: Reading) -> Sizes:
         tied=values["tie_word_embeddings"],
         activation=_SAME_ACTIVATION.get(values[family.activation], values[family.activation]),
         dtype=values["dtype"],
-        rope=_rope(values),
+        rope=_rope(values, family),
         windows=_windows(values, layers),
         values=values,
     )
 
 
-def _rope(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _rope(values: Mapping[str, Any], family: Family) -> Mapping[str, Any] | None:
     rope = values.get("rope_parameters")
     if rope is None:
         return None
     if not isinstance(rope, dict):
         raise UserError(f"the rope parameters of config.json are {rope!r}, not an object; copy it again")
+    if not family.ropes_by_kind:
+        return _checked_rope(rope, family)
+    return {kind: _checked_rope(own, family) for kind, own in rope.items() if own is not None}
+
+
+def _checked_rope(rope: Any, family: Family) -> Mapping[str, Any]:
+    if not isinstance(rope, dict):
+        raise UserError(f"the rope parameters of a kind of layer are {rope!r}, not an object; copy config.json again")
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         hint = did_you_mean(str(rope_type), ROPE_TYPES)
@@ -112,7 +121,7 @@ def _rope(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     for key in ("rope_theta", *(key for key in _ROPE_NUMBERS if rope.get(key) is not None)):
         if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
             raise UserError(f"{key} of the rope is {rope.get(key)!r}; it must be a positive number")
-    if rope_type != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope_type != "default" and not family.scales_part and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
             f"rope type {rope_type!r} with partial_rotary_factor {rope['partial_rotary_factor']!r} is not computed by "
             "transformers for this family; take one of them out of config.json"

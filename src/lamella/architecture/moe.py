@@ -15,8 +15,8 @@ GateKind = Literal["sigmoid", "softmax", "unit"]
 # "linear": logits W x. "analytic": |silu(W x) * (V x)|, the hidden activation of one neuron per expert (CMoE,
 # arXiv 2502.04416).
 RouterKind = Literal["linear", "analytic"]
-# transformers' names. A gated expert computes silu; the others are for two-matrix experts (GPT-2, OPT).
-Activation = Literal["silu", "gelu", "gelu_new", "relu"]
+# transformers' names.
+Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
@@ -94,8 +94,6 @@ class MoEConfig:
                 f"top-k {self.num_experts_per_tok} is larger than the {self.num_experts} experts; "
                 "lower top-k or raise the slices"
             )
-        if self.gated and self.activation != "silu":
-            raise UserError(f"activation is {self.activation!r}, but gated experts compute 'silu' alone")
         if self.lora_rank and not (self.gated and self.num_frozen_experts):
             raise UserError("LoRA adds to frozen experts of three matrices, which this model has not; set lora_rank 0")
         if self.routing == "twin":

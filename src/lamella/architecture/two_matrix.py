@@ -36,10 +36,6 @@ def check_two_matrix(sizes: Sizes) -> None:
 def check_activation(sizes: Sizes) -> Activation:
     """What the FFN computes; UserError for what the experts do not."""
     name, field = sizes.activation, sizes.family.activation
-    if sizes.family.ffn.gate is not None:
-        if name != "silu":
-            raise UserError(f"{field} is {name!r}; only 'silu' (a SwiGLU FFN) can be converted")
-        return "silu"
     known = get_args(Activation)
     if name not in known:
         raise UserError(f"{field} is {name!r}{did_you_mean(name, known)}; it must be one of {', '.join(known)}")

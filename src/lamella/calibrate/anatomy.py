@@ -1,7 +1,8 @@
 """What calibration knows of a family: where the decoder keeps its parts, and the FFN inside a layer.
 
-A layer's output is residual + FFN in every family, so the gradient of the FFN's output is that of the layer's output:
-where layers end with a norm (post-norm), that norm is taken to begin the next layer.
+Where a layer's output is residual + FFN, the gradient of the FFN's output is that of the layer's output, and another
+FFN's output can be added to the residual; where layers end with a norm (OPT's post-norm), that norm is taken to begin
+the next layer. Where a norm or a factor stands between FFN and sum, the layer itself is run for both.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamella.architecture.layout import ffn_layout
+from lamella.architecture.layout import FFNLayout, ffn_layout
 from lamella.architecture.model import sizes_of
 from lamella.architecture.types import Modules
 from lamella.calibrate.sample import FFN
@@ -25,6 +26,8 @@ class Anatomy:
     modules: Modules
     post_norm: str | None = None
     """The norm that a layer ends with."""
+    plain_residual: bool = True
+    """A layer's output is the residual + the FFN's output."""
 
 
 def anatomy_of(config: Json) -> Anatomy:
@@ -32,7 +35,7 @@ def anatomy_of(config: Json) -> Anatomy:
     sizes = sizes_of(config)
     modules = sizes.family.modules
     post_norm = not sizes.values.get("do_layer_norm_before", True)  # of OPT alone: OPT-350m
-    return Anatomy(modules, modules.final_norm if post_norm else None)
+    return Anatomy(modules, modules.final_norm if post_norm else None, sizes.family.plain_residual)
 
 
 class LayerFFN:
@@ -45,7 +48,8 @@ class LayerFFN:
 
     def up(self, layer: nn.Module) -> nn.Module:
         """The module that is given x."""
-        return layer.get_submodule(self._names["up"].removesuffix(".weight"))
+        name = self._names.get("gate_up") or self._names["up"]
+        return layer.get_submodule(name.removesuffix(".weight"))
 
     def down(self, layer: nn.Module) -> nn.Module:
         """The module that is given h; its output is the FFN's."""
@@ -53,19 +57,24 @@ class LayerFFN:
 
     def weights(self, layer: nn.Module) -> FFN:
         """Views of the layer's weights."""
-        return self._ffn({part: layer.get_parameter(name).detach() for part, name in self._names.items()})
+        return ffn_of(self._layout, {part: layer.get_parameter(name).detach() for part, name in self._names.items()})
 
     def read(self, tensors: dict[str, SourceTensor]) -> FFN:
         """The same out of the checkpoint, float32."""
-        return self._ffn({part: read_whole(tensors[self._prefix + name]) for part, name in self._names.items()})
+        parts = {part: read_whole(tensors[self._prefix + name]) for part, name in self._names.items()}
+        return ffn_of(self._layout, parts)
 
-    def _ffn(self, parts: dict[str, Tensor]) -> FFN:
-        if self._layout.transposed:
-            parts = parts | {part: parts[part].T for part in ("up", "down")}
-        return FFN(
-            parts.get("gate"), parts["up"], parts["down"], parts.get("up_bias"), parts.get("down_bias"),
-            self._layout.activation,
-        )  # fmt: skip
+
+def ffn_of(layout: FFNLayout, parts: dict[str, Tensor]) -> FFN:
+    """The FFN whose tensors these are, by the parts of `FFNLayout.names`; views of them."""
+    if "gate_up" in parts:
+        gate, up = parts["gate_up"].chunk(2)
+        parts = parts | {"gate": gate, "up": up}
+    if layout.transposed:
+        parts = parts | {part: parts[part].T for part in ("up", "down")}
+    return FFN(
+        parts.get("gate"), parts["up"], parts["down"], parts.get("up_bias"), parts.get("down_bias"), layout.activation
+    )
 
 
 def read_whole(tensor: SourceTensor) -> Tensor:

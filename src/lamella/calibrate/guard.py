@@ -20,9 +20,7 @@ from torch import Tensor
 from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.passes import (
     WatchedLayer,
-    add_replacement,
     embed_pass,
-    empty_sample,
     forward_pass,
 )
 from lamella.calibrate.sample import FFN
@@ -96,11 +94,9 @@ def _through(layer: WatchedLayer, hidden_NLD: Tensor, tokens: CalibrationTokens)
 def _through_replaced(
     model: LayerwiseModel, index: int, hidden_NLD: Tensor, tokens: CalibrationTokens, ffn: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    layer, out_NLD = WatchedLayer(model, index, without_ffn=True), torch.empty_like(hidden_NLD)
-    sample = empty_sample(layer.ffn, hidden_NLD.shape[0] * hidden_NLD.shape[1])
-    forward_pass(layer, hidden_NLD, tokens.positions_NL, out_NLD, sample)
-    add_replacement(out_NLD, sample.x_TD, ffn)
-    return out_NLD
+    layer = WatchedLayer(model, index)
+    layer.replace_ffn(ffn)
+    return _through(layer, hidden_NLD, tokens)
 
 
 class _Test:
@@ -148,4 +144,4 @@ class _Test:
         size = max(1, _HEAD_ELEMENTS // len(head_VD))
         for start in range(0, len(flat[0]), size):
             part = slice(start, start + size)
-            yield part, [functional.linear(self.model.final_norm(h[part]), head_VD) for h in flat]
+            yield part, [self.model.logits(h[part], head_VD) for h in flat]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lamella.architecture.converted import is_converted
@@ -39,6 +40,15 @@ class _Recorder(nn.Module):
         return hidden_BLD
 
 
+class _Given(nn.Module):
+    """Stands for the decoder: what it is given comes out."""
+
+    def forward(
+        self, *args: object, inputs_embeds: Tensor, **kwargs: object
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
 class LayerwiseModel:
     """Layers, embedding and head of a checkpoint, each read when it is asked for."""
 
@@ -53,9 +63,14 @@ class LayerwiseModel:
         self._layers = list(getattr(self._decoder, self.anatomy.modules.layers))
         self._prefixes = [names[id(layer)] for layer in self._layers]
         self._embedding = self._tensors[names[id(model.get_input_embeddings())] + "weight"]
+        # Gemma's embedding multiplies by itself; elsewhere the model does
+        self._embedding_scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
         self._head = self._embedding if self.config.tie_word_embeddings else self._tensors["lm_head.weight"]
-        self._fill_decoder(names[id(self._decoder)])
+        place = names[id(self._decoder)]
+        self._fill_decoder(place)
         self._behind_layers = self._between_layers_and_head()
+        self._model, self._lm_head = model, model.get_output_embeddings()
+        model.set_submodule(place.removesuffix("."), _Given())
 
     def _fill_decoder(self, prefix: str) -> None:
         """Recorders for the layers, weights for what is left; the embedding stays without storage."""
@@ -66,8 +81,10 @@ class LayerwiseModel:
                 module, _, leaf = name.rpartition(".")
                 value = read_whole(self._tensors[prefix + name]).view_as(parameter)
                 setattr(decoder.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
-        if hasattr(decoder, "rotary_emb"):  # computed from the config, not stored
-            decoder.rotary_emb = type(decoder.rotary_emb)(self.config)
+        frequencies = {name.rpartition(".")[0] for name, _ in decoder.named_buffers() if name.endswith("inv_freq")}
+        for name in frequencies:  # computed from a config, which may be that of some layers alone, and not stored
+            module = decoder.get_submodule(name)
+            decoder.set_submodule(name, type(module)(module.config))
 
     def _between_layers_and_head(self) -> list[nn.Module]:
         """The last layer's norm if layers end with one; the decoder's, and its projection to the embedding's width."""
@@ -121,12 +138,13 @@ class LayerwiseModel:
         return LayerFFN(self._source_config, index, self._prefixes[index])
 
     def embed(self, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        """The first layer's input [B, L, D]; UserError for a token beyond the vocabulary."""
+        """What the model gives its first layer [B, L, D]; UserError for a token beyond the vocabulary."""
         vocabulary, width = self._embedding.shape
         ids_U, inverse_BL = ids_BL.unique(return_inverse=True)
         if ids_U[-1] >= vocabulary:
             raise UserError(f"the tokenizer gives token {int(ids_U[-1])}, but the model has {vocabulary}: not its own")
         rows_UD = torch.stack([self._embedding.read(row * width, width) for row in ids_U.tolist()]).float()
+        rows_UD = rows_UD * self._embedding_scale
         return self._run(rows_UD[inverse_BL], positions_BL)[0].hidden_BLD
 
     def call(self, index: int, positions_BL: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -150,6 +168,11 @@ class LayerwiseModel:
     def head_VD(self) -> Tensor:
         """The output head, or the embedding where they are tied; float32."""
         return read_whole(self._head)
+
+    def logits(self, hidden_tD: Tensor, head_VD: Tensor) -> Tensor:
+        """[t, V] of the last layer's output, as the model itself makes them: some scale or cap them."""
+        self._lm_head.weight = nn.Parameter(head_VD, requires_grad=False)
+        return self._model(inputs_embeds=self.final_norm(hidden_tD)[None], use_cache=False).logits[0]
 
 
 def config_of(source: Checkpoint) -> PreTrainedConfig:

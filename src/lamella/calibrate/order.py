@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -63,7 +63,11 @@ class Calibration:
     @property
     def num_streams(self) -> int:
         """Stream files that are there at once, at most."""
-        return self.model.num_layers + 3 if self.gradients else 2
+        return self.model.num_layers + 3 + (not self._is_plain) if self.gradients else 2
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.model.anatomy.plain_residual
 
     def all(self) -> None:
         """Everything that is not done yet."""
@@ -92,21 +96,24 @@ class Calibration:
         """Go from the last layer to the first that is wanted; visit them, too, unless they come behind replaced
         FFNs."""
         for index in reversed(range(self.layers[0], self.stream.indices("gradient")[0])):
-            with self.stream.writing("gradient", index) as out_NLD:
-                self._visit_backward(index, out_NLD)
+            own = nullcontext() if self._is_plain else self.stream.writing("ffn", index)
+            with self.stream.writing("gradient", index) as out_NLD, own as ffn_NLD:
+                self._visit_backward(index, out_NLD, ffn_NLD)
             self.stream.drop("hidden", index)
-            if self.replacement is None:
+            if self.replacement is None or not self._is_plain:
                 self.stream.drop("gradient", index + 1)
+            if self.replacement is None:
+                self.stream.drop("ffn", index)
 
-    def _visit_backward(self, index: int, out_NLD: Tensor) -> None:
+    def _visit_backward(self, index: int, out_NLD: Tensor, ffn_NLD: Tensor | None) -> None:
         with self._timed("backward", index):
             layer, hidden_NLD = WatchedLayer(self.model, index), self.stream.open("hidden", index)
             gradient_NLD = self.stream.open("gradient", index + 1)
             wanted = self.replacement is None and self._is_open(index)
             sample = empty_sample(layer.ffn, self.tokens.num_tokens) if wanted else None
-            backward_pass(layer, hidden_NLD, self.tokens.positions_NL, gradient_NLD, out_NLD, sample)
+            backward_pass(layer, hidden_NLD, self.tokens.positions_NL, gradient_NLD, out_NLD, sample, ffn_NLD)
             if sample is not None:
-                sample = with_gradient(sample, gradient_NLD)
+                sample = with_gradient(sample, gradient_NLD if ffn_NLD is None else ffn_NLD)
         if sample is not None:
             self._visit(index, sample)
 
@@ -119,21 +126,28 @@ class Calibration:
             self.stream.drop(kind, index)
             if index >= self.layers[0]:  # the first gradient stays: it says that the backward pass is done
                 self.stream.drop("gradient", index + 1)
+            self.stream.drop("ffn", index)
 
     def _visit_forward(self, kind: Kind, index: int, out_NLD: Tensor) -> None:
         replaces = self.replacement is not None and index in self.layers
         with self._timed("replaced" if kind == "replaced" else "forward", index):
-            layer, hidden_NLD = WatchedLayer(self.model, index, without_ffn=replaces), self.stream.open(kind, index)
+            without_ffn = replaces and self._is_plain
+            layer, hidden_NLD = WatchedLayer(self.model, index, without_ffn), self.stream.open(kind, index)
             wanted = replaces or self._is_open(index)
             sample = empty_sample(layer.ffn, self.tokens.num_tokens) if wanted else None
             forward_pass(layer, hidden_NLD, self.tokens.positions_NL, out_NLD, sample)
             if sample is not None and self.gradients:
-                sample = with_gradient(sample, self.stream.open("gradient", index + 1))
+                own = self.stream.open("gradient", index + 1) if self._is_plain else self.stream.open("ffn", index)
+                sample = with_gradient(sample, own)
         if sample is not None and self._is_open(index):
             self._visit(index, sample)
         if sample is not None and self.replacement is not None:
             y_of_x = self.replacement(sample.ffn, self.results.load(index))
-            add_replacement(out_NLD, sample.x_TD, y_of_x)
+            if self._is_plain:
+                add_replacement(out_NLD, sample.x_TD, y_of_x)
+            else:
+                layer.replace_ffn(y_of_x)
+                forward_pass(layer, hidden_NLD, self.tokens.positions_NL, out_NLD, None)
 
     def _visit(self, index: int, sample: LayerSample) -> None:
         with self._timed("method", index):

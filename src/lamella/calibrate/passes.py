@@ -22,7 +22,7 @@ _HEAD_ELEMENTS = 1 << 23
 
 
 class WatchedLayer:
-    """A decoder layer with its weights, and what its FFN was given at the latest call."""
+    """A decoder layer with its weights, and what its FFN was given and gave at the latest call."""
 
     def __init__(self, model: LayerwiseModel, index: int, without_ffn: bool = False):
         """`without_ffn`: the layer's output is the residual that the FFN's output is to be added to."""
@@ -32,13 +32,30 @@ class WatchedLayer:
         # The hooks know this dict, not the layer: in a cycle the weights would outlive their use.
         self.seen: dict[str, Tensor] = {}
         ffn.up(self.module).register_forward_pre_hook(_see(self.seen, "x_TD"))
-        ffn.down(self.module).register_forward_pre_hook(_see(self.seen, "h_TF"))
+        self._down = ffn.down(self.module)
+        self._down.register_forward_pre_hook(_see(self.seen, "h_TF"))
         if without_ffn:
-            ffn.down(self.module).register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+            self._down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        else:
+            self._down.register_forward_hook(_keep_output(self.seen))
 
     def __call__(self, hidden_BLD: Tensor, positions_BL: Tensor) -> Tensor:
         args, kwargs = self.model.call(self.index, positions_BL)
         return self.module(hidden_BLD, *args, **kwargs)
+
+    def replace_ffn(self, y_of_x: Callable[[Tensor], Tensor]) -> None:
+        """Let this function, x [t, D] -> y [t, D], stand in the FFN's place from now on."""
+        seen = self.seen
+        self._down.register_forward_hook(lambda module, args, y: y_of_x(seen["x_TD"]).view_as(y))
+
+
+def _keep_output(seen: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A hook that keeps a module's output as it is, with its graph."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        seen["y"] = y
+
+    return hook
 
 
 def _see(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -88,12 +105,20 @@ def backward_pass(
     gradient_NLD: Tensor,
     out_NLD: Tensor,
     sample: LayerSample | None,
+    ffn_NLD: Tensor | None = None,
 ) -> None:
-    """Run a layer as `forward_pass` does, but fill the gradient of the layer's input, given that of its output."""
+    """Run a layer as `forward_pass` does, but fill the gradient of the layer's input, given that of its output; and
+    into `ffn_NLD` that of the FFN's output, where it is another than the layer's."""
     for part in batches(hidden_NLD.shape):
         leaf_BLD = hidden_NLD[part].clone().requires_grad_()
         y_BLD = layer(leaf_BLD, positions_NL[part])
-        (out_NLD[part],) = torch.autograd.grad(y_BLD, leaf_BLD, gradient_NLD[part])
+        if ffn_NLD is None:
+            (out_NLD[part],) = torch.autograd.grad(y_BLD, leaf_BLD, gradient_NLD[part])
+        else:
+            wanted = [leaf_BLD, layer.seen["y"]]
+            out_NLD[part], ffn_BLD = torch.autograd.grad(y_BLD, wanted, gradient_NLD[part])
+            ffn_NLD[part] = ffn_BLD.view_as(out_NLD[part])
+        layer.seen.pop("y")
         _keep(layer, part, hidden_NLD.shape[1], sample)
 
 
@@ -104,7 +129,7 @@ def _keep(layer: WatchedLayer, part: slice, L: int, sample: LayerSample | None) 
 
 
 def with_gradient(sample: LayerSample, gradient_NLD: Tensor) -> LayerSample:
-    """dh = dL/d(output) W_down: the layer's output is residual + FFN, so both have one gradient."""
+    """dh = dL/d(output) W_down, given the gradient of the FFN's output."""
     return sample._replace(dh_TF=gradient_NLD.flatten(0, 1) @ sample.ffn.down_DF)
 
 
@@ -116,7 +141,7 @@ def head_pass(model: LayerwiseModel, hidden_NLD: Tensor, labels_NL: Tensor, out_
     for start in range(0, len(labels_T), size):
         part = slice(start, start + size)
         leaf = hidden_TD[part].clone().requires_grad_()
-        logits = functional.linear(model.final_norm(leaf), head_VD)
+        logits = model.logits(leaf, head_VD)
         loss = functional.cross_entropy(logits, labels_T[part], ignore_index=IGNORE_INDEX, reduction="sum")
         (out_TD[part],) = torch.autograd.grad(loss, leaf)
 

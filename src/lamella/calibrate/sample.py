@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lamella.architecture.moe import Activation
 from lamella.errors import UserError, check_choice
-from lamella.moe.two_matrix import ACTIVATIONS
+from lamella.moe.activations import ACTIVATIONS
 
 
 class FFN(NamedTuple):

@@ -1,7 +1,8 @@
 """The residual stream of all calibration tokens on disk: one memory-mapped file per layer boundary.
 
 `hidden` i is the input of layer i, `gradient` i the loss's gradient with respect to it (so layer i's output has
-gradient i + 1), `replaced` i the input of layer i behind replaced FFNs. A file is there whole or not at all, so the
+gradient i + 1), `ffn` i that with respect to the output of layer i's FFN, where it is another than the layer's
+output's, `replaced` i the input of layer i behind replaced FFNs. A file is there whole or not at all, so the
 files say how far a calibration has come.
 
 Shapes: N windows, L tokens per window, D model width.
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lamella.errors import UserError
 
-Kind = Literal["hidden", "gradient", "replaced"]
+Kind = Literal["hidden", "gradient", "ffn", "replaced"]
 _SPARE_BYTES = 64 << 20
 
 
@@ -43,7 +44,7 @@ class StreamFolder:
 
     def check_space(self, num_files: int, other_bytes: int = 0) -> None:
         """UserError unless the disk takes as many files, those already there included, and other bytes."""
-        there = sum(len(list(self.folder.glob(f"{kind}.*"))) for kind in ("hidden", "gradient", "replaced"))
+        there = sum(len(list(self.folder.glob(f"{kind}.*"))) for kind in get_args(Kind))
         needed = max(0, num_files - there) * self.file_bytes + other_bytes + _SPARE_BYTES
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(parent).free
@@ -61,7 +62,7 @@ class StreamFolder:
     def writing(self, kind: Kind, index: int) -> Iterator[Tensor]:
         """A new file, mapped; it gets its name when the block ends well, and vanishes when it does not."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "unfinished"
+        temporary = self.folder / f"unfinished.{kind}"
         try:
             self._allocate(temporary)
             tensor = self._map(temporary)

@@ -1,4 +1,5 @@
 """Matrices that are stored [in, out] (transformers' Conv1D, GPT-2's), read as [out, in]: nothing else has to know.
+And the matrices that lie one after another in a tensor.
 
 Shapes: R stored rows, C stored columns, m columns of a block.
 """
@@ -56,6 +57,19 @@ def transposed(source: SourceTensor) -> TransposedTensor:
     """A stored [R, C] matrix as [C, R]."""
     R, C = source.shape
     return TransposedTensor(source.name, source.dtype, (C, R), source.path, source.begin)
+
+
+def halves(source: SourceTensor, called: tuple[str, str]) -> tuple[SourceTensor, SourceTensor]:
+    """[2R, C] -> the first R rows and the last, by the source's name and these."""
+    rows, columns = source.shape[0] // 2, source.shape[1]
+    nbytes = rows * columns * DTYPES[source.dtype].itemsize
+    first, last = (
+        dataclasses.replace(
+            source, name=f"{source.name} ({half})", shape=(rows, columns), begin=source.begin + i * nbytes
+        )
+        for i, half in enumerate(called)
+    )
+    return first, last
 
 
 def matrices(source: SourceTensor) -> list[SourceTensor]:

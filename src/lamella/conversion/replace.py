@@ -52,6 +52,10 @@ def _in_model_order(source: Checkpoint) -> Iterator[str]:
 def _ffn_parts(source: Checkpoint, layout: FFNLayout, layer: int) -> dict[str, SourceTensor]:
     """A layer's dense FFN by the parts of `FFNLayout.names`, matrices as [out, in] however they are stored."""
     parts = {part: source.tensors[name] for part, name in layout.names(layer).items()}
+    if fused := parts.pop("gate_up", None):
+        from lamella.checkpoint.transposed import halves
+
+        parts["gate"], parts["up"] = halves(fused, ("gate", "up"))
     if layout.transposed:
         from lamella.checkpoint.transposed import transposed
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lamella.architecture.layout import ffn_layout
+from lamella.calibrate.anatomy import ffn_of
 from lamella.calibrate.sample import FFN
 from lamella.hf.blocks import decoder_layers, ffn_modules, replace_ffn
 
@@ -139,10 +140,7 @@ def reordered_ffns(model: PreTrainedModel, slices: int, layers: Iterable[int], s
 def _dense_ffn(model: PreTrainedModel, layer: int) -> FFN:
     layout = ffn_layout(model.config.to_dict())
     parts = {part: model.get_parameter(name).detach() for part, name in layout.names(layer).items()}
-    if layout.transposed:
-        parts |= {part: parts[part].T for part in ("up", "down")}
-    biases = (parts.get("up_bias"), parts.get("down_bias"))
-    return FFN(parts.get("gate"), parts["up"], parts["down"], *biases, layout.activation)
+    return ffn_of(layout, parts)
 
 
 def compare_reordered(

@@ -4,6 +4,8 @@ fp32. Slicing changes nothing but the order in which the F terms of each FFN out
 is off by about u sqrt(F) of its size (u = 2^-24, roundings as a random walk), the errors of N layers add up like
 another random walk, and the output head keeps the relative error: |difference| <= u sqrt(F N) max|logit|. For
 SmolLM2 that is 5.5e-4; an error in the conversion shows as more than 1e-1. Never more than 1e-3 is let through.
+Models that cap their logits (Gemma 2), or norm what an FFN adds, have more rounding than their logits show: where twice
+the floor, measured as for bf16, is more, that is the bound.
 Attention experts add up an attention's output in another order, too: F is then F + A + L, A the width of all heads and
 L the tokens that are attended to.
 
@@ -98,11 +100,13 @@ class Bounds:
     reason: str
 
 
-def fp32_bounds(terms: int, layers: int, max_logit: float) -> Bounds:
+def fp32_bounds(terms: int, layers: int, floor: Difference) -> Bounds:
     """See the module's docstring. KL of small differences d is about d^2 / 2; a flipped top-1 needs a tie."""
     u = torch.finfo(torch.float32).eps / 2
-    max_abs = min(FP32_LIMIT, u * math.sqrt(terms * layers) * max_logit)
-    return Bounds(max_abs, max_abs, max(max_abs**2, 1e-9), 0.999, 0.0, "2^-24 sqrt(F N) max|logit|")
+    formula, measured = u * math.sqrt(terms * layers) * floor.max_logit, FLOOR_FACTOR * floor.max_abs
+    reason = "2^-24 sqrt(F N) max|logit|" if formula >= measured else f"{FLOOR_FACTOR:g}x the floor"
+    max_abs = min(FP32_LIMIT, max(formula, measured))
+    return Bounds(max_abs, max_abs, max(max_abs**2, 1e-9), 0.999, 0.0, reason)
 
 
 def floor_bounds(floors: list[Difference]) -> Bounds:
@@ -235,7 +239,7 @@ def _dtype_checks(
     bounds = floor_bounds(reference.floors)
     if dtype == "float32":
         terms = ffn_width(shape) + _attention_terms(shape, len(windows[0]))
-        bounds = fp32_bounds(terms, len(_summed_in_parts(shape, ffn_width(shape))[0]), floor.max_logit)
+        bounds = fp32_bounds(terms, len(_summed_in_parts(shape, ffn_width(shape))[0]), floor)
     on_step(f"{dtype}: loading the converted model")
     moe = open_checkpoint(moe_name, dtype, device)
     assert is_converted(moe)

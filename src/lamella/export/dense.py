@@ -56,6 +56,9 @@ def joined_ffn(
     down = sources[prefix + expert_name("frozen", DOWN)]
     if layout.gated:
         gate_up = sources[prefix + expert_name("frozen", GATE_UP)]
+        if "gate_up" in names:
+            both = (*_half_stretches(gate_up, 0), *_half_stretches(gate_up, 1))
+            return {names["gate_up"]: (gate_up, Stretches(both)), names["down"]: (down, JoinColumns(down))}
         return {
             names["gate"]: (gate_up, Stretches(_half_stretches(gate_up, 0))),
             names["up"]: (gate_up, Stretches(_half_stretches(gate_up, 1))),

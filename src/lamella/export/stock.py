@@ -33,6 +33,8 @@ def experts_needed(model: ConvertedModel) -> list[str]:
         name = model.family.name
         return [f"its decoder is Llama's with biases or norms in the attention, this model's is that of {name}"]
     moe, problems = model.moe, []
+    if moe.activation != "silu":  # transformers would compute another, but other readers of these formats silu
+        problems.append(f"its experts compute silu, this model's {moe.activation}")
     if not model.attention_is_dense():
         problems.append("it has no attention experts, this model's are not all chosen with weight 1")
     if moe.num_experts < 2:

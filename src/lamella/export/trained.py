@@ -26,6 +26,7 @@ from lamella.checkpoint.distributed import checkpoint_reader
 from lamella.checkpoint.manifest import changed_tensors
 from lamella.checkpoint.source import read_folder
 from lamella.checkpoint.tensors import SourceTensor
+from lamella.checkpoint.tying import as_stored
 from lamella.errors import UserError
 from lamella.recipe.sections import LoRA
 from lamella.run.folder import RunDir
@@ -173,6 +174,8 @@ def _still_in_model(run: RunDir, trained: Container[str]) -> dict[str, SourceTen
         return {}
     folder = run.model_folder()
     found = read_folder(folder)
+    # the file decides whether the head is the embedding: a config that ties another one would lose it here
+    missing = [name for name in converted_tensors(as_stored(config, found, str(folder))) if name not in trained]
     if changed := sorted(set(changed_tensors(folder)).intersection(missing)):
         raise UserError(f"{folder}: {changed[0]} is not what the conversion wrote; put an undamaged copy of it there")
     return {name: found[name] for name in missing}

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lamella.architecture.adapters import AdaptersConfig
@@ -117,10 +117,11 @@ class ConvertedForCausalLM(PreTrainedModel):
 def _converted_model(family: Family) -> type[ConvertedForCausalLM]:
     """The family's classes, `Lamella...Config` and `Lamella...ForCausalLM`: transformers' own, and the entries."""
     dense: Any = getattr(transformers, family.architecture)
+    dense_config: Any = CONFIG_MAPPING[family.name]
     entries = dict.fromkeys(ENTRIES)
     config = type(
         family.converted_config_class,
-        (dense.config_class,),
+        (dense_config,),
         {"model_type": CONVERTED_PREFIX + family.name, "__annotations__": dict.fromkeys(entries, dict | None)}
         | entries
         | {"__module__": __name__},

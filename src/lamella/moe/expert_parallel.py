@@ -49,7 +49,8 @@ def parallel_experts(
     rank = group.rank()
     if config.routing == "twin":
         count = len(frozen.down_proj)
-        y_GD = apply_experts(x_GD, pair_range(everyones, rank * count, count), frozen, trainable, path)
+        own = pair_range(everyones, rank * count, count)
+        y_GD = apply_experts(x_GD, own, frozen, trainable, path, config.activation)
     else:
         y_GD = _own_rows(x_GD, everyones, frozen, trainable, config, rank, path)
     return sum_scatter_rows(y_GD, group)
@@ -64,7 +65,8 @@ def _own_rows(
     ids_N, weights_N = local_GK[token_N, k_N], routing.weights_TK[token_N, k_N]
     # one more row, of weight 0: a rank whose experts nobody chose has something to compute all the same
     token_N, ids_N, weights_N = (F.pad(values_N, (0, 1)) for values_N in (token_N, ids_N, weights_N))
-    y_ND = apply_experts(x_GD[token_N], Routing(ids_N[:, None], weights_N[:, None]), frozen, trainable, path)
+    rows = Routing(ids_N[:, None], weights_N[:, None])
+    y_ND = apply_experts(x_GD[token_N], rows, frozen, trainable, path, config.activation)
     return torch.zeros_like(x_GD).index_add(0, token_N, y_ND)
 
 

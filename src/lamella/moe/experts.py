@@ -145,7 +145,7 @@ def _chosen(
         assert lora is None, "refused when the recipe is read"
         return parallel_experts(x_TD, routing, frozen, trainable, config, group, path)
     assert lora is not None
-    return lora_experts(x_TD, routing, frozen, trainable, lora, config.lora_scale, path)
+    return lora_experts(x_TD, routing, frozen, trainable, lora, config.lora_scale, path, config.activation)
 
 
 def _computed(
@@ -154,12 +154,12 @@ def _computed(
     """The same sum of packed experts of either kind, all of them here."""
     if isinstance(frozen, Experts):
         assert isinstance(trainable, Experts)
-        return apply_experts(x_TD, routing, frozen, trainable, path)
+        return apply_experts(x_TD, routing, frozen, trainable, path, config.activation)
     assert isinstance(trainable, TwoMatrixExperts)
     return two_matrix_path(x_TD, routing, frozen, trainable, config.activation)
 
 
 def _shared(x_TD: Tensor, shared: SharedExpert | TwoMatrixShared, config: MoEConfig) -> Tensor:
     if isinstance(shared, SharedExpert):
-        return gated_ffn(x_TD, *shared)
+        return gated_ffn(x_TD, *shared, config.activation)
     return two_matrix_ffn(x_TD, *shared, config.activation)

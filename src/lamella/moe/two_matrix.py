@@ -11,8 +11,7 @@ expert or neurons of the shared one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamella.architecture.moe import Activation
+from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.routing import Routing
 
 
@@ -43,19 +43,6 @@ class TwoMatrixShared(NamedTuple):
     """[n]"""
     down_proj: Tensor
     """[D, n]"""
-
-
-def gelu_new(x: Tensor) -> Tensor:
-    """GPT-2's approximation, by tanh. Step by step as transformers has it: in bf16 `F.gelu` rounds otherwise."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": gelu_new,
-    "relu": F.relu,
-}
 
 
 def two_matrix_ffn(x_nD: Tensor, up_fD: Tensor, up_bias_f: Tensor, down_Df: Tensor, activation: Activation) -> Tensor:

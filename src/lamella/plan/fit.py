@@ -90,6 +90,8 @@ def _check_tensor(recipe: Recipe, model: Model) -> None:
     degree = recipe.parallel.tensor
     if model.attention_moe is not None:
         raise UserError("parallel.tensor has no way for attention experts; set it to 1")
+    if not model.family.llama_like:
+        raise UserError(f"parallel.tensor has no way for the decoder of {model.family.name}; set it to 1")
     if model.N % degree or model.G % degree:
         raise UserError(
             f"parallel.tensor={degree} does not divide {model.N} heads and {model.G} key/value heads; choose a divisor "

@@ -12,23 +12,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchtitan.models.common.decoder import TransformerBlock
+from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.rope import CosSinRoPE
 
 from lamella.architecture.moe import Mode
 from lamella.architecture.names import TITAN_LLAMA3
 from lamella.titan.attention import ExpertAttention
-from lamella.titan.masks import Masks
+from lamella.titan.masks import Masks, MasksByWindow, masks_of
 from lamella.titan.moe import MoELayer
 
 
 class ScaledRoPE(CosSinRoPE):
-    """Torchtitan's rotary embedding in transformers' layout, with Llama 3.1's and linear frequency scaling too."""
+    """Torchtitan's rotary embedding in transformers' layout, with Llama 3.1's and linear frequency scaling too.
+
+    Where `dim` is less than the width of a head, it turns the first features alone.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CosSinRoPE.Config):
         """torchtitan's rope, and a linear scaling of positions."""
 
         linear_factor: float = 1.0
+        rotates: bool = True
+        """False: queries and keys stay as they are (SmolLM3 has such layers)."""
+
+    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries [B, L, N, H] and keys [B, L, G, H], turned by their positions."""
+        if not self.config.rotates:
+            return query, key
+        rotated = [x[..., : self.config.dim] for x in (query, key)]
+        q, k = super().forward(*rotated, positions)
+        rest = [x[..., self.config.dim :] for x in (query, key)]
+        if not rest[0].shape[-1]:
+            return q, k
+        return torch.cat([q, rest[0]], dim=-1), torch.cat([k, rest[1]], dim=-1)
 
     def _precompute_cache(self) -> Tensor:
         c = self.config
@@ -52,7 +69,7 @@ def llama3_frequencies(frequencies: Tensor, factor: float, low: float, high: flo
 class BlockContext(NamedTuple):
     """What every block is told about a forward pass besides hidden states and positions."""
 
-    masks: Masks
+    masks: Masks | MasksByWindow
     mode: Mode = "routed"
     choice_targets_B: Tensor | None = None
 
@@ -66,12 +83,21 @@ class Block(TransformerBlock):
 
         # not `moe`, which torchtitan expects to be its own MoE
         moe_layer: MoELayer.Config | None = None
+        post_ffn_norm: RMSNorm.Config | None = None
+        """Of blocks with norms behind attention and FFN: `ffn_norm` is then the attention's, after transformers' name,
+        and `attention_norm` does nothing."""
+        residual_scale: float = 1.0
+        """Factor on what attention and FFN add."""
+        window: int | None = None
+        """Tokens that a token sees, itself among them."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.attention = config.attention.build()
         self.attention_norm = config.attention_norm.build()
         self.ffn_norm = config.ffn_norm.build()
+        self.post_ffn_norm = None if config.post_ffn_norm is None else config.post_ffn_norm.build()
+        self.residual_scale, self.window = config.residual_scale, config.window
         self.moe_enabled = config.moe_layer is not None
         if config.moe_layer is not None:
             self.moe = config.moe_layer.build()
@@ -81,12 +107,21 @@ class Block(TransformerBlock):
 
     def forward(self, x_BLD: Tensor, context: BlockContext, positions: Tensor | None = None) -> Tensor:
         """The hidden states [B, L, D] behind this block."""
-        attended_BLD = self.attention_norm(x_BLD)
+        attended_BLD, masks = self.attention_norm(x_BLD), masks_of(context.masks, self.window)
         if isinstance(self.attention, ExpertAttention):
-            attended_BLD = self.attention(attended_BLD, context.masks, positions, context.mode)
+            attended_BLD = self.attention(attended_BLD, masks, positions, context.mode)
         else:
-            attended_BLD = self.attention(attended_BLD, context.masks, positions)
-        x_BLD = x_BLD + attended_BLD
+            attended_BLD = self.attention(attended_BLD, masks, positions)
+        if self.post_ffn_norm is not None:
+            x_BLD = x_BLD + self._scaled(self.ffn_norm(attended_BLD))
+            return x_BLD + self._scaled(self.post_ffn_norm(self._ffn(x_BLD, context)))
+        x_BLD = x_BLD + self._scaled(attended_BLD)
+        return x_BLD + self._scaled(self._ffn(self.ffn_norm(x_BLD), context))
+
+    def _ffn(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         if not self.moe_enabled:
-            return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
-        return x_BLD + self.moe(self.ffn_norm(x_BLD), context.mode, context.choice_targets_B)
+            return self.feed_forward(x_BLD)
+        return self.moe(x_BLD, context.mode, context.choice_targets_B)
+
+    def _scaled(self, added_BLD: Tensor) -> Tensor:
+        return added_BLD if self.residual_scale == 1.0 else added_BLD * self.residual_scale

@@ -24,7 +24,7 @@ from lamella.titan.block import BlockContext
 from lamella.titan.context import ContextShare
 from lamella.titan.flops import training_flops_per_token
 from lamella.titan.inner_attention import DocumentAttention
-from lamella.titan.masks import MaskMod, Masks, document_mask, document_mask_mod
+from lamella.titan.masks import MaskMod, Masks, MasksByWindow, document_mask, document_mask_mod
 from lamella.titan.moe import MoELayer
 from lamella.titan.tensor import set_sharding
 
@@ -40,7 +40,9 @@ class LamellaDecoder(Decoder):
         """torchtitan's decoder, and what training wants to know about it."""
 
         sliding_window: int | None = None
-        """Tokens that a token sees, itself among them."""
+        """Tokens that a token sees, itself among them; None where layers differ."""
+        windows: tuple[int | None, ...] = ()
+        """Where layers differ, the windows that there are."""
         trains: str = "experts+router"
         """As in a recipe."""
         frozen_weights: str = "sharded"
@@ -63,6 +65,7 @@ class LamellaDecoder(Decoder):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self._window = config.sliding_window
         self.context: ContextShare | None = None
         """Context parallelism: whole samples go in, the logits of this rank's tokens come out."""
         if config.enable_weight_tying:
@@ -82,7 +85,7 @@ class LamellaDecoder(Decoder):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        attention_masks: Masks = None,
+        attention_masks: Masks | MasksByWindow = None,
         choice_targets_B: Tensor | None = None,
         mode: Mode = "routed",
     ) -> Tensor:
@@ -106,11 +109,17 @@ class LamellaDecoder(Decoder):
         # torchtitan's decoder hands its third argument on to every block as it is
         return super().forward(tokens, positions, BlockContext(attention_masks, mode, choice_targets_B))
 
-    def get_attention_masks(self, positions: Tensor) -> Masks:
+    def get_attention_masks(self, positions: Tensor) -> Masks | MasksByWindow:
         """The masks that the model's kind of attention wants, of positions [B, L]."""
+        if self.config.windows:
+            return MasksByWindow({window: self._masks(positions, window) for window in self.config.windows})
+        return self._masks(positions, self.config.sliding_window)
+
+    def _masks(self, positions: Tensor, window: int | None) -> Masks:
+        self._window = window  # torchtitan hands its own functions no window
         attention = self.config.first_attention
         if attention is not None and isinstance(attention.inner_attention, DocumentAttention.Config):
-            return document_mask(positions, self.config.sliding_window, self.context)
+            return document_mask(positions, window, self.context)
         if self.context is not None:
             return self._flex_mask_of_part(positions, attention, self.context)
         return super().get_attention_masks(positions)
@@ -120,16 +129,15 @@ class LamellaDecoder(Decoder):
     ) -> BlockMask:
         B, L = positions_BL.shape
         rows, columns = context.mine(L, positions_BL.device), context.order(L, positions_BL.device)
-        sees = document_mask_mod(positions_BL, self.config.sliding_window, rows, columns)
+        sees = document_mask_mod(positions_BL, self._window, rows, columns)
         block_size = attention.inner_attention.block_size
         return create_attention_mask(sees, B, None, len(rows), L, device=positions_BL.device, BLOCK_SIZE=block_size)
 
     def _create_flex_attention_mask(
         self, positions: Tensor, attn_config: BaseAttention.Config, mask_mods: Sequence[MaskMod]
     ) -> BlockMask:
-        window = self.config.sliding_window
-        if window is not None:
-            mask_mods = [*mask_mods, get_sliding_window_mask_mod(window)]
+        if self._window is not None:
+            mask_mods = [*mask_mods, get_sliding_window_mask_mod(self._window)]
         return super()._create_flex_attention_mask(positions, attn_config, mask_mods)
 
 

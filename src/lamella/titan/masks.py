@@ -5,6 +5,7 @@ Shapes: B batch, L tokens of a sample, l = L/P of them on one of P ranks of cont
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
@@ -15,6 +16,18 @@ from lamella.titan.context import ContextShare
 
 Masks: TypeAlias = Tensor | AttentionMasksType | None
 """What an inner attention is given: bool [B, 1, l, L] for sdpa, torchtitan's own objects for flex and varlen."""
+
+
+@dataclass(frozen=True)
+class MasksByWindow:
+    """The masks of a decoder whose layers differ in their window."""
+
+    by_window: dict[int | None, Masks]
+
+
+def masks_of(masks: Masks | MasksByWindow, window: int | None) -> Masks:
+    """Those of a layer with this window."""
+    return masks.by_window[window] if isinstance(masks, MasksByWindow) else masks
 
 
 class MaskMod(Protocol):

@@ -52,7 +52,7 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
     attention = _attention(recipe, recipe.model)
     if attention != "sdpa" and not has_gpu():
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
-    config = decoder_config(recipe.model, attention, recipe.expert_path, recipe.seq_len)
+    config = decoder_config(recipe.model, attention, recipe.expert_path)
     config.trains, config.frozen_weights = recipe.trains, _frozen_weights(recipe)
     config.file_dtype = _dtype_name(recipe.model)
     if recipe.parallel.context > 1 and attention == "varlen":
@@ -85,7 +85,7 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
     if recipe.objective != "distil" or folder is None:
         return None
     attention = _attention(recipe, folder) if has_gpu() else "sdpa"
-    config = decoder_config(folder, attention, recipe.expert_path, recipe.seq_len)
+    config = decoder_config(folder, attention, recipe.expert_path)
     config.trains, config.file_dtype = "nothing", _dtype_name(folder)
     if config.vocab_size != student.vocab_size:
         raise UserError(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lamella.calibrate import calibration_tokens, store
+from lamella.calibrate import CalibrationOptions, calibration_tokens, store
 from lamella.calibrate.guard import Verdict
 from lamella.calibrate.layerwise import document_mask
 from lamella.checkpoint.source import Checkpoint
@@ -23,7 +23,7 @@ from lamella.errors import UserError
 from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
 from lamella.recipe.conversion import load_conversion, make_conversion
-from support.models import VOCAB, WIDELY_TESTED, save_tokenizer, tiny_checkpoint
+from support.models import KIN, VOCAB, WIDELY_TESTED, save_tokenizer, tiny_checkpoint
 from support.tiers import slow_but
 
 # Little text: the calibration's own tests look at how it is gathered.
@@ -166,6 +166,25 @@ def test_the_guard_puts_layers_back_and_says_why(tmp_path: Path, metric: str) ->
     kept = json.loads((out / "config.json").read_text())["moe"]["moe_layers"]
     assert kept == [layer for layer, reason in reasons.items() if not reason]
     assert json.loads((out / "lamella.json").read_text())["guard"] == [v._asdict() for v in again]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["granite", "gemma2"])
+def test_what_the_guard_measures_is_what_transformers_computes(tmp_path: Path, family: str) -> None:
+    """Where what an FFN adds is scaled or normed, and logits are scaled or capped."""
+    dense, verdicts = dense_model(tmp_path / "dense", family, **KIN[family]), []
+    guard = "guard={metric: kl, per_layer: 100, total: 1000, tokens: 128}"
+    words = ("active=1", "shared=0", "neurons=random", "router=random", "output=plain", guard)
+    out = partition(dense, tmp_path / "moe", *words, on_verdict=verdicts.append)
+    options = CalibrationOptions(num_tokens=128, sequence_length=64)
+    tokens = calibration_tokens(Checkpoint.open(dense), options)
+    p, q = (
+        load(folder, torch.float32)(tokens.ids_NL, position_ids=tokens.positions_NL).logits.log_softmax(-1)
+        for folder in (dense, out)
+    )
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert verdicts[-1].after == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-4
 
 
 def test_a_guard_that_keeps_nothing_is_an_error(tmp_path: Path) -> None:

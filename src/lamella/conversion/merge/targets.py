@@ -198,7 +198,8 @@ def _cannot(stock: Stock, merge: Merge) -> list[str]:
     family = merge.sizes.family.name
     if family not in stock.families:
         return [f"it is for {', '.join(stock.families)} models, the base model is {family}"]
-    return stock.problems(merge)
+    silu = [] if merge.moe.activation == "silu" else [f"it computes silu, the base model's FFNs {merge.moe.activation}"]
+    return silu + stock.problems(merge)
 
 
 def stock_config(stock: Stock, merge: Merge) -> Json:

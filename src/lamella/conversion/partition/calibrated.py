@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.layout import ffn_layout
-from lamella.architecture.model import sizes_of
 from lamella.architecture.moe import MoEConfig
 from lamella.calibrate import calibrate, calibration_tokens
 from lamella.calibrate.guard import Verdict, guarded
@@ -23,7 +22,6 @@ from lamella.checkpoint.tensors import SourceTensor, read_header
 from lamella.conversion.partition.decide import Decision, converted_layer, decide
 from lamella.conversion.partition.plan import decided_plan, list_tensors
 from lamella.conversion.plan import ConversionPlan, Workspace
-from lamella.errors import UserError
 from lamella.recipe.methods.partition import Axes, PartitionOptions, partition_sizes
 
 
@@ -35,27 +33,11 @@ def plan_partition(model: str | Path | None, options: PartitionOptions) -> Conve
     """
     source = Checkpoint.open(model)
     sizes = partition_sizes(options, source.config)
-    _check_residual(source, options)
 
     def decide_layers(work: Workspace) -> WritePlan:
         return _decide(source, options, sizes, work)
 
     return ConversionPlan(source, list_tensors(source, options, sizes), decide_layers, _remark(options))
-
-
-def _check_residual(source: Checkpoint, options: PartitionOptions) -> None:
-    """Gradients, replaced layers and the guard take a layer's output for the residual plus the FFN's output."""
-    family, axes = sizes_of(source.config).family, options.axes()
-    wanted = {
-        "neurons or importance by gradient (take neurons coactivation)": axes.needs_gradient,
-        "sequential (set it to false)": options.sequential and axes.needs_sample and not axes.all_active,
-        "guard (leave it out)": options.guard is not None,
-    }
-    if not family.plain_residual and (problems := [name for name, is_wanted in wanted.items() if is_wanted]):
-        raise UserError(
-            f"{family.name} norms or scales what its FFN adds, or its logits, which these do not know: "
-            f"{'; '.join(problems)}"
-        )
 
 
 def _remark(options: PartitionOptions) -> str:

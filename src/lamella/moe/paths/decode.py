@@ -6,14 +6,17 @@ Shapes: D model width, f neurons per expert, K active experts.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.architecture.moe import Activation
+from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
 
 
-def decode_path(x_1D: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+def decode_path(
+    x_1D: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Tensor:
     """One token's output [1, D], for inference: nothing is kept for a backward pass."""
     gate_up, down = (f.unbind(0) + t.unbind(0) for f, t in zip(frozen, trainable, strict=True))
     chosen = routing.expert_ids_TK[0].tolist()
@@ -22,7 +25,7 @@ def decode_path(x_1D: Tensor, routing: Routing, frozen: Experts, trainable: Expe
     for e, row_2f in zip(chosen, gate_up_K2f.unbind(0), strict=True):
         torch.mv(gate_up[e], x_D, out=row_2f)
     gate_Kf, up_Kf = gate_up_K2f.chunk(2, dim=-1)
-    hidden_Kf = F.silu(gate_Kf).mul_(up_Kf).mul_(routing.weights_TK.to(x_D.dtype).t())
+    hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(routing.weights_TK.to(x_D.dtype).t())
     y_D = torch.zeros_like(x_D)
     for e, hidden_f in zip(chosen, hidden_Kf.unbind(0), strict=True):
         y_D.addmv_(down[e], hidden_f)

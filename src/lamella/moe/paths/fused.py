@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamella.architecture.moe import Activation
 from lamella.errors import UserError
 from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
@@ -25,18 +26,23 @@ from lamella.moe.routing import Routing
 HALF = (torch.bfloat16, torch.float16)
 
 
-def fused_fits(x_TD: Tensor, experts: Experts) -> bool:
-    """Whether the layer is in half precision on a GPU with Triton, its rows starting at multiples of 16 bytes."""
+def fused_fits(x_TD: Tensor, experts: Experts, activation: Activation = "silu") -> bool:
+    """Whether the layer computes silu in half precision on a GPU with Triton, its rows at multiples of 16 bytes."""
     aligned = x_TD.shape[1] % 8 == 0 and experts.down_proj.shape[-1] % 8 == 0
-    return runs_triton(x_TD.device) and x_TD.dtype in HALF and aligned
+    return activation == "silu" and runs_triton(x_TD.device) and x_TD.dtype in HALF and aligned
 
 
-def fused_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+def fused_path(
+    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Tensor:
     """The weighted sum [T, D] of the outputs of each token's experts; once differentiable.
 
     Raises:
-        UserError: Triton is not installed, the tensors are not on a GPU, not in half precision, or not of one dtype.
+        UserError: Triton is not installed, the tensors are not on a GPU, not in half precision, or not of one dtype, or
+            the experts compute another activation than silu, which is all that the kernels know.
     """
+    if activation != "silu":
+        raise UserError(f"the expert path 'fused' computes silu, and these experts {activation!r}; use 'auto'")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in (x_TD, *frozen, *trainable)})
     if len(dtypes) > 1:
         raise UserError(

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.architecture.moe import Activation
 from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.paths.dispatch import Dispatch, dispatch, to_rows
@@ -89,14 +90,23 @@ class TorchProducts:
         return F.grouped_mm(left_Nm.values.t(), right_Nn.values, offs=half.ends_E)
 
 
-def grouped_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+class Kind(NamedTuple):
+    """How the rows are computed: by which products, and with what between them."""
+
+    products: Products
+    activation: Activation
+
+
+def grouped_path(
+    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Tensor:
     """The weighted sum [T, D] of the outputs of each token's experts; it waits for no host."""
-    return by_products(TorchProducts(), x_TD, routing, frozen, trainable)
+    return by_products(Kind(TorchProducts(), activation), x_TD, routing, frozen, trainable)
 
 
-def by_products(products: Products, x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+def by_products(kind: Kind, x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
     """As `grouped_path`, by these products; frozen weights take no gradient."""
-    return _Grouped.apply(products, x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, *frozen, *trainable)
+    return _Grouped.apply(kind, x_TD.contiguous(), routing.weights_TK, routing.expert_ids_TK, *frozen, *trainable)
 
 
 def split_halves(d: Dispatch, weights_N: Tensor, num_frozen: int) -> list[Half]:
@@ -114,14 +124,14 @@ class GroupedContext(Context):
 
     weights_dtype: torch.dtype
     num_halves: int
-    products: Products
+    kind: Kind
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: GroupedContext,
-        products: Products,
+        kind: Kind,
         x_TD: Tensor,
         weights_TK: Tensor,
         expert_ids_TK: Tensor,
@@ -131,10 +141,10 @@ class _Grouped(torch.autograd.Function):
         d = dispatch(expert_ids_TK, num_frozen + num_trainable)
         halves = split_halves(d, to_rows(weights_TK.float(), d), num_frozen)
         experts = _present(packed)
-        made = [_half_forward(products, x_TD, h, e) for h, e in zip(halves, experts, strict=True)]
+        made = [_half_forward(kind, x_TD, h, e) for h, e in zip(halves, experts, strict=True)]
         gate_ups, ys = zip(*made, strict=True)
         ctx.save_for_backward(x_TD, d.slot_TK, *packed, *gate_ups, *(t for half in halves for t in half))
-        ctx.weights_dtype, ctx.num_halves, ctx.products = weights_TK.dtype, len(halves), products
+        ctx.weights_dtype, ctx.num_halves, ctx.kind = weights_TK.dtype, len(halves), kind
         return row_ops(x_TD.device).combine(ys[0], ys[-1], halves[0].num_rows, d.slot_TK)
 
     @staticmethod
@@ -145,7 +155,7 @@ class _Grouped(torch.autograd.Function):
         halves = [Half(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
         needs = [ctx.needs_input_grad[i : i + 2] for i in (4, 6) if len(packed[i - 4])]
         results = [
-            _half_backward(ctx.products, dy_TD.contiguous(), x_TD, *parts)
+            _half_backward(ctx.kind, dy_TD.contiguous(), x_TD, *parts)
             for parts in zip(halves, gate_ups, _present(packed), needs, strict=True)
         ]
         count = halves[0].num_rows
@@ -164,10 +174,11 @@ def _present(packed: Sequence[Tensor]) -> list[Experts]:
     return [Experts(*packed[i : i + 2]) for i in (0, 2) if len(packed[i])]
 
 
-def _half_forward(products: Products, x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, Tensor]:
+def _half_forward(kind: Kind, x_TD: Tensor, half: Half, experts: Experts) -> tuple[Tensor, Tensor]:
     """The forward pass of one half: (gate and up [N, 2f], weighted output rows [N, D])."""
+    products, activation = kind
     gate_up_N2f = products.product(products.gather(x_TD, half), experts.gate_up_proj.mT, half)
-    hidden_Nf = row_ops(x_TD.device).swiglu(gate_up_N2f, half.weights_N, half.num_rows)
+    hidden_Nf = row_ops(x_TD.device, activation).swiglu(gate_up_N2f, half.weights_N, half.num_rows, activation)
     return gate_up_N2f, products.product(Rows(hidden_Nf), experts.down_proj.mT, half)
 
 
@@ -181,13 +192,16 @@ class Gradients(NamedTuple):
 
 
 def _half_backward(
-    products: Products, dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts,
+    kind: Kind, dy_TD: Tensor, x_TD: Tensor, half: Half, gate_up_N2f: Tensor, experts: Experts,
     needs: tuple[bool, ...],
 ) -> Gradients:  # fmt: skip
-    ops = row_ops(x_TD.device)
+    products, activation = kind
+    ops = row_ops(x_TD.device, activation)
     dy_ND = products.gather(dy_TD, half)
     dhidden_Nf = products.product(dy_ND, experts.down_proj, half)
-    dgate_up_N2f, hidden_Nf, dweights_N = ops.swiglu_gradient(dhidden_Nf, gate_up_N2f, half.weights_N, half.num_rows)
+    dgate_up_N2f, hidden_Nf, dweights_N = ops.swiglu_gradient(
+        dhidden_Nf, gate_up_N2f, half.weights_N, half.num_rows, activation
+    )
     dgate_up = ddown = None
     if needs[1]:
         ddown = products.outer(dy_ND, Rows(hidden_Nf), half)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.embedded import cache_dir
-from lamella.architecture.moe import ExpertPath
+from lamella.architecture.moe import Activation, ExpertPath
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
 
@@ -53,17 +53,20 @@ class Shape(NamedTuple):
     K: int
     trains: bool
     """With a backward pass."""
+    activation: Activation = "silu"
 
     @property
     def key(self) -> str:
-        """One string, as the file has it."""
-        return " ".join(map(str, self))
+        """One string, as the file has it; silu is left out."""
+        return " ".join(map(str, self if self.activation != "silu" else self[:-1]))
 
 
 _known: dict[Shape, ExpertPath] = {}
 
 
-def shape_of(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Shape:
+def shape_of(
+    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Shape:
     """The shape of a call, on the device of its tensors."""
     T, D = x_TD.shape
     device = torch.cuda.get_device_name(x_TD.device) if x_TD.device.type == "cuda" else x_TD.device.type
@@ -72,13 +75,13 @@ def shape_of(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts
     return Shape(
         device, _versions(), str(x_TD.dtype).removeprefix("torch."), 1 << (T - 1).bit_length(), D,
         packed.down_proj.shape[-1], len(frozen.down_proj), len(trainable.down_proj),
-        routing.expert_ids_TK.shape[1], trains,
+        routing.expert_ids_TK.shape[1], trains, activation,
     )  # fmt: skip
 
 
 def fastest(
     x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, paths: dict[ExpertPath, PathFunction],
-    clock: Clock | None = None, file: Path | None = None,
+    clock: Clock | None = None, file: Path | None = None, activation: Activation = "silu",
 ) -> ExpertPath:  # fmt: skip
     """The name of the fastest of `paths` for tensors like these.
 
@@ -87,13 +90,14 @@ def fastest(
             being compiled or captured: what is to be compiled is measured before, and its path named).
         clock: seconds of a call; None: see `seconds`.
         file: where results are kept; None: `expert-paths.json` in the cache folder of lamella.
+        activation: what the candidates compute.
     """
     first = next(iter(paths))
     if len(paths) == 1 or x_TD.shape[0] < LEAST_TOKENS:
         return first
     if _is_traced(x_TD):
         return first
-    shape = shape_of(x_TD, routing, frozen, trainable)
+    shape = shape_of(x_TD, routing, frozen, trainable, activation)
     if shape in _known:
         return _known[shape]
     file = cache_dir() / "expert-paths.json" if file is None else file

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamella.architecture.moe import Activation
 from lamella.errors import UserError
 from lamella.moe.packed import Experts
 from lamella.moe.paths.fused import HALF
-from lamella.moe.paths.grouped import Half, Rows, by_products
+from lamella.moe.paths.grouped import Half, Kind, Rows, by_products
 from lamella.moe.paths.measured import PathFailed
 from lamella.moe.routing import Routing
 
@@ -72,7 +73,9 @@ def quack_fits(x_TD: Tensor, experts: Experts) -> bool:
     return aligned and torch.cuda.get_device_capability(x_TD.device) >= LEAST_CAPABILITY
 
 
-def quack_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+def quack_path(
+    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Tensor:
     """The weighted sum [T, D] of the outputs of each token's experts; it waits for no host.
 
     Raises:
@@ -84,7 +87,7 @@ def quack_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Exper
             "the expert path 'quack' needs the package quack-kernels (pip install 'lamella[hopper]'), a GPU of the "
             "Hopper generation or later, and weights in bfloat16 or float16 whose widths are multiples of 8; use 'auto'"
         )
-    return by_products(QuackProducts(_gemm()), x_TD, routing, frozen, trainable)
+    return by_products(Kind(QuackProducts(_gemm()), activation), x_TD, routing, frozen, trainable)
 
 
 def _gemm() -> Gemm:

@@ -96,8 +96,9 @@ def _gathered(x_TD, token_N, count):
 
 
 @torch.library.custom_op("lamella::swiglu", mutates_args=())
-def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
+def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor, activation: str = "silu") -> Tensor:
     """The weighted activations weight * silu(gate) * up [N, f] of the first `count` rows."""
+    assert activation == "silu", "row_ops chooses"
     hidden_Nf = _activated(gate_up_N2f, weights_N, count)
     N, f = hidden_Nf.shape
     with on_device_of(gate_up_N2f):
@@ -106,17 +107,18 @@ def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
 
 
 @swiglu.register_fake
-def _activated(gate_up_N2f, weights_N, count):
+def _activated(gate_up_N2f, weights_N, count, activation="silu"):
     return gate_up_N2f.new_empty(len(gate_up_N2f), gate_up_N2f.shape[1] // 2)
 
 
 @torch.library.custom_op("lamella::swiglu_gradient", mutates_args=())
 def swiglu_gradient(
-    dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor
+    dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor, activation: str = "silu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass through `swiglu`: (gradient of gate and up [N, 2f], weighted hidden rows [N, f], gradient of
     the weights [N]).
     """
+    assert activation == "silu", "row_ops chooses"
     outputs = _gradients(dhidden_Nf, gate_up_N2f, weights_N, count)
     N, f = dhidden_Nf.shape
     with on_device_of(dhidden_Nf):
@@ -125,7 +127,7 @@ def swiglu_gradient(
 
 
 @swiglu_gradient.register_fake
-def _gradients(dhidden_Nf, gate_up_N2f, weights_N, count):
+def _gradients(dhidden_Nf, gate_up_N2f, weights_N, count, activation="silu"):
     return torch.empty_like(gate_up_N2f), torch.empty_like(dhidden_Nf), torch.empty_like(weights_N)
 
 

@@ -13,8 +13,10 @@ import sys
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lamella.architecture.moe import Activation
+from lamella.moe.activations import ACTIVATIONS, activation_gradient
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -24,9 +26,9 @@ def runs_triton(device: torch.device) -> bool:
     return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def row_ops(device: torch.device) -> ModuleType:
-    """The module whose row operations serve this device: Triton's or this one."""
-    if runs_triton(device):
+def row_ops(device: torch.device, activation: Activation = "silu") -> ModuleType:
+    """The module whose row operations serve this device: Triton's, which know silu alone, or this one."""
+    if activation == "silu" and runs_triton(device):
         from lamella.moe.paths import row_kernels
 
         return row_kernels
@@ -38,26 +40,26 @@ def gather(x_TD: Tensor, token_N: Tensor, count: Tensor) -> Tensor:
     return x_TD.index_select(0, token_N)
 
 
-def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor) -> Tensor:
-    """The weighted activations weight * silu(gate) * up, [N, f]."""
+def swiglu(gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor, activation: Activation = "silu") -> Tensor:
+    """The weighted activations weight * act(gate) * up, [N, f]."""
     gate_Nf, up_Nf = gate_up_N2f.chunk(2, dim=-1)
-    return F.silu(gate_Nf) * up_Nf * weights_N[:, None].to(gate_Nf.dtype)
+    return ACTIVATIONS[activation](gate_Nf) * up_Nf * weights_N[:, None].to(gate_Nf.dtype)
 
 
 def swiglu_gradient(
-    dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor
+    dhidden_Nf: Tensor, gate_up_N2f: Tensor, weights_N: Tensor, count: Tensor, activation: Activation = "silu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass through `swiglu`: (gradient of gate and up [N, 2f], weighted hidden rows [N, f], gradient of
     the weights [N]).
     """
     gate_Nf, up_Nf = gate_up_N2f.chunk(2, dim=-1)
     weights_N1 = weights_N[:, None].to(gate_Nf.dtype)
-    silu_Nf = F.silu(gate_Nf)
-    hidden_Nf = silu_Nf * up_Nf
+    active_Nf = ACTIVATIONS[activation](gate_Nf)
+    hidden_Nf = active_Nf * up_Nf
     dweights_N = (dhidden_Nf * hidden_Nf).sum(1, dtype=weights_N.dtype)
     dhidden_Nf = dhidden_Nf * weights_N1
-    dgate_Nf = torch.ops.aten.silu_backward(dhidden_Nf * up_Nf, gate_Nf)
-    return torch.cat([dgate_Nf, dhidden_Nf * silu_Nf], dim=1), hidden_Nf * weights_N1, dweights_N
+    dgate_Nf = activation_gradient(activation, dhidden_Nf * up_Nf, gate_Nf)
+    return torch.cat([dgate_Nf, dhidden_Nf * active_Nf], dim=1), hidden_Nf * weights_N1, dweights_N
 
 
 def combine(a_ND: Tensor, b_ND: Tensor, count: Tensor, slot_TK: Tensor) -> Tensor:

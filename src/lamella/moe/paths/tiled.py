@@ -6,7 +6,7 @@ to the D-wide output rows, gradients of frozen weights are never formed, and onl
 [N, 2f] are kept for the backward pass (a dense FFN under autograd keeps four tensors of that height and width f),
 an expert's until its gradients are done, and weights' gradients are made when the first trainable expert needs them.
 
-    forward, per expert:   g, u = x gate^T, x up^T     h = silu(g) * u     y = (w h) down^T
+    forward, per expert:   g, u = x gate^T, x up^T     h = act(g) * u      y = (w h) down^T
     backward, per expert:  dh = dy down    dw = <dh, h>    dg, du from w dh    dx = [dg, du] [gate; up]
                            dgate_up = [dg, du]^T x    ddown = dy^T (w h)       for weights that train
 
@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lamella.architecture.moe import Activation
+from lamella.moe.activations import ACTIVATIONS, activate_into, activation_gradient_into
 from lamella.moe.autograd import Context
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
@@ -40,11 +41,13 @@ class Rows(NamedTuple):
     """Its place in the sorted rows."""
 
 
-def tiled_path(x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts) -> Tensor:
+def tiled_path(
+    x_TD: Tensor, routing: Routing, frozen: Experts, trainable: Experts, activation: Activation = "silu"
+) -> Tensor:
     """The weighted sum [T, D] of the outputs of each token's experts; once differentiable."""
     packed = (*frozen, *trainable)
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, routing.weights_TK, *packed))
-    return _Tiled.apply(x_TD, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK, saves, *packed)
+    return _Tiled.apply(x_TD, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK, saves, activation, *packed)
 
 
 class TiledContext(Context):
@@ -52,12 +55,13 @@ class TiledContext(Context):
 
     counts_E: list[int]
     weights_shape: torch.Size
+    activation: Activation
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: TiledContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool,
+        ctx: TiledContext, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, saves: bool, activation: Activation,
         frozen_gate_up: Tensor, frozen_down: Tensor, trainable_gate_up: Tensor, trainable_down: Tensor,
     ) -> Tensor:  # fmt: skip
         frozen, trainable = Experts(frozen_gate_up, frozen_down), Experts(trainable_gate_up, trainable_down)
@@ -78,13 +82,13 @@ class _Tiled(torch.autograd.Function):
             x_nD = x_TD.index_select(0, token_n)
             gate_up_n2f = x_TD.new_empty(len(token_n), 2 * f) if saves else reused_n2f[: len(token_n)]
             gate_nf, up_nf = torch.mm(x_nD, gate_up.t(), out=gate_up_n2f).chunk(2, dim=-1)
-            hidden_nf = F.silu(gate_nf).mul_(up_nf).mul_(weights_N[rows.span, None])
+            hidden_nf = ACTIVATIONS[activation](gate_nf).mul_(up_nf).mul_(weights_N[rows.span, None])
             y_TD.index_add_(0, token_n, torch.mm(hidden_nf, down.t(), out=x_nD))
             if saves:
                 saved_n2f.append(gate_up_n2f)
 
         ctx.save_for_backward(x_TD, weights_N, order_N, token_N, *frozen, *trainable, *saved_n2f)
-        ctx.counts_E, ctx.weights_shape = counts_E, weights_TK.shape
+        ctx.counts_E, ctx.weights_shape, ctx.activation = counts_E, weights_TK.shape, activation
         return y_TD
 
     @staticmethod
@@ -93,36 +97,38 @@ class _Tiled(torch.autograd.Function):
         x_TD, weights_N, order_N, token_N, *rest = ctx.saved_tensors
         packed, saved_n2f = rest[:4], rest[4:]
         frozen, trainable = Experts(*packed[:2]), Experts(*packed[2:])
-        grads = _PackedGradients(packed, ctx.counts_E, ctx.needs_input_grad[4:])
+        grads = _PackedGradients(packed, ctx.counts_E, ctx.needs_input_grad[5:])
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
         dweights_N = torch.empty_like(weights_N)
         for rows, gate_up_n2f in zip(_experts_with_rows(ctx.counts_E, len(frozen.down_proj)), saved_n2f, strict=True):
             token_n, w_n = token_N[rows.span], weights_N[rows.span]
             expert = _weights(rows, frozen, trainable)
-            dweights_N[rows.span] = _expert_backward(rows, expert, gate_up_n2f, token_n, w_n, x_TD, dy_TD, dx_TD, grads)
+            dweights_N[rows.span] = _expert_backward(
+                rows, expert, gate_up_n2f, token_n, w_n, x_TD, dy_TD, dx_TD, grads, ctx.activation
+            )
         dweights_TK = torch.empty_like(dweights_N).index_copy_(0, order_N, dweights_N).view(ctx.weights_shape)
-        return dx_TD, dweights_TK, None, None, *grads.all()
+        return dx_TD, dweights_TK, None, None, None, *grads.all()
 
 
 def _expert_backward(
     rows: Rows, expert: tuple[Tensor, Tensor], gate_up_n2f: Tensor, token_n: Tensor, w_n: Tensor,
-    x_TD: Tensor, dy_TD: Tensor, dx_TD: Tensor | None, grads: _PackedGradients,
+    x_TD: Tensor, dy_TD: Tensor, dx_TD: Tensor | None, grads: _PackedGradients, activation: Activation,
 ) -> Tensor:  # fmt: skip
     """Adds to dx and writes into grads; returns the gradient [n] of the gate weights. Frees gate_up."""
     gate_up, down = expert
     gate_nf, up_nf = gate_up_n2f.chunk(2, dim=-1)
     rows_nD = dy_TD.index_select(0, token_n)
     dhidden_nf = rows_nD @ down
-    # one buffer: first silu(gate) and hidden, then the gradients of gate and up
+    # one buffer: first act(gate) and hidden, then the gradients of gate and up
     pair_n2f = torch.empty_like(gate_up_n2f)
-    silu_nf, hidden_nf = dgate_nf, dup_nf = pair_n2f.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate_nf, out=silu_nf)
-    torch.mul(silu_nf, up_nf, out=hidden_nf)
+    active_nf, hidden_nf = dgate_nf, dup_nf = pair_n2f.chunk(2, dim=-1)
+    activate_into(activation, gate_nf, active_nf)
+    torch.mul(active_nf, up_nf, out=hidden_nf)
     dweights_n = torch.linalg.vecdot(dhidden_nf, hidden_nf)
     if (ddown := grads.down(rows)) is not None:
         torch.mm(rows_nD.t(), hidden_nf.mul_(w_n[:, None]), out=ddown)
-    torch.mul(dhidden_nf.mul_(w_n[:, None]), silu_nf, out=dup_nf)
-    torch.ops.aten.silu_backward.grad_input(dhidden_nf.mul_(up_nf), gate_nf, grad_input=dgate_nf)
+    torch.mul(dhidden_nf.mul_(w_n[:, None]), active_nf, out=dup_nf)
+    activation_gradient_into(activation, dhidden_nf.mul_(up_nf), gate_nf, dgate_nf)
     del dhidden_nf
     _free(gate_up_n2f)
     if dx_TD is not None:

@@ -65,6 +65,8 @@ def adapters_sizes(options: AdaptersOptions, config: dict[str, Any]) -> Adapters
     if not takes_adapters(sizes.family):
         known = ", ".join(names_of(takes_adapters))
         raise UserError(f"{sizes.family.name} cannot take adapters as experts; {known} can")
+    if sizes.activation != "silu":
+        raise UserError(f"adapters as experts compute silu, and this model's FFNs {sizes.activation}")
     found = read_adapters(options, sizes)
     places = [place for adapter in found.values() for place in adapter.ranks]
     largest = max(rank for adapter in found.values() for rank in adapter.ranks.values())

@@ -197,6 +197,8 @@ def partition_sizes(options: PartitionOptions, config: dict[str, Any]) -> MoECon
     options.check(layout.ffn_width)
     if options.router == "analytic" and not layout.gated:
         raise UserError("router 'analytic' is made of gate projections, which this family has none of; use 'ridge'")
+    if options.router == "analytic" and layout.activation != "silu":
+        raise UserError(f"router 'analytic' computes silu, and this model's FFNs {layout.activation}; use 'ridge'")
     width, shared = layout.ffn_width // options.parts, options.fixed_shared or 0
     chosen = options.active - shared
     return MoEConfig(
