@@ -132,6 +132,8 @@ def test_a_body_without_a_length_is_measured(client: TestClient) -> None:
         {"torchtitan": {"job": {"dump_folder": "/var/x"}}},
         {"distil": {"teacher": "/var/x"}, "objective": "distil"},
         {"out": "x" * 5000},
+        {"out": "home/jobs"},
+        {"out": "."},
     ],
 )
 def test_files_elsewhere_are_refused(client: TestClient, tmp_path: Path, recipe: dict) -> None:

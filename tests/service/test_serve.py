@@ -212,6 +212,7 @@ def test_what_is_wrong_is_said_in_a_line(words: tuple, complaint: str, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "text",
     [

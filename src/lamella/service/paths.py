@@ -14,7 +14,7 @@ HOME = Path("artifacts/service")
 ADDRESS = "address"
 """In the home: where the service listens, for commands to find it."""
 REMOTE = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss|hf)://[^\x00-\x1f]+")
-ALWAYS_PATHS = ("out", "out_folder", "checkpoint_folder")
+WRITTEN = ("out", "out_folder", "checkpoint_folder")
 """The last words of keys whose value will be written, even if nothing is there yet."""
 MAX_LENGTH = 4096
 
@@ -25,11 +25,13 @@ class Roots:
 
     folders: tuple[Path, ...]
     """Full paths without links."""
+    own: Path | None = None
+    """The service's own folder, which no job may write."""
 
     @classmethod
-    def of(cls, folders: Iterable[Path]) -> Roots:
+    def of(cls, folders: Iterable[Path], own: Path | None = None) -> Roots:
         """The roots at these places."""
-        return cls(tuple(folder.resolve() for folder in folders))
+        return cls(tuple(folder.resolve() for folder in folders), None if own is None else own.resolve())
 
     def check(self, strings: Iterable[tuple[str, str]]) -> None:
         """UserError that lists every text that names, or may name, a file elsewhere.
@@ -63,11 +65,18 @@ class Roots:
             return f"{shown} is no path"
         if len(name) > MAX_LENGTH or not self.holds(place):
             return f"{shown} is outside of {', '.join(map(str, self.folders))}"
+        if key.rpartition(".")[2] in WRITTEN and self._is_kept(place):
+            return f"{shown} is a folder that the service needs as it is; name one of its own"
         return None
+
+    def _is_kept(self, place: Path) -> bool:
+        """Whether writing there would replace a root, or the service's own files."""
+        own = self.own is not None and (place.is_relative_to(self.own) or self.own.is_relative_to(place))
+        return own or place in self.folders
 
     def _is_path(self, key: str, name: str) -> bool:
         path = Path(name)
-        if path.is_absolute() or ".." in path.parts or key.rpartition(".")[2] in ALWAYS_PATHS:
+        if path.is_absolute() or ".." in path.parts or key.rpartition(".")[2] in WRITTEN:
             return True
         try:
             return (bool(path.parts) and Path(path.parts[0]).is_symlink()) or path.exists()

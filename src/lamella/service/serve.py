@@ -73,7 +73,7 @@ def make_service(settings: Settings) -> Service:
     store = open_store(home, settings.store)
     place = Place(home, cwd, capacity)
     scheduler = Scheduler(store, place, settings.backoff_s)
-    roots = Roots.of([*settings.roots, home] if settings.roots else [cwd, home])
+    roots = Roots.of([*settings.roots, home] if settings.roots else [cwd, home], home)
     return Service(store, place, scheduler, Hub(store), roots, settings.limits)
 
 

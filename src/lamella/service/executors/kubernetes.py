@@ -27,6 +27,7 @@ VOLUME = "shared"
 CALL_S = 60
 GRACE_S = 600
 """Ranks get so long to save."""
+SUSPENDED = Seen("ended", 143, None, "suspended")
 
 
 class Kubernetes:
@@ -109,7 +110,10 @@ class Kubernetes:
             return Seen("running", reason=str(error))
         if not shown.strip():
             return Seen("gone", reason="the cluster knows nothing of the job any more")
-        return seen_in(json.loads(shown).get("status") or {})
+        seen = seen_in(json.loads(shown).get("status") or {})
+        if seen == SUSPENDED:  # its pods have ended; the next attempt is another object
+            _kubectl("delete", *self._target(run, attempt), "--ignore-not-found", "--wait=false")
+        return seen
 
     def ask(self, run: Run, attempt: Attempt, what: Ask) -> None:
         """Suspend training, whose pods get SIGTERM and time to save; delete the object of other jobs, or to kill."""
@@ -133,7 +137,7 @@ def seen_in(status: Json) -> Seen:
         why = conditions["Failed"]
         return Seen("ended", 1, None, f"{why.get('reason', '')}: {why.get('message', '')}")
     if "Suspended" in conditions:
-        return Seen("ended", 143, None, "suspended")
+        return SUSPENDED
     jobs = cast(list[Json], status.get("jobsStatus") or [])
     is_active = bool(status.get("active")) or any(job.get("active") for job in jobs)
     return Seen("running" if is_active else "waiting")
