@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from lamella.jsons import Json
 from lamella.service import routes_files, routes_jobs, routes_service
 from lamella.service.context import Service
+from lamella.service.dashboard import pages
 from lamella.service.guard import LOOPBACK, Guard, Rates
 from lamella.service.problems import Problem, handle_problems
 
@@ -50,7 +51,7 @@ def make_app(
     )  # fmt: skip
     app.state.service = service
     handle_problems(app)
-    for routes in (routes_jobs, routes_files, routes_service):
+    for routes in (routes_jobs, routes_files, routes_service, pages):
         app.include_router(routes.router)
     app.add_middleware(Guard, hosts=hosts, rates=Rates(rate, 2 * rate), figures=service.figures)
     return app
