@@ -26,5 +26,5 @@ export function curves(place, title, unit, lines, marks = []) {
 export function heatMap(place, title, x, z, range) {
   if (!z.length) return;
   const trace = { type: "heatmap", x, y: z.map((_, layer) => layer), z, colorscale: "Viridis", zmin: range?.[0], zmax: range?.[1], hovertemplate: "step %{x}, layer %{y}: %{z:.3f}<extra></extra>" };
-  window.Plotly.react(place, [trace], layout(title, "layer"), OPTIONS);
+  window.Plotly.react(place, [trace], layout(title, "layer", { yaxis: { title: { text: "layer" }, tickformat: "d", dtick: z.length > 12 ? undefined : 1 } }), OPTIONS);
 }

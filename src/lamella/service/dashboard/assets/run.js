@@ -125,9 +125,9 @@ function actual() {
   if (!values) return;
   const newest = lines.at(-1) ?? {};
   const rows = [
-    ["Memory of a rank", values.bytes_per_rank?.total ?? values.memory?.total ?? values.total_bytes, newest.peak_gib === undefined ? null : newest.peak_gib * 1024 ** 3, bytes],
-    ["Tokens per second", values.tokens_per_second ?? values.tokens_per_s, newest.tokens_per_s, (n) => Math.round(n).toLocaleString()],
-    ["Time", values.seconds ?? values.wall_s, run.started ? (run.ended ?? Date.now() / 1000) - run.started : null, duration],
+    ["Memory of a rank", values.memory_per_rank?.total ?? values.memory_per_rank?.peak, newest.peak_gib === undefined ? null : newest.peak_gib * 1024 ** 3, bytes],
+    ["Tokens per second", values.time?.tokens_per_s, newest.tokens_per_s, (n) => Math.round(n).toLocaleString()],
+    ["Time", values.time?.seconds, run.started ? (run.ended ?? Date.now() / 1000) - run.started : null, duration],
   ].filter(([, a, b]) => typeof a === "number" || typeof b === "number");
   const cell = (value, how) => el("td", {}, typeof value === "number" ? how(value) : "not known");
   byId("plan").replaceChildren(el("thead", {}, el("tr", {}, ...["", "planned", "actual"].map((t) => el("th", { scope: "col" }, t)))), el("tbody", {}, ...rows.map(([name, a, b, how]) => el("tr", {}, el("th", { scope: "row" }, name), cell(a, how), cell(b, how)))));
