@@ -125,7 +125,7 @@ function actual() {
   if (!values) return;
   const newest = lines.at(-1) ?? {};
   const rows = [
-    ["Memory of a rank", values.memory_per_rank?.total ?? values.memory_per_rank?.peak, newest.peak_gib === undefined ? null : newest.peak_gib * 1024 ** 3, bytes],
+    ["Memory of a rank", values.memory_per_rank?.peak_bytes, newest.peak_gib === undefined ? null : newest.peak_gib * 1024 ** 3, bytes],
     ["Tokens per second", values.time?.tokens_per_s, newest.tokens_per_s, (n) => Math.round(n).toLocaleString()],
     ["Time", values.time?.seconds, run.started ? (run.ended ?? Date.now() / 1000) - run.started : null, duration],
   ].filter(([, a, b]) => typeof a === "number" || typeof b === "number");
