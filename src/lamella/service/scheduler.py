@@ -65,6 +65,9 @@ class Scheduler:
             except Unavailable as error:
                 self.problem = str(error)
                 log.warning("%s", error)
+            except Exception as error:  # a scheduler that ended would leave all runs alone; /readyz tells
+                self.problem = f"{type(error).__name__}: {error}"
+                log.exception("the scheduler's look failed; it looks again")
             self._wake.wait(TICK_S)
             self._wake.clear()
 
