@@ -20,10 +20,10 @@ MAX_LOGIT_DIFFERENCE = 1e-3
 # Logits are compared at this many places of a sequence, its first and last among them: all of a long one, over a
 # vocabulary of 128,000, would be larger than the model.
 MAX_COMPARED = 256
-# Of a text with gaps, the share of places that must agree within MAX_LOGIT_DIFFERENCE. 1.5e-3 was seen at one of 64, in
-# SmolLM2 with a random softmax router as Mixtral. It is rounding: with router rows of std 0.02 the export differs there
-# by 5.9e-4 at most and 1.3e-4 at the median, the source in float32 from itself in float64 by 5.6e-4 and 1.3e-4, and both
-# in float64 (their routers' scores stay float32) by 1.2e-4 and 3e-5. Sharper routers round more.
+# Of a text with gaps, the share of places that must agree within MAX_LOGIT_DIFFERENCE. 1.5e-3 was seen at one of 64,
+# in SmolLM2 with a random softmax router as Mixtral. It is rounding: with router rows of std 0.02 the export differs
+# there by 5.9e-4 at most and 1.3e-4 at the median, the source in float32 from itself in float64 by 5.6e-4 and 1.3e-4;
+# both in float64 (their routers' scores stay float32) by 1.2e-4 and 3e-5. Sharper routers round more.
 MOST_PLACES = 0.9
 
 
