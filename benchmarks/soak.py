@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 SMALL_JOB = ROOT / "tests" / "support" / "small_job.py"
 WAITING_RUNS = 4
 PAUSE_S = {"count": (0.1, 1.0), "convert": (0.5, 6.0), "train": (2.0, 25.0)}
-START_S = 60
+START_S, END_S = 60, 600
 
 
 def serve(home: Path, job: str) -> None:
@@ -185,30 +185,36 @@ def soak(folder: Path, kills: int, job: str, seed: int) -> Json:
     """Kill so often, then let everything end: what was killed, and what is wrong; all figures but kills must be 0."""
     state, began = Soak(folder, job, random.Random(seed)), time.time()
     state.start()
-    while sum(state.kills.values()) < kills:
-        with suppress(UserError), Client(home=state.home) as client:  # no server for a moment
-            state.submit(client)
-        time.sleep(state.chance.uniform(*PAUSE_S[job]))
-        state.kill_one()
-    deadline = time.monotonic() + 600
-    with Client(home=state.home) as client:
-        state.submit(client)
-        while state.retry(client):
-            assert time.monotonic() < deadline, [client.show(r) for r in state.runs.values() if r]
-            time.sleep(1)
-        known = {run["id"] for run in _all(client)}
-        attempts = sum(client.show(run)["attempt"] for run in known)
-    assert state.server is not None
-    state.server.terminate()
-    state.server.wait(30)
+    try:
+        known, attempts = _kill_and_wait(state, kills)
+    finally:
+        assert state.server is not None
+        state.server.terminate()
+        state.server.wait(30)
     _, left = psutil.wait_procs(state.processes(), timeout=10)
-    report: Json = {
+    return {
         "job": job, "seed": seed, "kills": dict(state.kills), "runs": len(state.runs), "attempts": attempts,
         "tried_again_after_the_cap": state.retried, "seconds": round(time.time() - began, 1),
         "lost": len(set(state.runs.values()) - known), "unknown": len(known - set(state.runs.values())),
         "doubled": len(state.doubled()), "unfinished": len(state.unfinished()), "orphans": len(left),
     }  # fmt: skip
-    return report
+
+
+def _kill_and_wait(state: Soak, kills: int) -> tuple[set[str], int]:
+    """(the runs that the server knows in the end, all well; their attempts)."""
+    while sum(state.kills.values()) < kills:
+        with suppress(UserError), Client(home=state.home) as client:  # no server for a moment
+            state.submit(client)
+        time.sleep(state.chance.uniform(*PAUSE_S[state.job]))
+        state.kill_one()
+    deadline = time.monotonic() + END_S
+    with Client(home=state.home) as client:
+        state.submit(client)
+        while state.retry(client):
+            assert time.monotonic() < deadline, [client.show(run) for run in state.runs.values() if run]
+            time.sleep(1)
+        known = {run["id"] for run in _all(client)}
+        return known, sum(client.show(run)["attempt"] for run in known)
 
 
 def _all(client: Client) -> list[Json]:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lamella.architecture import reading
 from lamella.architecture.families import dense_tensors, sizes_of
 from lamella.architecture.reading import answer
 from lamella.architecture.rows import FAMILIES
@@ -98,6 +99,7 @@ def window_of(layer: torch.nn.Module, config: Any) -> int | None:
 def test_reading_imports_no_torch() -> None:
     code = """
 import sys
+from lamella.architecture import reading
 from lamella.architecture.families import sizes_of
 sizes = sizes_of({"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
                   "num_attention_heads": 8, "vocab_size": 100, "head_dim": None})
@@ -115,3 +117,16 @@ def test_another_process_answers_the_same(name: str) -> None:
         [sys.executable, "-m", "lamella.architecture.reading"], input=text, capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout.splitlines()[-1]) == answer(text)
+
+
+def test_a_reader_that_is_killed_says_nothing_about_the_config(tmp_path, monkeypatch) -> None:
+    """In a long-lived process such as the service, what was no answer must not be kept as one."""
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    monkeypatch.setattr(reading, "_answers", {})
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with pytest.raises(ChildProcessError, match="signal 9"):
+        reading.read_meaning({"model_type": "llama"})
+    assert reading._answers == {}

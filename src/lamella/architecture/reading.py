@@ -84,6 +84,8 @@ def _ask(texts: list[str]) -> None:
         return
     command = [sys.executable, "-m", __name__]
     done = subprocess.run(command, input=json.dumps(new), capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode < 0:  # killed: it says nothing about the config
+        raise ChildProcessError(f"the process that reads config.json was killed by signal {-done.returncode}")
     if done.returncode != 0 or not done.stdout:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         _answers.update((text, {"refused": reason}) for text in new)
