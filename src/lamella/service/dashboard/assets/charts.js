@@ -15,6 +15,7 @@ const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: 
 // lines: [{name, x, y}]; marks: [{x, text}], such as saves and faults.
 export function curves(place, title, unit, lines, marks = []) {
   const drawn = lines.filter((line) => line.y.some((value) => value !== null && value !== undefined));
+  document.getElementById(place).hidden = !drawn.length; // before drawing: a chart takes the width of its place
   if (!drawn.length) return;
   const traces = drawn.map((line) => ({ ...line, type: "scatter", mode: line.x.length > 60 ? "lines" : "lines+markers", connectgaps: true }));
   const shapes = marks.map((mark) => ({ type: "line", xref: "x", yref: "paper", x0: mark.x, x1: mark.x, y0: 0, y1: 1, line: { dash: "dot", width: 1, color: mark.bad ? colour("--bad") : colour("--quiet") } }));
@@ -24,6 +25,7 @@ export function curves(place, title, unit, lines, marks = []) {
 
 // z: [layer][step]
 export function heatMap(place, title, x, z, range) {
+  document.getElementById(place).hidden = !z.length;
   if (!z.length) return;
   const trace = { type: "heatmap", x, y: z.map((_, layer) => layer), z, colorscale: "Viridis", zmin: range?.[0], zmax: range?.[1], hovertemplate: "step %{x}, layer %{y}: %{z:.3f}<extra></extra>" };
   window.Plotly.react(place, [trace], layout(title, "layer", { yaxis: { title: { text: "layer" }, tickformat: "d", dtick: z.length > 12 ? undefined : 1 } }), OPTIONS);
