@@ -16,7 +16,7 @@ from lamella.cli_data import Overwrite, data_app
 from lamella.cli_evaluate import SEQ_LEN, Device, evaluate
 from lamella.cli_plan import JsonFile, Words, plan
 from lamella.cli_runs import runs_app
-from lamella.cli_service import access_app, serve
+from lamella.cli_service import access_app, doctor, serve
 from lamella.errors import UserError, check_choice
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
@@ -256,6 +256,7 @@ def slurm(
 
 app.add_typer(data_app, name="data")
 app.command()(serve)
+app.command()(doctor)
 app.add_typer(runs_app, name="runs")
 app.add_typer(access_app, name="access")
 app.add_typer(adapters_app, name="adapters")

@@ -25,13 +25,37 @@ def check_installed() -> None:
     """UserError where the libraries of the service are missing."""
     from importlib.util import find_spec
 
-    needed = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "sse_starlette", "prometheus_client")
+    needed = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "sse_starlette", "prometheus_client", "jinja2")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise UserError(
             f"the service needs {', '.join(missing)}; install lamella with its extra `service`, or call `uv sync` in a "
             "checkout"
         )
+
+
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Models and run directories are to be written there.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")] = False,
+) -> None:
+    """Look at GPUs, driver, memory, disk, ports and libraries, and say what is missing and what to do.
+
+    Ends with exit code 1 where something is wrong; what is only missing is optional.
+    """
+    import json
+
+    from lamella.run.doctor import Finding, examine
+
+    def told(finding: Finding) -> Finding:
+        if not as_json:
+            print(f"{finding.state:<8} {finding.what:<16} {finding.said}", flush=True)
+        return finding
+
+    found = [told(finding) for finding in examine(folder)]
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    if any(finding.state == "wrong" for finding in found):
+        raise typer.Exit(1)
 
 
 def serve(
