@@ -114,9 +114,13 @@ def test_another_process_answers_the_same(name: str) -> None:
     family = FAMILIES[name]
     text = json.dumps(own_sizes(family) | {"model_type": family.name, "torch_dtype": "bfloat16"})
     done = subprocess.run(
-        [sys.executable, "-m", "lamella.architecture.reading"], input=text, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "lamella.architecture.reading"],
+        input=json.dumps([text]),
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == answer(text)
+    assert json.loads(done.stdout.splitlines()[-1]) == [answer(text)]
 
 
 def test_a_reader_that_is_killed_says_nothing_about_the_config(tmp_path, monkeypatch) -> None:
