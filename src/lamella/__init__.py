@@ -1,8 +1,8 @@
 """lamella: dense Llama checkpoints into fine-grained mixtures of experts. `lamella --help` starts here."""
 
-from lamella.api import convert, load
+from lamella.api import convert, generate, load
 
-__all__ = ["Client", "convert", "load"]
+__all__ = ["Client", "convert", "generate", "load"]
 __version__ = "0.1.0"
 
 

@@ -56,3 +56,33 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     from lamella.hf.models import load as load_model
 
     return load_model(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def generate(
+    folder: str | Path, prompt: str | list[str], *, chat: bool = False, dtype: str = "auto", device: str = "auto",
+    **sampling: Any,
+) -> list[str]:  # fmt: skip
+    """What a model writes after each prompt.
+
+        lamella.generate("artifacts/moe", "The capital of France is", max_tokens=20)
+
+    `lamella.generation.Generator` does the same for a model that stays loaded, token by token.
+
+    Args:
+        folder: of any model that lamella writes, a run directory, a dense model, "embedded" or a hub name.
+        prompt: one, or several that are computed together.
+        chat: a prompt is what a user says; the answer is in the model's chat template.
+        dtype: float32, bfloat16, float16, int8, or "auto" as the file is stored.
+        sampling: fields of `lamella.generation.sampling.Sampling`: max_tokens, temperature, top_p, seed, stop, ...
+
+    Raises:
+        UserError: as the command.
+    """
+    from lamella.generation import Generator
+    from lamella.generation.sampling import Sampling
+
+    chosen = Sampling(**sampling)
+    generator = Generator.open(str(folder), dtype, device)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    given = [[{"role": "user", "content": text}] for text in prompts] if chat else prompts
+    return [answer.text for answer in generator.generate(given, chosen)]

@@ -14,6 +14,7 @@ import typer
 from lamella.cli_adapters import adapters_app
 from lamella.cli_data import Overwrite, data_app
 from lamella.cli_evaluate import SEQ_LEN, Device, evaluate
+from lamella.cli_generate import generate
 from lamella.cli_plan import JsonFile, Words, plan
 from lamella.cli_runs import runs_app
 from lamella.cli_service import access_app, doctor, serve
@@ -288,6 +289,7 @@ app.command(
     epilog="`lamella keys train` lists the keys of a training recipe, and `lamella keys convert METHOD` those that "
     "--conversion takes."
 )(plan)
+app.command()(generate)
 
 
 @app.command()

@@ -52,6 +52,17 @@ ModeWord = Annotated[
         show_default="routed",
     ),
 ]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Take this many experts per token (flat routing).", show_default="as the model was made"),
+]
+Twins = Annotated[
+    float | None,
+    typer.Option(
+        help="At most this share of a token's slices is replaced by trained twins, 0 to 1 (twin routing).",
+        show_default="as the router says",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16, or as the file is stored (auto).")]
 
 
@@ -67,14 +78,17 @@ def evaluate(
     limit: Limit = None,
     picture: Picture = None,
     mode: ModeWord = None,
+    top_k: TopK = None,
+    twins: Twins = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
     """Measure the perplexity of a model on a text, or its accuracy at a task; if asked for, with others beside it."""
     of_a_text = {"--data": data, "--split": split, "--tokens": tokens, "--seq-len": seq_len}
+    lowered = {"--top-k": top_k, "--twins": twins}
     of_a_task = {"--beside": beside, "--limit": limit, "--picture": picture}
-    for option, value in (of_a_task if task is None else of_a_text).items():
+    for option, value in (of_a_task if task is None else of_a_text | lowered).items():
         if value is not None:
             raise UserError(f"{option} has no effect with{'out' if task is None else ''} --task; leave it out")
     if task is not None:
@@ -89,4 +103,4 @@ def evaluate(
 
     options = {"data": data or "python-docs", "dense": dense, "max_tokens": 8192 if tokens is None else tokens}
     options |= {"split": None if split == "all" else split or "heldout", "seq_len": seq_len or 1024}
-    evaluate_and_print(folder, json, **options, mode=mode, dtype=dtype, device=device)
+    evaluate_and_print(folder, json, **options, mode=mode, top_k=top_k, twins=twins, dtype=dtype, device=device)

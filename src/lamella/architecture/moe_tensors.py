@@ -20,6 +20,8 @@ GATE_UP, DOWN, UP, UP_BIAS = "gate_up_proj", "down_proj", "up_proj", "up_bias"
 WEIGHT, SELECTION_BIAS, GATE_SCALE, UP_WEIGHT = "weight", "selection_bias", "gate_scale", "up_weight"
 OUTPUT_BIAS = "output_bias"
 _ROUTER, _SHARED, _EXPERTS = "router.", "shared.", "experts."
+EXPERT_PATTERN = rf"\.experts\.({'|'.join(KINDS)})_"
+"""A regular expression for names of routed experts' tensors."""
 LORA = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 """The fields of `lamella.moe.lora.Lora`."""
 

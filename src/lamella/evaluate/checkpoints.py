@@ -134,6 +134,20 @@ def has_moe_layers(model: PreTrainedModel) -> TypeGuard[ConvertedForCausalLM]:
     return bool(getattr(model, "moe_layers", None))
 
 
+def lower(model: PreTrainedModel, top_k: int | None, twins: float | None) -> None:
+    """Let a converted model take fewer experts, or fewer twins, than it was made for.
+
+    Raises:
+        UserError: a model without experts, or with another routing than is meant.
+    """
+    if top_k is None and twins is None:
+        return
+    if not has_moe_layers(model):
+        raise UserError("the model has no experts of lamella's; leave --top-k and --twins out")
+    model.set_top_k(top_k)
+    model.set_twin_share(twins)
+
+
 def is_converted(model: PreTrainedModel) -> TypeGuard[ConvertedForCausalLM]:
     """Whether the model has MoE layers of lamella, or attention experts."""
     return has_moe_layers(model) or bool(getattr(model, "attention_experts", None))

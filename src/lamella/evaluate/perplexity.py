@@ -29,6 +29,7 @@ from lamella.evaluate.checkpoints import (
     check_same_text_interface,
     free_device_memory,
     is_converted,
+    lower,
     model_path,
     open_checkpoint,
     parse_device,
@@ -116,6 +117,8 @@ def evaluate(
     max_tokens: int | None = 8192,
     seq_len: int = 1024,
     mode: Mode | None = None,
+    top_k: int | None = None,
+    twins: float | None = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Perplexity]:
@@ -126,6 +129,8 @@ def evaluate(
     Args:
         folder, dense: see `lamella.evaluate.checkpoints.model_path`.
         mode: what the MoE layers compute; None: as the model stands ("routed").
+
+        top_k, twins: see `lamella.evaluate.checkpoints.lower`.
 
     Raises:
         UserError: no such model or data, text shorter than a window, a mode for a model without experts.
@@ -143,30 +148,26 @@ def evaluate(
     check_ids(data, samples, path, shape)
     if mode is not None and not is_converted(shape):
         raise UserError(f"{folder} is a dense model, so it has no mode; leave --mode out")
+    lower(shape, top_k, twins)
     if dense is not None:
         baseline = without_weights(dense)
         check_length(seq_len, baseline)
         check_ids(data, samples, path, baseline)
         check_same_text_interface(baseline, shape)
     results = {}
-    for key, name, what in (("model", folder, mode), ("dense", dense, None)):
+    for key, name in (("model", folder), ("dense", dense)):
         if name is not None:
-            results[key] = _perplexity_of(name, what, samples, tokenizer, max_tokens, dtype, device)
+            model = open_checkpoint(name, dtype, device)
+            if key == "model":
+                _set(model, mode, top_k, twins)
+            results[key] = perplexity(model, samples, tokenizer, max_tokens)
+            del model
             free_device_memory()
     return results
 
 
-def _perplexity_of(
-    name: str,
-    mode: Mode | None,
-    samples: PackedSamples,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None,
-    dtype: str,
-    device: str,
-) -> Perplexity:
-    model = open_checkpoint(name, dtype, device)
+def _set(model: PreTrainedModel, mode: Mode | None, top_k: int | None, twins: float | None) -> None:
     if mode is not None:
         assert is_converted(model)
         model.set_mode(mode)
-    return perplexity(model, samples, tokenizer, max_tokens)
+    lower(model, top_k, twins)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lamella.architecture.moe import DENSE_BIAS, MoEConfig
 from lamella.architecture.moe_tensors import GATE_UP, KINDS, SELECTION_BIAS, expert_shapes, lora_name, packed_name
 from lamella.hf.computing import Computing
 from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora
-from lamella.moe.provider import ExpertProvider
+from lamella.moe.provider import ExpertComputer, ExpertProvider
 from lamella.moe.routing import Routing
 from lamella.moe.two_matrix import TwoMatrixShared
 
@@ -42,13 +43,45 @@ class PackedExperts(nn.Module):
         return packed(self, "trainable")
 
     @property
-    def provider(self) -> ExpertProvider:
+    def provider(self) -> ExpertProvider | ExpertComputer:
         """All of them, as the layer computes with them."""
         return Resident(self.frozen, self.trainable)
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the slices."""
         return (parameter for name, parameter in self.named_parameters() if name.startswith("frozen_"))
+
+
+class ExpertsElsewhere(PackedExperts):
+    """In the place of `PackedExperts` where another form of the experts, or who keeps them, has been `given`."""
+
+    def __init__(self, given: ExpertProvider | ExpertComputer | None = None) -> None:
+        nn.Module.__init__(self)  # no parameters
+        self.given = given
+
+    @property
+    def provider(self) -> ExpertProvider | ExpertComputer:
+        """Who has them."""
+        assert self.given is not None, "a model that was made within experts_elsewhere() is told who has its experts"
+        return self.given
+
+
+_elsewhere: ContextVar[bool] = ContextVar("_elsewhere", default=False)
+
+
+@contextmanager
+def experts_elsewhere() -> Iterator[None]:
+    """Inside, models are made without experts: each MoE layer has `ExpertsElsewhere`."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def are_experts_elsewhere() -> bool:
+    """Whether this is within `experts_elsewhere`."""
+    return _elsewhere.get()
 
 
 class Shared(nn.Module):
@@ -89,7 +122,9 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.computing = computing or Computing()
-        self.experts = PackedExperts(hidden_size, config)
+        self.experts: PackedExperts = (
+            ExpertsElsewhere() if are_experts_elsewhere() else PackedExperts(hidden_size, config)
+        )
         self.router = Router(hidden_size, config)
         width = config.shared_intermediate_size
         self.shared = Shared(hidden_size, width, config.gated) if width else None
@@ -111,10 +146,9 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The layer's output [..., D], computed as the model's `computing` says."""
-        x_TD, now, config = hidden_states.reshape(-1, hidden_states.shape[-1]), self.computing, self.config
-        if now.drawn_as is not None:
-            config = dataclasses.replace(config, routing=now.drawn_as)
-        y_TD, routing, _ = moe_ffn(x_TD, self.weights, config, now.mode, now.path)
+        x_TD, now = hidden_states.reshape(-1, hidden_states.shape[-1]), self.computing
+        config = now.applied(self.config)
+        y_TD, routing, _ = moe_ffn(x_TD, self.weights, config, now.mode, now.path, twin_share=now.twin_share)
         self.last_routing = routing.detached()
         return y_TD.view_as(hidden_states)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lamella.architecture.moe import ExpertPath, Mode, RoutingKind
+from lamella.architecture.moe import ExpertPath, Mode, MoEConfig, RoutingKind
+from lamella.moe.routing import with_top_k
 
 AttentionPath: TypeAlias = Literal["routed", "masked"]
 
@@ -24,8 +26,18 @@ class Computing:
     """The kind of routing by which mode "random" draws experts; None: each layer's own."""
     adapter: int | None = None
     """The adapter that every token takes, by its number, or the zero expert behind the last; None: the router says."""
+    top_k: int | None = None
+    """Experts per token, in flat routing; None: each layer's own."""
+    twin_share: float | None = None
+    """The most pairs of a token that take the copy, as a share, in twin routing; None: as many as the router says."""
     exact_copies: bool = False
     """Whether each trainable expert computes as its frozen slice, which shows what routing alone does."""
+
+    def applied(self, config: MoEConfig) -> MoEConfig:
+        """A layer's config, as this changes it."""
+        if self.drawn_as is not None:
+            config = dataclasses.replace(config, routing=self.drawn_as)
+        return config if self.top_k is None else with_top_k(config, self.top_k)
 
     @contextmanager
     def temporarily(self, other: Computing) -> Iterator[None]:

@@ -22,13 +22,21 @@ from transformers.utils import logging
 from lamella.architecture.adapters import AdaptersConfig
 from lamella.architecture.converted import ENTRIES
 from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath, Mode, MoEConfig
-from lamella.architecture.moe_tensors import SELECTION_BIAS
+from lamella.architecture.moe_tensors import EXPERT_PATTERN, SELECTION_BIAS
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
 from lamella.architecture.types import Family
 from lamella.errors import UserError, check_choice
 from lamella.hf.adapters import AdapterRouter, Adapters, install_adapters
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
-from lamella.hf.blocks import MoELayer, PackedExperts, Router, Shared, decoder_layers, replace_ffn
+from lamella.hf.blocks import (
+    MoELayer,
+    PackedExperts,
+    Router,
+    Shared,
+    are_experts_elsewhere,
+    decoder_layers,
+    replace_ffn,
+)
 from lamella.hf.computing import Computing
 
 
@@ -46,6 +54,8 @@ class ConvertedForCausalLM(PreTrainedModel):
         adapters = getattr(config, "adapters", None)
         if config.moe is None and attention is None and adapters is None:
             raise UserError("config.json has no entry moe, attention_moe or adapters; convert the model again")
+        if are_experts_elsewhere():
+            self._keys_to_ignore_on_load_unexpected = {EXPERT_PATTERN}
         if config.moe is not None:
             moe = MoEConfig.from_dict(config.moe)
             for index in moe.moe_layers:
@@ -104,6 +114,33 @@ class ConvertedForCausalLM(PreTrainedModel):
         """
         check_choice("mode", mode, get_args(Mode))
         self.computing.mode = mode
+
+    def set_top_k(self, top_k: int | None) -> None:
+        """Let every MoE layer take this many experts per token from now on; None: its own number.
+
+        Raises:
+            UserError: twin routing, which needs one of each pair, or a layer that has fewer experts.
+        """
+        if top_k is not None:
+            if not self.moe_layers or any(layer.config.routing == "twin" for layer in self.moe_layers):
+                raise UserError("top-k is of flat routing; twin routing takes one expert of each pair (see --twins)")
+            fewest = min(layer.config.num_experts for layer in self.moe_layers)
+            if not 1 <= top_k <= fewest:
+                raise UserError(f"top-k is {top_k}; it must be between 1 and the {fewest} experts of a layer")
+        self.computing.top_k = top_k
+
+    def set_twin_share(self, share: float | None) -> None:
+        """Let at most this share of a token's pairs take the trained copy; None: as many as the router says.
+
+        Raises:
+            UserError: a model without twins, or no share.
+        """
+        if share is not None:
+            if not self.moe_layers or any(layer.config.routing != "twin" for layer in self.moe_layers):
+                raise UserError("a share of twins is of sliced models with twin routing; this model has another")
+            if not 0 <= share <= 1:
+                raise UserError(f"the share of twins is {share}; it must be between 0 and 1")
+        self.computing.twin_share = share
 
     def set_expert_path(self, path: ExpertPath) -> None:
         """Let every MoE layer compute by this path from now on (see `lamella.moe.paths.choose`)."""

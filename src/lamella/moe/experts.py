@@ -19,7 +19,7 @@ from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import PATHS, apply_experts, gated_ffn
-from lamella.moe.provider import AnyExperts, ExpertProvider, Resident, experts_in_portions, none_of
+from lamella.moe.provider import AnyExperts, ExpertComputer, ExpertProvider, Resident, experts_in_portions, none_of
 from lamella.moe.routing import Routing, analytic_logits, expert_scores, fixed_routing, route, router_logits
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared, two_matrix_ffn, two_matrix_path
 
@@ -43,8 +43,8 @@ class MoEWeights(NamedTuple):
 
     router_RD: Tensor
     selection_bias_R: Tensor
-    experts: ExpertProvider
-    """`Resident`, or one that hands out experts as they are asked for."""
+    experts: ExpertProvider | ExpertComputer
+    """`Resident`, one that hands out experts as they are asked for, or one that computes them itself."""
     router_up_RD: Tensor | None = None
     """Router "analytic"."""
     gate_scale_R: Tensor | None = None
@@ -80,6 +80,7 @@ def moe_ffn(
     mode: Mode = "routed",
     path: ExpertPath = "auto",
     group: dist.ProcessGroup | None = None,
+    twin_share: float | None = None,
 ) -> tuple[Tensor, Routing, Tensor | None]:
     """The whole MoE layer: (output [T, D], routing, scores [T, E] or None where no router was asked).
 
@@ -88,6 +89,7 @@ def moe_ffn(
         mode: "routed", or a routing that no router decides; see `lamella.moe.routing.fixed_routing`.
         path: how resident experts are computed; see `lamella.moe.paths.choose`.
         group: the ranks that share out the experts, each with its part in `weights`; None: all are here.
+        twin_share: see `lamella.moe.routing.choose_pairs`.
 
     Raises:
         UserError: the path does not fit the device or the dtype, or computes no low-rank deltas.
@@ -95,7 +97,7 @@ def moe_ffn(
     scores_TE = None
     if mode == "routed":
         scores_TE = router_scores(x_TD, weights, config)
-        routing = route(scores_TE, weights.selection_bias_R, config, weights.gate_scale_R)
+        routing = route(scores_TE, weights.selection_bias_R, config, weights.gate_scale_R, twin_share)
     else:
         routing = fixed_routing(x_TD.shape[0], mode, config, x_TD.device)
     if mode == "dense":
@@ -120,7 +122,7 @@ def router_scores(x_TD: Tensor, weights: MoEWeights, config: MoEConfig) -> Tenso
 def _chosen(
     x_TD: Tensor,
     routing: Routing,
-    experts: ExpertProvider,
+    experts: ExpertProvider | ExpertComputer,
     lora: Lora | None,
     config: MoEConfig,
     path: ExpertPath,
@@ -130,9 +132,11 @@ def _chosen(
     if not isinstance(experts, Resident):
         if lora is not None or group is not None:
             raise UserError(
-                "experts that are not all in memory take neither low-rank deltas nor expert parallelism; keep them "
-                "in memory"
+                "experts that are packed or not all in memory take neither low-rank deltas nor expert parallelism; "
+                "keep them in memory as they are"
             )
+        if isinstance(experts, ExpertComputer):
+            return experts.compute(x_TD, routing, config.activation)
         return experts_in_portions(
             x_TD, routing, experts, lambda x, chosen, part: _computed(x, chosen, part, none_of(part), config, path)
         )

@@ -10,12 +10,14 @@ of one portion, n experts of one portion.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lamella.architecture.moe import Activation
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
 from lamella.moe.two_matrix import TwoMatrixExperts
@@ -65,6 +67,14 @@ class Resident(NamedTuple):
         for first, part in ((0, self.frozen), (S, self.trainable)):
             if len(part.down_proj):
                 yield Portion(range(first, first + len(part.down_proj)), part)
+
+
+class ExpertComputer(ABC):
+    """Experts that compute their own outputs, in a form that no path of `lamella.moe.paths` takes."""
+
+    @abstractmethod
+    def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
+        """The weighted sum [T, D] of each token's experts, for inference."""
 
 
 def experts_in_portions(

@@ -84,13 +84,18 @@ def pair_margins(scores_TE: Tensor) -> Tensor:
     return trainable_TS - frozen_TS
 
 
-def choose_pairs(scores_TE: Tensor, bias_S: Tensor) -> Tensor:
+def choose_pairs(scores_TE: Tensor, bias_S: Tensor, twin_share: float | None = None) -> Tensor:
     """The chosen ids [T, S], one of each pair: the copy where score + bias exceeds the slice's score - bias, at ties
-    the slice.
+    the slice. With `twin_share` at most this share of a token's pairs take the copy: those where it exceeds most.
     """
     S = bias_S.shape[0]
     slice_ids = torch.arange(S, device=scores_TE.device)
-    return slice_ids + S * (pair_margins(scores_TE) + 2 * bias_S > 0)
+    excess_TS = pair_margins(scores_TE) + 2 * bias_S
+    takes_copy_TS = excess_TS > 0
+    if twin_share is not None:
+        order_TS = excess_TS.argsort(dim=-1, descending=True, stable=True)
+        takes_copy_TS = takes_copy_TS.scatter(1, order_TS[:, round(twin_share * S) :], False)
+    return slice_ids + S * takes_copy_TS
 
 
 def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
@@ -114,11 +119,23 @@ def gate_weights(
     return weights_TK * config.route_scale
 
 
-def route(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig, gate_scale_E: Tensor | None = None) -> Routing:
-    """Choose and weigh experts. `bias_R` is float32 and takes no gradient; `gate_scale_E` belongs to gate "unit"."""
+def route(
+    scores_TE: Tensor,
+    bias_R: Tensor,
+    config: MoEConfig,
+    gate_scale_E: Tensor | None = None,
+    twin_share: float | None = None,
+) -> Routing:
+    """Choose and weigh experts.
+
+    Args:
+        bias_R: float32; it takes no gradient.
+        gate_scale_E: belongs to gate "unit".
+        twin_share: see `choose_pairs`.
+    """
     with torch.no_grad():
         if config.routing == "twin":
-            expert_ids_TK = choose_pairs(scores_TE, bias_R)
+            expert_ids_TK = choose_pairs(scores_TE, bias_R, twin_share)
         else:
             expert_ids_TK = choose_top_k(scores_TE, bias_R, config.num_experts_per_tok)
     return Routing(expert_ids_TK, gate_weights(scores_TE, expert_ids_TK, config, gate_scale_E))

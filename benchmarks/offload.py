@@ -1,0 +1,342 @@
+"""Run: uv run benchmarks/offload.py [--router random|fitted] [--tokens N] [--work DIR] [--json FILE] [--picture FILE]
+
+Decoding with memory for half of the experts, under a real limit that counts the page cache (cgroup v1, so as root on
+Linux), one contestant per process, float32, one thread:
+
+- lamella, `--expert-memory` of half of the experts; beside it with all of them in memory;
+- accelerate's disk offload of the stock GLM4-MoE export, the experts of every second layer on disk, 200 MiB of page
+  cache on top of what it holds;
+- llama.cpp with the mapped GGUF file, as much page cache as the file without half of the experts.
+
+Then lamella alone over budgets: hit rate, bytes and time per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
+
+from measure import figure, positive, print_table, provenance, work_folder, write_json
+
+PROMPT = "The first rule of writing clear programs is"
+GROUP = Path("/sys/fs/cgroup/memory/lamella-offload")
+MIB = 1 << 20
+PAGE_CACHE = 200 * MIB
+"""What accelerate gets beside what it holds."""
+REST = 48 * MIB
+"""What lamella gets beside its weights and experts: keys, values, buffers."""
+
+
+class Limit:
+    """This process's group, whose limit is set once the model is loaded."""
+
+    def __init__(self) -> None:
+        GROUP.mkdir(exist_ok=True)
+        self.file("limit_in_bytes").write_text("-1")
+        (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+
+    def file(self, name: str) -> Path:
+        return GROUP / f"memory.{name}"
+
+    def held(self) -> int:
+        return int(dict(line.split() for line in self.file("stat").read_text().splitlines())["rss"])
+
+    def set(self, more: int) -> int:
+        """From now on what is held and `more` bytes, the page cache counted; the page cache is empty."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        limit = self.held() + more
+        self.file("limit_in_bytes").write_text(str(limit))
+        self.file("max_usage_in_bytes").write_text("0")
+        return limit
+
+    def peak(self) -> int:
+        return int(self.file("max_usage_in_bytes").read_text())
+
+
+def read_bytes() -> int:
+    """What this process has had read from disks."""
+    return int(next(line.split()[1] for line in Path("/proc/self/io").read_text().splitlines() if "read_bytes" in line))
+
+
+def run_lamella(args: argparse.Namespace) -> dict[str, Any]:
+    from lamella.generation import Generator
+    from lamella.generation.sampling import Sampling
+    from lamella.hf.offload import expert_cache
+
+    limit = Limit()
+    generator = Generator.open(str(args.folder), "float32", "cpu", f"{args.budget}B" if args.budget else None)
+    sampling = Sampling(args.tokens, ignore_eos=True)
+    cache = expert_cache(generator.model)
+    generator.generate([PROMPT], Sampling(1))  # what libraries allocate on first use
+    held = limit.held()
+    total = limit.set((args.budget or 0) + REST)
+    before = read_bytes()
+    (answer,) = generator.generate([PROMPT], sampling)
+    counts = generator.counts
+    report = {"tokens_per_s": counts.tokens_per_s, "prompt_s": counts.prompt_s, "tokens": answer.tokens}
+    report |= {
+        "limit": total,
+        "peak": limit.peak(),
+        "held": held,
+        "read_a_token": (read_bytes() - before) / args.tokens,
+    }
+    if cache is not None:
+        c = cache.counts
+        report |= {"hit_rate": c.hit_rate, "stall_ms": 1000 * c.stall_s / c.tokens, "num_slots": cache.num_slots}
+        report |= {"in_memory": 1 - c.misses / (c.hits + c.misses), "guessed": c.guessed, "right": c.guessed_right}
+        report["share_read"] = (c.misses + c.guessed) / (c.hits + c.misses)
+    return report
+
+
+def run_accelerate(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    limit = Limit()
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    for i in range(AutoConfig.from_pretrained(args.folder).num_hidden_layers):
+        parts = ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate", "mlp.shared_experts")
+        places |= {f"model.layers.{i}.{part}": "cpu" for part in parts}
+        places[f"model.layers.{i}.mlp.experts"] = "disk" if i % 2 else "cpu"
+    folder = args.folder.parent / "accelerate"
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.float32, device_map=places, offload_folder=folder
+    ).eval()
+    ids = AutoTokenizer.from_pretrained(args.folder)(PROMPT, return_tensors="pt").input_ids
+    total, before, marks = limit.set(PAGE_CACHE), read_bytes(), []
+
+    class Clock:
+        def put(self, _: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    with torch.no_grad():
+        out = model.generate(
+            ids, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False, streamer=Clock()
+        )
+    speed = (len(marks) - 2) / (marks[-1] - marks[1])
+    read = (read_bytes() - before) / args.tokens
+    tokens = out[0, ids.shape[1] :].tolist()
+    return {"tokens_per_s": speed, "tokens": tokens, "limit": total, "peak": limit.peak(), "read_a_token": read}
+
+
+def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
+    import xllamacpp
+    from transformers import AutoTokenizer
+
+    limit = Limit()
+    file = next(args.folder.glob("*.gguf"))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers, params.port = 256, 1, False, 0, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    ids = AutoTokenizer.from_pretrained(args.tokenizer)(PROMPT).input_ids
+    total, before = limit.set(args.budget), read_bytes()
+    request = {"prompt": ids, "n_predict": args.tokens, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    result = server.handle_completions(request | {"timings_per_token": True})
+    result = json.loads(result) if isinstance(result, str) else result
+    timings, read = result["timings"], (read_bytes() - before) / args.tokens
+    text = result["choices"][0]["text"] if "choices" in result else result["content"]
+    return {"tokens_per_s": timings["predicted_per_second"], "text": text, "limit": total, "peak": limit.peak(),
+            "read_a_token": read}  # fmt: skip
+
+
+RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "lamella": run_lamella, "accelerate": run_accelerate, "llama.cpp": run_llama_cpp,
+}  # fmt: skip
+
+
+def in_a_process(kind: str, folder: Path, args: argparse.Namespace, budget: int, tokenizer: Path) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--run", kind, "--folder", folder, "--tokens", args.tokens, "--budget", budget]
+    words += ["--tokenizer", tokenizer]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"error: {kind} failed:\n{done.stderr[-2000:]}")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def with_router(moe: Path, out: Path, router: str) -> Path:
+    """A copy whose twins have 20% noise, with routers by chance, or fitted: documentation to slices, code to twins."""
+    from safetensors.torch import load_file, save_file
+
+    from lamella.hf.models import load
+
+    shutil.copytree(moe, out)
+    tensors, generator = load_file(out / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if ".trainable_" in name:
+            tensor += 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        elif name.endswith("selection_bias"):
+            tensor.zero_()
+        elif name.endswith("router.weight") and router == "random":
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * 2 * tensor.shape[1] ** -0.5
+    if router == "fitted":
+        tensors |= fitted(load(moe, torch.float32), moe)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@torch.no_grad()
+def fitted(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Router rows by ridge regression, as a training run's `router_fit` has them: one row for all pairs of a layer."""
+    from lamella.evaluate.perplexity import text_samples
+
+    sums: dict[int, list[torch.Tensor]] = {}
+    for side, data in ((0, "python-docs"), (1, "stdlib-code")):
+        samples = text_samples(data, "train", str(folder), 256, 4096)
+        seen: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(model.moe_layers))}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, given, parts=parts: parts.append(given[0][0].clone()))
+            for parts, layer in zip(seen.values(), model.moe_layers, strict=True)
+        ]
+        for n in range(16):
+            model(samples.sample(n)[0][None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for i, parts in seen.items():
+            sums.setdefault(i, []).insert(side, torch.cat(parts))
+    rows = {}
+    for i, (old_TD, new_TD) in sums.items():
+        second_DD = old_TD.T @ old_TD / len(old_TD) + new_TD.T @ new_TD / len(new_TD)
+        second_DD += 0.01 * second_DD.diagonal().mean() * torch.eye(len(second_DD))
+        row_D = torch.linalg.solve(second_DD, new_TD.mean(0) - old_TD.mean(0))
+        layer = model.moe_layers[i]
+        name = next(n for n, p in model.named_parameters() if p is layer.router.weight)
+        rows[name] = row_D.expand_as(layer.router.weight).contiguous()
+    return rows
+
+
+def expert_bytes(folder: Path) -> int:
+    from lamella.checkpoint.source import read_folder
+
+    return sum(t.numel * 4 for name, t in read_folder(folder).items() if ".experts." in name)
+
+
+def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the contestants, lamella over budgets) for one kind of router."""
+    from lamella.export import export
+
+    moe = with_router(args.moe, work / f"moe-{router}", router)
+    glm = export(moe, "glm4-moe", work / f"glm-{router}", check=False).out
+    gguf = export(moe, "gguf", work / f"gguf-{router}", check=False, dtype="F32").out
+    experts = expert_bytes(moe)
+    file = next(gguf.glob("*.gguf")).stat().st_size
+    half = experts // 2
+    named = [
+        ("lamella, all experts in memory", "lamella", moe, 0),
+        ("lamella, half of them", "lamella", moe, half),
+        ("accelerate, disk offload", "accelerate", glm, 0),
+        ("llama.cpp, mapped file", "llama.cpp", gguf, file - half),
+    ]
+    rows = []
+    for name, kind, folder, budget in named:
+        rows.append({"router": router, "impl": name} | in_a_process(kind, folder, args, budget, moe))
+        print(f"{router}: {name}: {rows[-1]['tokens_per_s']:.2f} tokens/s", flush=True)
+    budgets = []
+    for share in args.shares:
+        row = in_a_process("lamella", moe, args, int(share * experts), moe)
+        budgets.append({"router": router, "share": share} | row)
+    if any(row["tokens"] != rows[0]["tokens"] for row in [*rows[:3], *budgets]):
+        sys.exit("error: the tokens differ")
+    return rows, budgets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moe", type=Path, help="a sliced model (default: SmolLM2, converted in the work folder)")
+    parser.add_argument("--router", choices=["random", "fitted"], action="append", help="default: both")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0])
+    parser.add_argument("--tokens", type=positive, default=32)
+    parser.add_argument("--work", type=work_folder, help="folder for exports (default: a temporary one)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    for hidden in ("--run", "--budget", "--folder", "--tokenizer"):
+        parser.add_argument(hidden, type=int if hidden == "--budget" else str, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.run:
+        args.folder = Path(args.folder)
+        print(json.dumps(RUNS[args.run](args)), flush=True)
+        os._exit(0)
+    if os.geteuid() or not GROUP.parent.is_dir():
+        sys.exit("error: the memory limit needs root and cgroup v1's memory controller")
+    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
+        measure_all(args, Path(temporary))
+
+
+def measure_all(args: argparse.Namespace, work: Path) -> None:
+    from lamella.conversion import convert
+
+    args.moe = args.moe or convert(None, work / "moe").out
+    rows, budgets = [], []
+    for router in args.router or ["random", "fitted"]:
+        some, more = compare(args, work, router)
+        rows, budgets = [*rows, *some], [*budgets, *more]
+    sizes = ("read_a_token", "limit", "peak")
+    table = [
+        [r["router"], r["impl"], f"{r['tokens_per_s']:.2f}", *(f"{r[key] / MIB:.0f}" for key in sizes)]
+        for r in rows
+    ]  # fmt: skip
+    header = ["router", "contestant", "tokens/s", "MiB read a token", "limit, MiB", "peak, MiB"]
+    print_table(f"half of the experts in memory, {args.tokens} tokens", header, table)
+    table = [
+        [r["router"], f"{r['share']:.0%}", f"{r['tokens_per_s']:.2f}", f"{r['hit_rate']:.0%}", f"{r['share_read']:.0%}",
+         f"{r['read_a_token'] / MIB:.0f}", f"{r['stall_ms']:.0f}"]
+        for r in budgets
+    ]  # fmt: skip
+    header = [
+        "router",
+        "experts in memory",
+        "tokens/s",
+        "there in time",
+        "read",
+        "MiB read a token",
+        "ms waited a token",
+    ]
+    print_table("over the budget", header, table)
+    write_json(args.json, {**provenance(torch.device("cpu")), "contestants": rows, "budgets": budgets})
+    if args.picture and budgets:
+        draw(args.picture, budgets)
+
+
+def draw(path: Path, budgets: list[dict[str, Any]]) -> None:
+    """Hit rate and speed over the budget."""
+    with figure(path, 2) as (left, right):
+        right.sharey(right)
+        fastest = max(row["tokens_per_s"] for row in budgets)
+        for router in dict.fromkeys(row["router"] for row in budgets):
+            rows = [row for row in budgets if row["router"] == router]
+            shares = [row["share"] for row in rows]
+            left.plot(shares, [row["hit_rate"] for row in rows], "o-", label=f"{router} router: there in time")
+            left.plot(shares, [1 - row["share_read"] for row in rows], "s--", label=f"{router} router: not read")
+            right.plot(shares, [row["tokens_per_s"] / fastest for row in rows], "o-", label=f"{router} router")
+        left.set_ylabel("share of the experts asked for")
+        right.set_ylabel("speed, as a share of the fastest")
+        for plot in (left, right):
+            plot.set_xlabel("share of the experts in memory")
+            plot.set_ylim(0, 1.05)
+
+
+if __name__ == "__main__":
+    main()

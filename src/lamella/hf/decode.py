@@ -1,0 +1,199 @@
+"""One token after another, with a fraction of the calls that transformers' layers make: the step of decoding.
+
+For models whose layers are Llama's (Llama, Mistral, Qwen2, Qwen3), dense or converted. Keys and values lie in tensors
+of a fixed size. What a layer computes is what transformers computes; norms and projections are the model's own modules.
+
+Shapes: B sequences, D model width, N query heads, G key/value heads, H head width, C capacity in tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
+from lamella.hf.blocks import MoELayer
+from lamella.moe.experts import Resident, moe_ffn
+from lamella.moe.packed import Experts
+from lamella.moe.quantised import Unbound
+
+
+class Place(NamedTuple):
+    """Where the new tokens stand."""
+
+    column: int
+    """Of the cache."""
+    cos_B1H: Tensor
+    sin_B1H: Tensor
+    """The sine with its first half negated, for `_rotated`."""
+    mask_B11C: Tensor | None
+    """bool, false for padding; None: nothing is padded."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer."""
+
+    keys_BGCH: Tensor
+    values_BGCH: Tensor
+
+
+def has_step(model: PreTrainedModel) -> bool:
+    """Whether `DecodeStep` computes this model: a Llama-like family without attention experts or adapters."""
+    family = FAMILIES.get(model.config.model_type.removeprefix(CONVERTED_PREFIX))
+    others = any(getattr(model.config, entry, None) is not None for entry in ("attention_moe", "adapters"))
+    return family is not None and family.llama_like and not others
+
+
+class DecodeStep:
+    """The next logits of a model that `has_step`."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.decoder = model, model.get_decoder()
+        self.layers = [_Layer(layer) for layer in self.decoder.layers]
+        self.norm, self.head = _norm(self.decoder.norm), model.get_output_embeddings()
+        self.caches: list[LayerCache] = []
+
+    def start(self, prefilled: DynamicCache, capacity: int) -> None:
+        """Take over what transformers has kept of the prompt, with room for `capacity` tokens in all."""
+        self.caches = []
+        for layer in prefilled.layers:
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
+            self.caches.append(_with_room(layer.keys, layer.values, capacity))
+
+    def kept(self, length: int) -> DynamicCache:
+        """The first `length` tokens as transformers' own cache, to go on from there."""
+        cache = DynamicCache()
+        for index, (keys_BGCH, values_BGCH) in enumerate(self.caches):
+            cache.update(keys_BGCH[:, :, :length], values_BGCH[:, :, :length], index)
+        return cache
+
+    def __call__(self, ids_B1: Tensor, index: int, positions_B1: Tensor, mask_BC: Tensor | None = None) -> Tensor:
+        """The logits [B, V] after the tokens that stand in column `index` of the cache."""
+        x_B1D = self.decoder.embed_tokens(ids_B1)
+        cos_B1H, sin_B1H = self.decoder.rotary_emb(x_B1D, positions_B1)
+        half = sin_B1H.shape[-1] // 2
+        sin_B1H = torch.cat([-sin_B1H[..., :half], sin_B1H[..., half:]], dim=-1)
+        mask_B11C = None if mask_BC is None else mask_BC[:, None, None]
+        place = Place(index, cos_B1H, sin_B1H, mask_B11C)
+        x_BD = x_B1D[:, 0]
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            x_BD = layer(x_BD, cache, place)
+        return self.head(self.norm(x_BD))
+
+
+Call = Callable[[Tensor], Tensor]
+
+
+class Attention(Protocol):
+    """What is read of an attention module; `q_norm`, `k_norm`, `sliding_window` are optional."""
+
+    q_proj: Call
+    k_proj: Call
+    v_proj: Call
+    o_proj: Call
+    scaling: float
+    head_dim: int
+    config: PreTrainedConfig
+
+
+class RMSNorm(Protocol):
+    """What is read of a norm."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class DecoderLayer(Protocol):
+    """What is read of one of transformers' layers."""
+
+    self_attn: Attention
+    mlp: nn.Module
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+
+class _Layer:
+    """One decoder layer on one token of each sequence."""
+
+    def __init__(self, layer: DecoderLayer):
+        attention = layer.self_attn
+        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.q_norm: Call | None = getattr(attention, "q_norm", None)
+        self.k_norm: Call | None = getattr(attention, "k_norm", None)
+        self.scale, self.head_width = attention.scaling, attention.head_dim
+        # Mistral has the window in its config alone
+        self.window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        self.before, self.between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.ffn = _ffn(layer.mlp)
+
+    def __call__(self, x_BD: Tensor, cache: LayerCache, place: Place) -> Tensor:
+        x_BD = x_BD + self._attend(self.before(x_BD), cache, place)
+        return x_BD + self.ffn(self.between(x_BD))
+
+    def _attend(self, x_BD: Tensor, cache: LayerCache, place: Place) -> Tensor:
+        B, H, end = len(x_BD), self.head_width, place.column + 1
+        q_BNH, k_BGH = self.q(x_BD).view(B, -1, H), self.k(x_BD).view(B, -1, H)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BNH, k_BGH = self.q_norm(q_BNH), self.k_norm(k_BGH)
+        N, G = q_BNH.shape[1], k_BGH.shape[1]
+        heads = _rotated(torch.cat([q_BNH, k_BGH], dim=1), place.cos_B1H, place.sin_B1H)
+        cache.keys_BGCH[:, :, place.column] = heads[:, N:]
+        cache.values_BGCH[:, :, place.column] = self.v(x_BD).view(B, G, H)
+        start = 0 if self.window is None else max(0, end - self.window)
+        mask = None if place.mask_B11C is None else place.mask_B11C[..., start:end]
+        # The query heads of a key/value head are rows of one attention: nothing is repeated.
+        out = F.scaled_dot_product_attention(
+            heads[:, :N].reshape(B, G, N // G, H), cache.keys_BGCH[:, :, start:end], cache.values_BGCH[:, :, start:end],
+            attn_mask=mask, scale=self.scale,
+        )  # fmt: skip
+        return self.o(out.reshape(B, N * H))
+
+
+def _ffn(mlp: nn.Module) -> Call:
+    """What stands in the FFN's place, without the calls of modules where experts can be looked up once."""
+    if not isinstance(mlp, MoELayer):
+        return mlp
+    weights, config, computing = mlp.weights, mlp.config, mlp.computing
+    experts = weights.experts
+    if weights.lora is None and isinstance(experts, Resident) and isinstance(experts.frozen, Experts):
+        assert isinstance(experts.trainable, Experts)
+        weights = weights._replace(experts=Unbound(experts.frozen, experts.trainable))
+
+    def routed(x_BD: Tensor) -> Tensor:
+        now = computing
+        return moe_ffn(x_BD, weights, now.applied(config), now.mode, now.path, twin_share=now.twin_share)[0]
+
+    return routed
+
+
+def _norm(norm: RMSNorm) -> Call:
+    """In float32 by torch's one call; else by the module, whose steps of rounding are its own."""
+    if norm.weight.dtype != torch.float32:
+        return norm
+    shape, weight, eps = norm.weight.shape, norm.weight, norm.variance_epsilon
+    return lambda x: F.rms_norm(x, shape, weight, eps)
+
+
+def _rotated(x_BhH: Tensor, cos_B1H: Tensor, sin_B1H: Tensor) -> Tensor:
+    """After rope; the sine's first half is negated."""
+    return torch.addcmul(x_BhH * cos_B1H, x_BhH.roll(x_BhH.shape[-1] // 2, -1), sin_B1H)
+
+
+def _with_room(keys_BGLH: Tensor, values_BGLH: Tensor, capacity: int) -> LayerCache:
+    B, G, L, H = keys_BGLH.shape
+    tensors = []
+    for tensor in (keys_BGLH, values_BGLH):
+        roomy = tensor.new_zeros(B, G, capacity, H)
+        roomy[:, :, :L] = tensor
+        tensors.append(roomy)
+    return LayerCache(*tensors)

@@ -1,0 +1,179 @@
+"""A converted model whose experts stay on disk, or in main memory beside a GPU: a part of them is in memory at a time.
+
+The rest of the model is loaded as always. Experts are found in the folder's own safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lamella.architecture.converted import converted_family, ffn_config, is_converted
+from lamella.architecture.layout import layout_of
+from lamella.architecture.model import sizes_of
+from lamella.architecture.moe import MoEConfig
+from lamella.architecture.moe_tensors import DOWN, GATE_UP, KINDS, expert_name
+from lamella.checkpoint.dtypes import DTYPES
+from lamella.checkpoint.source import read_config, read_folder
+from lamella.checkpoint.tensors import SourceTensor
+from lamella.errors import UserError, check_choice
+from lamella.hf.blocks import ExpertsElsewhere, MoELayer, decoder_layers, experts_elsewhere
+from lamella.hf.models import load
+from lamella.moe.experts import router_scores
+from lamella.moe.offload.cache import ExpertCache
+from lamella.moe.offload.layer import Guess, OffloadedExperts
+from lamella.moe.offload.slots import DiskHome, Home, Key, MemoryHome, Range
+from lamella.moe.routing import route
+
+PLACES = ("disk", "cpu")
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def parse_memory(text: str) -> int:
+    """'2GiB', '800MB' or '1.5G' in bytes; UserError for what is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS:
+        raise UserError(f"the memory for experts is {text!r}; write a size such as 2GiB or 800MB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def load_offloaded(
+    folder: Path, expert_memory: int, experts_on: str, dtype: torch.dtype | str, device: str
+) -> PreTrainedModel:
+    """The model; `expert_cache` has what counts what is read.
+
+    Args:
+        folder: of a converted model.
+        expert_memory: bytes for experts: in main memory for a model on the CPU, else on the GPU.
+        experts_on: where the others wait.
+
+    Raises:
+        UserError: another kind of model, or too little memory for the experts of one token in a layer.
+    """
+    check_choice("experts-on", experts_on, PLACES)
+    if experts_on == "cpu" and torch.device(device).type == "cpu":
+        raise UserError("experts on cpu are for a model on a GPU; here they can be on disk")
+    if experts_on == "disk" and torch.device(device).type != "cpu":
+        raise UserError("experts go to a GPU from main memory; use --experts-on cpu")
+    moe, places = _places(folder)
+    computed = DTYPES[next(iter(places.values()))[0].dtype] if dtype == "auto" else dtype
+    assert isinstance(computed, torch.dtype)
+    home: Home = (
+        DiskHome(_ranges(places), computed)
+        if experts_on == "disk"
+        else MemoryHome(_in_memory(places, computed), torch.device(device))
+    )
+    cache = ExpertCache(home, _num_slots(expert_memory, home, moe, len(places)))
+    with experts_elsewhere():
+        model = load(folder, computed, device)
+    for parameter in model.parameters():  # not pages of the file, which the system counts and takes away
+        parameter.data = parameter.data.clone()
+    _install(model, moe, cache)
+    return model
+
+
+def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
+    """The cache of a model that `load_offloaded` loaded, with its counts; None for another one."""
+    for module in model.modules():
+        if isinstance(module, ExpertsElsewhere) and isinstance(module.given, OffloadedExperts):
+            return module.given.cache
+    return None
+
+
+def _places(folder: Path) -> tuple[MoEConfig, dict[Key, tuple[SourceTensor, SourceTensor]]]:
+    """The config, and for each (layer, expert) the packed tensors that hold it; see `_ranges` for where in them."""
+    config = read_config(folder)
+    if config.get("moe") is None or not is_converted(config):
+        raise UserError(f"{folder} is no converted model with experts in its FFNs; leave --expert-memory out")
+    converted_family(config)
+    moe = ffn_config(config)
+    assert moe is not None
+    if not moe.gated or moe.lora_rank or any(config.get(entry) is not None for entry in ("attention_moe", "adapters")):
+        raise UserError("experts of two matrices, low-rank deltas, attention experts and adapters stay in memory; "
+                        "leave --expert-memory out")  # fmt: skip
+    tensors, layout = read_folder(folder), layout_of(sizes_of(config))
+    places: dict[Key, tuple[SourceTensor, SourceTensor]] = {}
+    for layer in moe.moe_layers:
+        own = moe.for_layer(layer)
+        first = 0
+        for kind, count in zip(KINDS, (own.num_frozen_experts, own.num_trainable_experts), strict=True):
+            if count:
+                gate_up, down = (tensors[layout.prefix(layer) + expert_name(kind, p)] for p in (GATE_UP, DOWN))
+                places |= {(layer, first + i): (_part(gate_up, i), _part(down, i)) for i in range(count)}
+            first += count
+    return moe, places
+
+
+def _part(tensor: SourceTensor, index: int) -> SourceTensor:
+    """One matrix of a packed tensor."""
+    shape = tensor.shape[1:]
+    nbytes = shape[0] * shape[1] * DTYPES[tensor.dtype].itemsize
+    return dataclasses.replace(tensor, shape=shape, begin=tensor.begin + index * nbytes)
+
+
+def _ranges(places: dict[Key, tuple[SourceTensor, SourceTensor]]) -> dict[Key, tuple[Range, Range]]:
+    def one(t: SourceTensor) -> Range:
+        assert isinstance(t.path, Path)  # of a local folder
+        return Range(t.path, t.begin, t.shape, DTYPES[t.dtype])
+
+    return {key: (one(gate_up), one(down)) for key, (gate_up, down) in places.items()}
+
+
+def _in_memory(
+    places: dict[Key, tuple[SourceTensor, SourceTensor]], dtype: torch.dtype
+) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
+    """All experts by layer, pinned where there is a GPU."""
+    layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    for (layer, _), pair in places.items():
+        for matrices, tensor in zip(layers.setdefault(layer, ([], [])), pair, strict=True):
+            matrix = tensor.read(0, tensor.numel).view(tensor.shape).to(dtype)
+            matrices.append(matrix.pin_memory() if torch.cuda.is_available() else matrix)
+    return layers
+
+
+def _num_slots(budget: int, home: Home, moe: MoEConfig, num_experts: int) -> int:
+    least = max(moe.for_layer(layer).num_experts_per_tok for layer in moe.moe_layers)
+    if budget < least * home.slot_bytes:
+        raise UserError(
+            f"the memory for experts holds {budget // home.slot_bytes} of them, but a token needs {least} in a layer; "
+            f"give at least {-(-least * home.slot_bytes // 2**10)}KiB"
+        )
+    return min(budget // home.slot_bytes, num_experts)
+
+
+def _install(model: PreTrainedModel, moe: MoEConfig, cache: ExpertCache) -> None:
+    layers = decoder_layers(model)
+    for at, index in reversed([*enumerate(moe.moe_layers)]):  # a layer's guess is of the next one, which is whole
+        following = moe.moe_layers[at + 1] if at + 1 < len(moe.moe_layers) else None
+        block = layers[index].mlp
+        assert isinstance(block, MoELayer)
+        assert isinstance(block.experts, ExpertsElsewhere)
+        guess = None if following is None else _guess(layers[index], layers[following])
+        block.experts.given = OffloadedExperts(index, cache, at == 0, following or 0, guess)
+
+
+def _guess(layer: torch.nn.Module, following: torch.nn.Module) -> Guess:
+    """The next layer's router on this layer's hidden state: with its norm's weights instead of this layer's."""
+    block = following.mlp
+    assert isinstance(block, MoELayer)
+    weights = block.weights
+    ours, theirs = (getattr(x, "post_attention_layernorm", None) for x in (layer, following))
+    if ours is not None and theirs is not None:
+        ratio_D = theirs.weight.float() / torch.where(ours.weight.abs() < 1e-4, 1.0, ours.weight.float())
+        weights = weights._replace(router_RD=weights.router_RD.float() * ratio_D)
+        if weights.router_up_RD is not None:
+            weights = weights._replace(router_up_RD=weights.router_up_RD.float() * ratio_D)
+
+    def guess(x_1D: Tensor) -> list[int]:
+        now = block.computing
+        config = now.applied(block.config)
+        scores_1E = router_scores(x_1D, weights, config)
+        routing = route(scores_1E, weights.selection_bias_R, config, weights.gate_scale_R, now.twin_share)
+        return routing.expert_ids_TK[0].tolist()
+
+    return guess
