@@ -42,19 +42,19 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "moe"
 
 
-def slots(moe: Path, count: int, dtype: str = "float32") -> str:
+def slots(moe: Path, count: int) -> str:
     """The memory for so many experts."""
-    model = open_model(str(moe), dtype, expert_memory="1MiB")
+    model = open_model(str(moe), "float32", expert_memory="1MiB")
     cache = expert_cache(model)
     assert cache is not None
     return f"{count * cache.home.slot_bytes}B"
 
 
 @pytest.mark.parametrize("count", [SLICES, SLICES + 1, PAIRS, 2 * PAIRS])
-def test_the_same_tokens(moe: Path, count: int, dtype: str = "float32") -> None:
+def test_the_same_tokens(moe: Path, count: int) -> None:
     prompts = ["import numpy as np", "def f(x):"]
-    resident = Generator.open(str(moe), dtype)
-    offloaded = Generator.open(str(moe), dtype, expert_memory=slots(moe, count, dtype))
+    resident = Generator.open(str(moe), "float32")
+    offloaded = Generator.open(str(moe), "float32", expert_memory=slots(moe, count))
     cache = expert_cache(offloaded.model)
     assert cache is not None
     assert cache.num_slots == count
