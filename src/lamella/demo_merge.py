@@ -92,15 +92,17 @@ def _is_demo(names: set[str]) -> bool:
 
 
 def passages(domain: str, held_out: bool, count: int) -> list[str]:
-    """Pieces of as many documents, each from a document's middle, of whole lines."""
-    found = []
-    for text in _documents(domain, held_out):
-        begin = text.find("\n", len(text) // 2) + 1
-        piece = text[begin : begin + PASSAGE_CHARACTERS]
-        if begin and len(piece.strip()) > PASSAGE_CHARACTERS * 3 // 4:
-            found.append(piece)
-        if len(found) == count:
-            return found
+    """Pieces of documents, of whole lines: one from the middle of each, then others where that is too few."""
+    found: list[str] = []
+    documents = list(_documents(domain, held_out))
+    for place in (0.5, 0.25, 0.75, 0.1, 0.9):
+        for text in documents:
+            begin = text.find("\n", int(len(text) * place)) + 1
+            piece = text[begin : begin + PASSAGE_CHARACTERS]
+            if begin and len(piece.strip()) > PASSAGE_CHARACTERS * 3 // 4 and piece not in found:
+                found.append(piece)
+            if len(found) == count:
+                return found
     raise UserError(f"the text of {domain} has {len(found)} passages of the {count} asked for; ask for fewer")
 
 
