@@ -35,7 +35,9 @@ def check_installed() -> None:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Models and run directories are to be written there.")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="Models and run directories are to be written there.")
+    ] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")] = False,
 ) -> None:
     """Look at GPUs, driver, memory, disk, ports and libraries, and say what is missing and what to do.

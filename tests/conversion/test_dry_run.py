@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lamella.cli import app
@@ -33,6 +35,7 @@ RECIPES = {
                      "gate_mode=uniform_random", "architecture=lamella"],
     "attention": ["method=attention", "top_k=1", "layers=0,2", CALIBRATION],
     "attention, softmax": ["method=attention", "gate=softmax", "router=random"],
+    "adapters": ["method=adapters", "dtype=bfloat16"],
 }  # fmt: skip
 LISTED = re.compile(r"^  (\S+) +([A-Z]+\d+) +(\[[\d, ]+\])", re.MULTILINE)
 
@@ -57,11 +60,17 @@ def test_every_method_has_a_recipe_here() -> None:
 def test_a_dry_run_lists_what_is_written(
     name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    if family == "gpt2" and any(word in name for word in ("analytic", "attention", "merge")):
+    if family == "gpt2" and any(word in name for word in ("analytic", "attention", "merge", "adapters")):
         pytest.skip("a family without gate projections, whose attention stays as it is")
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     dense, out = save_tokenizer(tiny_checkpoint(tmp_path / "dense", family, vocab_size=VOCAB)), tmp_path / "moe"
     words = [*RECIPES[name], f"model={dense}", f"out={out}"]
+    if name == "adapters":
+        adapter = LoraConfig(r=4, target_modules=["up_proj", "down_proj"])
+        get_peft_model(AutoModelForCausalLM.from_pretrained(dense), adapter).save_pretrained(
+            tmp_path / "dense" / "lora"
+        )
+        words.append(f"adapters=[{tmp_path / 'dense' / 'lora'}]")
     dry = CliRunner().invoke(app, ["convert", *words, "--dry-run"])
     assert dry.exit_code == 0, dry.exception
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]

@@ -48,14 +48,18 @@ _PLAIN = LayerKind()
 _GATED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
+_MERGED_LLAMAS = ("mixtral", "qwen2-moe", "deepseek")
+
+
 def _gated(
     name: str, architecture: str, *, gguf: GGUFNames | None = GATED_GGUF, qkv_bias: bool = False,
-    qk_norm: bool = False, also_called: str = "",
+    qk_norm: bool = False, also_called: str = "", merged_in: tuple[str, ...] = (),
 ) -> Family:  # fmt: skip
     """A Llama-like family."""
     return Family(
         name, architecture, gated_tensors, _GATED, _GATED_SIZES, LAYER, qkv_bias=qkv_bias, qk_norm=qk_norm, gguf=gguf,
         trains=True, attention_experts=True, llama_like=True, also_called=also_called,
+        merged_in=merged_in,
     )  # fmt: skip
 
 
@@ -82,10 +86,12 @@ _TWO_MATRICES = "its experts have two matrices, and gated ones alone can be trai
 _GPT2 = "transformer.h.{}.mlp."
 _OPT = "model.decoder.layers.{}."
 _ROWS = (
-    _gated("llama", "LlamaForCausalLM", gguf=GGUFNames(_GGUF_TOP, _GGUF_LAYER, interleaved=True)),
-    _gated("mistral", "MistralForCausalLM"),
-    _gated("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
-    _gated("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+    _gated(
+        "llama", "LlamaForCausalLM", gguf=GGUFNames(_GGUF_TOP, _GGUF_LAYER, interleaved=True), merged_in=_MERGED_LLAMAS
+    ),
+    _gated("mistral", "MistralForCausalLM", merged_in=_MERGED_LLAMAS),
+    _gated("qwen2", "Qwen2ForCausalLM", qkv_bias=True, merged_in=("qwen2-moe",)),
+    _gated("qwen3", "Qwen3ForCausalLM", qk_norm=True, merged_in=("qwen3-moe",)),
     # transformers computes both by its Llama class
     _gated("internlm3", "LlamaForCausalLM", also_called="InternLM3ForCausalLM", gguf=None),
     _gated("iquestcoder", "LlamaForCausalLM", also_called="IQuestCoderForCausalLM", gguf=None),

@@ -127,6 +127,8 @@ class Family:
     llama_like: bool = False
     """Its layers are Llama's, but for biases and norms in the attention: norms before attention and FFN, nothing
     scaled, all of each head rotated. What stock mixtures of experts hold."""
+    merged_in: tuple[str, ...] = ()
+    """Stock mixtures of experts, by the names that a merge has for them, which can hold several of its models."""
     any_head_width: bool = True
     """Its class takes the width of heads from `head_dim`; else it is always D / N."""
     scales_part: bool = False

@@ -150,6 +150,9 @@ class Recipe(Strict):
     """After a failure that may pass, `lamella train` starts again, so often until there is a new checkpoint."""
     tensorboard: Harmless[bool] = True
     """The metrics are written for TensorBoard, too."""
+    track: Harmless[list[Literal["wandb", "mlflow", "trackio"]]] = Field(default=[])
+    """These trackers get the metrics, too, where they are installed (`lamella[track]`); without a network or an address
+    (WANDB_API_KEY, MLFLOW_TRACKING_URI, TRACKIO_DIR) they write into the run directory."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The model is computed in this precision; weights, sums over ranks and optimizer are float32. auto: bfloat16 where

@@ -19,6 +19,7 @@ from lamella.run.folder import RunDir
 from lamella.train.balance import RoutingReport
 from lamella.train.optimizer import group_name
 from lamella.train.skip import SkipNonFinite
+from lamella.train.tracking import Trackers
 from lamella.train.watch import Watch
 
 A100_PEAK_FLOPS = 312e12
@@ -61,6 +62,7 @@ class LamellaMetrics(MetricsProcessor):
         epochs: Callable[[int], dict[str, float]],
         watch: Watch,
         skips: SkipNonFinite,
+        trackers: Trackers,
     ) -> None:
         """Take over what only the trainer knows.
 
@@ -69,7 +71,7 @@ class LamellaMetrics(MetricsProcessor):
             epochs: returns, for a step, how often the training has gone through each source of data.
         """
         self.run, self.progress, self.routing, self.epochs = run, progress, routing, epochs
-        self.watch, self.skips = watch, skips
+        self.watch, self.skips, self.trackers = watch, skips, trackers
 
     def pause(self, seconds: float) -> None:
         """Leave seconds of evaluating or saving out of the tokens per second."""
@@ -138,6 +140,7 @@ class LamellaMetrics(MetricsProcessor):
             with self.run.metrics_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.logger.log(scalars(line), step)
+            self.trackers.log(scalars(line), step)
             self.progress.show(line)
         self.line = {}
 

@@ -140,6 +140,9 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     return_freed_memory()
     torch.set_num_threads(recipe.threads_per_rank or default_threads())
     from lamella.train.assemble import has_gpu, model_config, trainer_config
+    from lamella.train.tracking import check_trackers
+
+    check_trackers(recipe.track)
     from lamella.train.data import check_learnable, check_objective, open_samples, steps_of_data
 
     if recipe.offload == "cpu" and not has_gpu():

@@ -39,6 +39,7 @@ from lamella.train.fit_router import fit_router
 from lamella.train.heldout import HeldOut
 from lamella.train.metrics import LamellaMetrics
 from lamella.train.skip import SkipNonFinite
+from lamella.train.tracking import Trackers
 from lamella.train.watch import Watch
 
 Batch: TypeAlias = tuple[dict[str, Tensor], Tensor]
@@ -197,7 +198,9 @@ class LamellaTrainer(Trainer):
         self.restore()
         first_step = self.step
         progress = TrainingProgress(self.config.stream if self.is_rank0 else None, first_step, self.recipe.steps)
-        self.metrics.attach(self.run, progress, self.balance.report, self.data_epochs, self.watch, self.skips)
+        names = self.recipe.track if self.is_rank0 else ()
+        trackers = Trackers(names, self.run, self.recipe.model_dump(mode="json"))
+        self.metrics.attach(self.run, progress, self.balance.report, self.data_epochs, self.watch, self.skips, trackers)
         self.write_status("running")
         self.say_start(progress)
         for note in self.notes:
@@ -210,6 +213,7 @@ class LamellaTrainer(Trainer):
             state = self.train_steps(first_step, profiler)
         self.write_status(state)  # also where no step was left to train
         progress.close()
+        trackers.finish()
         return state
 
     def train_steps(self, first_step: int, profiler: Profiler) -> State:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lamella.architecture.rows import names_of
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.spelling import completed, spelt_rope
 from lamella.conversion.merge.lora import MergedTensor
@@ -35,8 +36,6 @@ class Stock:
     """A class that is not ours."""
 
     name: TargetName
-    families: tuple[str, ...]
-    """Of the models that are merged."""
     architecture: str
     model_type: str
     block: str
@@ -153,19 +152,19 @@ def _deepseek(merge: Merge) -> Json:
 # In the order in which they are tried; the last is remote code, and written on request alone.
 STOCK = (
     Stock(
-        "mixtral", ("llama", "mistral"), "MixtralForCausalLM", "mixtral", "model.layers.{}.block_sparse_moe.",
+        "mixtral", "MixtralForCausalLM", "mixtral", "model.layers.{}.block_sparse_moe.",
         _mixtral_problems, _mixtral, {"gate": "w1", "up": "w3", "down": "w2"},
     ),
     Stock(
-        "qwen2-moe", ("llama", "mistral", "qwen2"), "Qwen2MoeForCausalLM", "qwen2_moe", "model.layers.{}.mlp.",
+        "qwen2-moe", "Qwen2MoeForCausalLM", "qwen2_moe", "model.layers.{}.mlp.",
         _qwen2_problems, _qwen2, _QWEN_NAMES, "shared_expert",
     ),
     Stock(
-        "qwen3-moe", ("qwen3",), "Qwen3MoeForCausalLM", "qwen3_moe", "model.layers.{}.mlp.",
+        "qwen3-moe", "Qwen3MoeForCausalLM", "qwen3_moe", "model.layers.{}.mlp.",
         _qwen3_problems, _qwen3, _QWEN_NAMES,
     ),
     Stock(
-        "deepseek", ("llama", "mistral"), "DeepseekForCausalLM", "deepseek", "model.layers.{}.mlp.",
+        "deepseek", "DeepseekForCausalLM", "deepseek", "model.layers.{}.mlp.",
         _deepseek_problems, _deepseek, _QWEN_NAMES, "shared_experts",
     ),
 )  # fmt: skip
@@ -195,9 +194,10 @@ def chosen(merge: Merge) -> Stock | None:
 
 
 def _cannot(stock: Stock, merge: Merge) -> list[str]:
-    family = merge.sizes.family.name
-    if family not in stock.families:
-        return [f"it is for {', '.join(stock.families)} models, the base model is {family}"]
+    family = merge.sizes.family
+    if stock.name not in family.merged_in:
+        held = names_of(lambda other: stock.name in other.merged_in)
+        return [f"it is for {', '.join(held)} models, the base model is {family.name}"]
     silu = [] if merge.moe.activation == "silu" else [f"it computes silu, the base model's FFNs {merge.moe.activation}"]
     return silu + stock.problems(merge)
 
@@ -218,7 +218,7 @@ def remarks(stock: Stock | None, merge: Merge) -> list[str]:
     """What a reader of the model should know, a sentence each."""
     found = []
     if stock is None and merge.options.architecture is None:
-        reasons = {s.name: "; ".join(_cannot(s, merge)) for s in STOCK if merge.sizes.family.name in s.families}
+        reasons = {s.name: "; ".join(_cannot(s, merge)) for s in STOCK if s.name in merge.sizes.family.merged_in}
         why = "".join(f" ({name}: {problems})" for name, problems in reasons.items() if problems)
         found.append(f"no stock class holds this merge exactly{why}, so it is written in lamella's own form")
     if stock is not None and stock.name in ("qwen2-moe", "deepseek") and any(merge.sizes.windows):
