@@ -85,10 +85,10 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     """Measure the perplexity of a model on a text, or its accuracy at a task; if asked for, with others beside it."""
-    of_a_text = {"--data": data, "--split": split, "--tokens": tokens, "--seq-len": seq_len}
-    lowered = {"--top-k": top_k, "--twins": twins}
+    of_a_text: dict[str, str | float | None] = {"--data": data, "--split": split, "--tokens": tokens, "--seq-len": seq_len}
+    of_a_text |= {"--top-k": top_k, "--twins": twins} if task is not None else {}
     of_a_task = {"--beside": beside, "--limit": limit, "--picture": picture}
-    for option, value in (of_a_task if task is None else of_a_text | lowered).items():
+    for option, value in (of_a_task if task is None else of_a_text).items():
         if value is not None:
             raise UserError(f"{option} has no effect with{'out' if task is None else ''} --task; leave it out")
     if task is not None:
