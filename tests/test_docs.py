@@ -107,6 +107,7 @@ def check_demo(report: dict) -> None:
     assert report["train"]["heldout_loss_after"] < report["train"]["heldout_loss_before"]
     assert report["export"]["architecture"] == "Glm4MoeForCausalLM"
     assert report["export"]["max_abs_logit_diff"] <= 1e-3
+    assert "Paris" in report["answer"]["answer"]
 
 
 def test_the_reference_has_every_command_and_option() -> None:

@@ -58,6 +58,7 @@ class Demo:
         self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
+QUESTION = "What is the capital of France?"
 MARK = ".lamella-demo"
 """Made first: names such as `run` may be in a folder of other work, too."""
 OWN_NAMES = frozenset({MARK, "moe", "run", "run-resumed", "glm4-moe", "training.png", "report.json", ".report.json"})
@@ -114,6 +115,7 @@ def run_demo(out: Path, *, ranks: int | None = None, steps: int = 12) -> Report:
         train(demo)
         resume(demo)
         export(demo)
+        answer(demo)
     demo.report["demo"] = {"wall_s": time.perf_counter() - began}
     draw(demo.run, out / "training.png")
     temporary = out / ".report.json"
@@ -249,7 +251,8 @@ def frozen_unchanged(demo: Demo) -> bool:
 def resume(demo: Demo) -> None:
     """Continue a copy of the run from its middle checkpoint, in new processes; the losses must be the same bits."""
     half = demo.steps // 2
-    demo.console.print(f"resume: steps {half + 1} to {demo.steps} once more, from the checkpoint, in new processes")
+    once_more = f"steps {half + 1} to {demo.steps}" if half + 1 < demo.steps else f"step {demo.steps}"
+    demo.console.print(f"resume: {once_more} once more, from the checkpoint, in new processes")
     _copy_as_stopped(demo, half)
     _launch(demo, demo.resumed)
     whole = {line["step"]: line["loss"] for line in RunDir(demo.run).metrics() if line["step"] > half}
@@ -278,6 +281,19 @@ def export(demo: Demo) -> None:
         "max_abs_logit_diff": result.max_abs_logit_diff,
         "bytes_written": result.bytes_written,
     }
+
+
+def answer(demo: Demo) -> None:
+    """Ask the exported model, which needs no code of lamella, a question in its chat template."""
+    from lamella.generation import Generator
+    from lamella.generation.sampling import Sampling
+
+    with demo.stage("generate: the exported model answers a question"):
+        generator = Generator.open(str(demo.exported))
+        (answered,) = generator.generate([[{"role": "user", "content": QUESTION}]], Sampling(max_tokens=24))
+    demo.report["answer"] = {
+        "question": QUESTION, "answer": answered.text, "tokens_per_s": generator.counts.tokens_per_s,
+    }  # fmt: skip
 
 
 def draw(run: Path, path: Path) -> None:
@@ -332,4 +348,5 @@ def show(demo: Demo) -> None:
     for row in rows:
         table.add_row(*row)
     demo.console.print(table)
+    demo.console.print(f"{QUESTION}\n  {r['answer']['answer'].strip()}", markup=False)
     demo.console.print(f"{demo.out / 'report.json'}, {demo.out / 'training.png'}  ({r['demo']['wall_s']:.0f} s)")
