@@ -85,7 +85,12 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     """Measure the perplexity of a model on a text, or its accuracy at a task; if asked for, with others beside it."""
-    of_a_text: dict[str, str | float | None] = {"--data": data, "--split": split, "--tokens": tokens, "--seq-len": seq_len}
+    of_a_text: dict[str, str | float | None] = {
+        "--data": data,
+        "--split": split,
+        "--tokens": tokens,
+        "--seq-len": seq_len,
+    }
     of_a_text |= {"--top-k": top_k, "--twins": twins} if task is not None else {}
     of_a_task = {"--beside": beside, "--limit": limit, "--picture": picture}
     for option, value in (of_a_task if task is None else of_a_text).items():
