@@ -109,7 +109,7 @@ def build(folder: Path, recipe: Any, ranks: int) -> SimpleNamespace:
     from lamella.titan.parallelise import parallelize
     from lamella.train.assemble import loss_config, training_config
 
-    config = decoder_config(folder, "sdpa", "fused", recipe.seq_len)
+    config = decoder_config(folder, "sdpa", "fused")
     config.trains, config.frozen_weights, config.file_dtype = recipe.trains, "sharded", "bfloat16"
     for layer in config.layers:
         layer.attention.rope.max_seq_len = recipe.seq_len

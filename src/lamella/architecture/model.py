@@ -5,6 +5,7 @@ Shapes: D model width, F dense FFN width, V vocabulary, N query heads, G key/val
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -81,13 +82,17 @@ def _sizes(family: Family, reading: Reading) -> Sizes:
             f"head_dim is {H}, but heads of {family.name} are hidden_size / num_attention_heads = {D // N} wide; take "
             "head_dim out of config.json"
         )
+    G = values.get("num_key_value_heads", N)
+    if G is None or G % family.kv_multiple:
+        of_two = f", a multiple of {family.kv_multiple}" if family.kv_multiple > 1 else ""
+        raise UserError(f"num_key_value_heads is {json.dumps(G)}; {family.name} needs a number of heads{of_two}")
     return Sizes(
         family=family,
         D=D,
         F=values[family.width] or 4 * D,
         num_layers=layers,
         N=N,
-        G=values.get("num_key_value_heads") or N,
+        G=G,
         H=H,
         V=values["vocab_size"],
         max_positions=values["max_position_embeddings"],

@@ -68,14 +68,14 @@ def _kin(
     tensors: Callable[[Sizes], Shapes] = gated_tensors, ffn: FFNNames = _GATED, activation: str = "hidden_act",
     output_bias: str | None = "attention_bias", qk_norm: bool = False, plain_residual: bool = True,
     any_head_width: bool = True, required: tuple[str, ...] = (), scales_part: bool = False,
-    ropes_by_kind: bool = False,
+    ropes_by_kind: bool = False, kv_multiple: int = 1,
 ) -> Family:  # fmt: skip
     """A family with Llama's FFN in a decoder of its own; it trains unless `not_trained` says what is missing."""
     return Family(
         name, architecture, tensors, ffn, (*_GATED_SIZES, *required), layer, activation=activation,
         output_bias=output_bias, qk_norm=qk_norm, any_head_width=any_head_width, plain_residual=plain_residual,
         scales_part=scales_part, ropes_by_kind=ropes_by_kind, trains=not not_trained, not_trained=not_trained,
-        kind=kind,
+        kind=kind, kv_multiple=kv_multiple,
     )  # fmt: skip
 
 
@@ -143,6 +143,7 @@ _ROWS = (
     ),
     _kin(
         "diffllama", "DiffLlamaForCausalLM", DIFFERENTIAL, not_trained="its attention is the difference of two",
+        kv_multiple=2,
     ),
     _kin(
         "gemma2", "Gemma2ForCausalLM", NORMS_AROUND, activation="hidden_activation", plain_residual=False,

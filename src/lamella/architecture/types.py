@@ -131,6 +131,8 @@ class Family:
     """Stock mixtures of experts, by the names that a merge has for them, which can hold several of its models."""
     any_head_width: bool = True
     """Its class takes the width of heads from `head_dim`; else it is always D / N."""
+    kv_multiple: int = 1
+    """Its number of key and value heads is a multiple of this."""
     scales_part: bool = False
     """Its class scales the rope of a part of each head, too."""
     ropes_by_kind: bool = False

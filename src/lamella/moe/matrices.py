@@ -1,6 +1,6 @@
 """Weights of decoding in fewer bytes than float32, by kernels that torch brings: a matrix that is called with rows.
 
-Int8: a scale per output row, `torch._weight_int8pack_mm`, inputs and outputs rounded to bfloat16. Float16 (CPU): the
+Int8: a scale per output row, inputs and outputs rounded to bfloat16. Float16 (CPU): the
 fbgemm kernel with float32 inputs and outputs, so that the weights' rounding is the only one; on a GPU int8 alone.
 
 Shapes: M rows, K inputs, N outputs.
@@ -12,6 +12,8 @@ from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+from lamella.moe.seams import int8_product
 
 PackedDtype: TypeAlias = Literal["int8", "float16"]
 PACKED_DTYPES: tuple[PackedDtype, ...] = get_args(PackedDtype)
@@ -52,7 +54,7 @@ class Int8:
         self.values_NK, self.scale_N = values_NK, scale_N.to(torch.bfloat16)
 
     def __call__(self, x_MK: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x_MK.to(torch.bfloat16), self.values_NK, self.scale_N).to(x_MK.dtype)
+        return int8_product(x_MK.to(torch.bfloat16), self.values_NK, self.scale_N).to(x_MK.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def graph_is_kept() -> bool:
@@ -11,3 +12,9 @@ def graph_is_kept() -> bool:
     A node may give a saved activation's memory back early only where it does not; torch tells nobody in public.
     """
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def int8_product(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Return bfloat16 [M, N]: the product of bfloat16 rows with int8 rows and their scales, by the kernel that torch
+    keeps for weights in 8 bits."""
+    return torch._weight_int8pack_mm(x_MK, values_NK, scale_N)
