@@ -83,14 +83,17 @@ def serve(settings: Settings) -> None:
     Raises:
         UserError: an address that others reach, without a key; a port in use.
     """
+    local = is_loopback(settings.host)
+    no_key = UserError(
+        f"others can reach {settings.host}, and there is no key yet: make one with `lamella access create NAME`, "
+        f"or listen on {HOST}"
+    )
+    if not local and settings.store is None and not (settings.home / STORE).is_file():
+        raise no_key  # before a store is made
     _check_home(settings.home)
     service = make_service(settings)
-    local = is_loopback(settings.host)
     if not local and not keys.are_needed(service.store):
-        raise UserError(
-            f"others can reach {settings.host}, and there is no key yet: make one with `lamella access create NAME`, "
-            f"or listen on {HOST}"
-        )
+        raise no_key
     listener = _listen(settings.host, settings.port)
     port = listener.getsockname()[1]
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
