@@ -17,7 +17,7 @@ from lamella.cli_evaluate import SEQ_LEN, Device, evaluate
 from lamella.cli_generate import generate
 from lamella.cli_plan import JsonFile, Words, plan
 from lamella.cli_runs import runs_app
-from lamella.cli_service import access_app, doctor, serve
+from lamella.cli_service import access_app, backup, doctor, restore, serve
 from lamella.errors import UserError, check_choice
 from lamella.installation import command as typed
 from lamella.installation import shipped, unfit_libraries_told
@@ -258,6 +258,8 @@ def slurm(
 app.add_typer(data_app, name="data")
 app.command()(serve)
 app.command()(doctor)
+app.command()(backup)
+app.command()(restore)
 app.add_typer(runs_app, name="runs")
 app.add_typer(access_app, name="access")
 app.add_typer(adapters_app, name="adapters")

@@ -108,6 +108,28 @@ def serve(
     run(Settings(home=home, host=host, port=port, rate=rate, limits=limits, **options))
 
 
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Write the copy to this new file.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Copy the store of the service, which may run meanwhile; run folders and logs are files of their own."""
+    check_installed()
+    from lamella.service.backup import backup as copy
+
+    print(f"{copy(home, out)} runs in {out}")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Take the copy in this file.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Put a copy in the place of the service's store; the store that was there is kept as lamella.db.before."""
+    check_installed()
+    from lamella.service.backup import restore as put_back
+
+    print(f"{put_back(home, file)} runs in {home}")
+
+
 @access_app.callback()
 def _access() -> None:
     """Make and revoke keys of the service."""
