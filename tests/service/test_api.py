@@ -119,7 +119,7 @@ def test_a_body_without_a_length_is_measured(client: TestClient) -> None:
     [
         {"out": "../elsewhere"},
         {"out": "/etc/lamella"},
-        {"model": "/root/.ssh"},
+        {"model": "/etc/ssh"},
         {"out": "link/run"},
         {"data": ["file:///etc/passwd"]},
         {"data": ["link/secret.txt"]},

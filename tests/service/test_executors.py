@@ -25,7 +25,7 @@ from lamella.service.queue import Capacity
 from lamella.service.store import Run
 
 CLUSTERS = shipped("clusters/*.yaml")
-PLACE = Place(Path("/shared/work/artifacts/service"), Path("/shared/work"), Capacity(0, 2))
+PLACE = Place(Path("/shared/lab/artifacts/service"), Path("/shared/lab"), Capacity(0, 2))
 JOBS = {
     "convert": {"kind": "convert", "recipe": {"model": "org/model", "out": "moe"}},
     "evaluate": {"kind": "evaluate", "folder": "-strange name", "data": "python-docs"},
