@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lamella.architecture.embedded import check_embedded_model
+from lamella.display import Stages
 from lamella.errors import UserError
 from lamella.run.folder import RunDir
 from lamella.run.gpus import visible_gpus
@@ -33,7 +34,7 @@ TEXT = "python-docs"
 
 
 @dataclass
-class Demo:
+class Demo(Stages):
     """Folders and settings of one demo, and what has been measured so far."""
 
     out: Path
@@ -48,14 +49,6 @@ class Demo:
     run = property(lambda self: self.out / "run")
     resumed = property(lambda self: self.out / "run-resumed")
     exported = property(lambda self: self.out / "glm4-moe")
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Say what is being done, and how long it took."""
-        began = time.perf_counter()
-        with self.console.status(title):
-            yield
-        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
 QUESTION = "What is the capital of France?"
@@ -87,6 +80,22 @@ def check_arguments(out: Path, ranks: int, steps: int) -> None:
 def _is_demo(names: set[str]) -> bool:
     """Whether a folder with these names holds nothing, or a demo; finished ones of earlier versions have no mark."""
     return not names or (names <= OWN_NAMES and (MARK in names or {"report.json", "training.png"} <= names))
+
+
+def begin_in(out: Path, mark: str, own: frozenset[str]) -> None:
+    """An empty folder with the mark of a story, in the place of an earlier one of it.
+
+    Raises:
+        UserError: no embedded model; a folder that holds more than the story's own names, or has no mark.
+    """
+    if out.exists():
+        names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+        if names and not (names <= own and mark in names):
+            raise UserError(f"{out} holds something else than this demo; give another --out")
+    check_embedded_model()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / mark).touch()
 
 
 def run_demo(out: Path, *, ranks: int | None = None, steps: int = 12) -> Report:

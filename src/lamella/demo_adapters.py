@@ -8,10 +8,7 @@ picture; every figure is measured in this run, on text that nothing was trained 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +16,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lamella.architecture.embedded import check_embedded_model
-from lamella.demo import MARK, quiet_libraries
+from lamella.demo import MARK, begin_in, quiet_libraries
+from lamella.display import Stages
 from lamella.errors import UserError
 from lamella.jsons import Json
 
@@ -37,7 +34,7 @@ MOST_WORSE = 0.02
 
 
 @dataclass
-class AdaptersDemo:
+class AdaptersDemo(Stages):
     """Where one demo writes, how long it trains, and what has been measured so far."""
 
     out: Path
@@ -52,14 +49,6 @@ class AdaptersDemo:
     report: Json = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
-    @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Say what is being done, and how long it took."""
-        began = time.perf_counter()
-        with self.console.status(title):
-            yield
-        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
-
 
 def run_adapters_demo(out: Path, *, steps: int = 20, tokens: int = 2048, questions: int = 12) -> Json:
     """Do all of it under `out`, in place of an earlier demo; writes report.json and experts.png there.
@@ -69,12 +58,7 @@ def run_adapters_demo(out: Path, *, steps: int = 20, tokens: int = 2048, questio
     """
     if steps < 2:
         raise UserError(f"{steps} training steps teach no router; ask for at least 2")
-    if out.exists() and not (out.is_dir() and _is_demo({path.name for path in out.iterdir()})):
-        raise UserError(f"{out} holds something else than this demo; give another --out")
-    check_embedded_model()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
+    begin_in(out, MARK, OWN_NAMES)
     began, demo = time.perf_counter(), AdaptersDemo(out, steps, tokens, questions)
     with quiet_libraries():
         learn(demo)
@@ -86,10 +70,6 @@ def run_adapters_demo(out: Path, *, steps: int = 20, tokens: int = 2048, questio
     (out / "report.json").write_text(json.dumps(demo.report, indent=1) + "\n")
     show(demo)
     return demo.report
-
-
-def _is_demo(names: set[str]) -> bool:
-    return not names or (names <= OWN_NAMES and MARK in names)
 
 
 def learn(demo: AdaptersDemo) -> None:

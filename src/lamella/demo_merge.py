@@ -8,10 +8,8 @@ tokens each router sends to the right expert, and the loss of every model. One t
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +18,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lamella.architecture.embedded import check_embedded_model
-from lamella.demo import MARK, quiet_libraries
+from lamella.demo import MARK, begin_in, quiet_libraries
+from lamella.display import Stages
 from lamella.errors import UserError
 from lamella.jsons import Json
 
@@ -41,7 +39,7 @@ OWN_NAMES = frozenset({MARK, "prompts", "models", *MODES, "routing.png", "report
 
 
 @dataclass
-class MergeDemo:
+class MergeDemo(Stages):
     """Where one demo writes, how much it does, and what has been measured so far."""
 
     out: Path
@@ -52,14 +50,6 @@ class MergeDemo:
     report: Json = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
-    @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Say what is being done, and how long it took."""
-        began = time.perf_counter()
-        with self.console.status(title):
-            yield
-        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
-
 
 def run_merge_demo(out: Path, *, steps: int = 12, prompts: int = 40) -> Json:
     """Do all of it under `out`, in place of an earlier demo; writes report.json and routing.png there.
@@ -69,12 +59,7 @@ def run_merge_demo(out: Path, *, steps: int = 12, prompts: int = 40) -> Json:
     """
     if steps < 1:
         raise UserError(f"{steps} training steps make no fine-tunes; ask for at least 1")
-    if out.exists() and not (out.is_dir() and _is_demo({path.name for path in out.iterdir()})):
-        raise UserError(f"{out} holds something else than this demo; give another --out")
-    check_embedded_model()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
+    begin_in(out, MARK, OWN_NAMES | {f"{mode}.calibration" for mode in MODES})
     began, demo = time.perf_counter(), MergeDemo(out, steps, prompts)
     demo.console.print(f"This takes about five minutes on two CPU cores. Everything is written to {out}.")
     with quiet_libraries():
@@ -86,10 +71,6 @@ def run_merge_demo(out: Path, *, steps: int = 12, prompts: int = 40) -> Json:
     (out / "report.json").write_text(json.dumps(demo.report, indent=1) + "\n")
     show(demo)
     return demo.report
-
-
-def _is_demo(names: set[str]) -> bool:
-    return not names or (names <= OWN_NAMES | {f"{mode}.calibration" for mode in MODES} and MARK in names)
 
 
 def passages(domain: str, held_out: bool, count: int) -> list[str]:

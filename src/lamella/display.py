@@ -1,8 +1,10 @@
-"""One line of progress for people: a live bar on a terminal, plain lines elsewhere."""
+"""Progress for people: of training, a live bar on a terminal and plain lines elsewhere; of a demo, its stages."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,6 +17,20 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Stages:
+    """What a demo does, stage by stage, on its console."""
+
+    console: Console
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Say what is being done, and how long it took."""
+        began = time.perf_counter()
+        with self.console.status(title):
+            yield
+        self.console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - began:.0f} s[/]")
 
 
 class TrainingProgress:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lamella.architecture.embedded import cache_dir
 from lamella.calibrate.anatomy import read_whole
-from lamella.calibrate.layerwise import config_of
+from lamella.calibrate.layerwise import config_of, model_fingerprint
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 
@@ -67,9 +67,7 @@ def generated_text(
 
 
 def _key(source: Checkpoint, num_tokens: int, seed: int) -> str:
-    files = {tensor.path: tensor.path.stat() for tensor in source.tensors.values()}
-    stats = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(files.items())]
-    decides = [FORMAT, stats, source.config, num_tokens, seed, torch.cuda.is_available()]
+    decides = [FORMAT, model_fingerprint(source), num_tokens, seed, torch.cuda.is_available()]
     return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
 

@@ -22,6 +22,7 @@ from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
+from lamella.jsons import Json
 
 
 class LayerInput(NamedTuple):
@@ -181,6 +182,13 @@ def config_of(source: Checkpoint) -> PreTrainedConfig:
     if is_converted(source.config):
         import lamella.hf.models  # noqa: F401  registers the converted models
     return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+
+
+def model_fingerprint(source: Checkpoint) -> Json:
+    """What tells a model from others without reading it: its weight files (names, sizes, times) and its config."""
+    stats = {tensor.path: tensor.path.stat() for tensor in source.tensors.values()}
+    files = {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
+    return {"files": files, "config": source.config}
 
 
 def document_mask(positions_BL: Tensor) -> Tensor:

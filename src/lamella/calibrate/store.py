@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lamella.calibrate.layerwise import model_fingerprint
 from lamella.calibrate.text import CalibrationTokens
 from lamella.checkpoint.check import read_json
 from lamella.checkpoint.folder import write_json
@@ -26,9 +27,7 @@ _WHAT = {"model": "another model", "text": "other text", "method": "another meth
 
 def fingerprint(source: Checkpoint, tokens: CalibrationTokens, method: Json) -> Json:
     """What decides the results: weight files (names, sizes, times), config, tokens, and the method's settings."""
-    stats = {tensor.path: tensor.path.stat() for tensor in source.tensors.values()}
-    files = {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
-    found = {"model": {"files": files, "config": source.config}, "text": tokens.hash(), "method": method}
+    found = {"model": model_fingerprint(source), "text": tokens.hash(), "method": method}
     return json.loads(json.dumps(found))  # as it will be read again
 
 

@@ -57,6 +57,17 @@ export function el(tag, properties = {}, ...children) {
   return made;
 }
 
+// One call for many that come close together.
+export function debounced(call, ms) {
+  let waiting = null;
+  return () => {
+    waiting ??= setTimeout(() => {
+      waiting = null;
+      call();
+    }, ms);
+  };
+}
+
 export const byId = (id) => document.getElementById(id);
 export function say(text) {
   byId("said").textContent = text;

@@ -1,5 +1,5 @@
 // One run: curves, experts, plan, checkpoints, events, log; and what can be done with it.
-import { api, byId, bytes, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
+import { api, byId, debounced, bytes, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
 import { curves, heatMap } from "/assets/charts.js";
 
 const id = byId("run").dataset.run;
@@ -207,13 +207,7 @@ async function all() {
     say(error.message);
   }
 }
-let waiting = null;
-const soon = () => {
-  waiting ??= setTimeout(() => {
-    waiting = null;
-    all();
-  }, 700);
-};
+const soon = debounced(all, 700);
 
 byId("source").addEventListener("change", (event) => logs(event.target.value));
 byId("stage").addEventListener("change", (event) => {

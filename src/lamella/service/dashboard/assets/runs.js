@@ -1,5 +1,5 @@
 // The list of runs: a page at a time, kept current by the stream of events.
-import { api, byId, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
+import { api, byId, debounced, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
 
 const STATES = ["validating", "queued", "starting", "running", "pausing", "paused", "preempted", "cancelling", "succeeded", "failed", "cancelled", "lost"];
 const PAGE = 50;
@@ -48,13 +48,7 @@ async function load() {
   }
 }
 
-let waiting = null;
-const soon = () => {
-  waiting ??= setTimeout(() => {
-    waiting = null;
-    load();
-  }, 500);
-};
+const soon = debounced(load, 500);
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("input", () => {
   shown = PAGE;
