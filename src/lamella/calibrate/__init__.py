@@ -16,13 +16,20 @@ from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.order import Calibration, CalibrationStep, OnLayer, Replacement
 from lamella.calibrate.store import LOCK, STREAMS, LayerResults, ResultFolder, fingerprint
 from lamella.calibrate.stream import StreamFolder
-from lamella.calibrate.text import CalibrationTokens, calibration_tokens
+from lamella.calibrate.text import CalibrationTokens, calibration_tokens, training_tokens
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.recipe.calibration import CalibrationOptions
 
-__all__ = ["CalibrationOptions", "CalibrationStep", "CalibrationTokens", "calibrate", "calibration_tokens"]
+__all__ = [
+    "CalibrationOptions",
+    "CalibrationStep",
+    "CalibrationTokens",
+    "calibrate",
+    "calibration_tokens",
+    "training_tokens",
+]
 
 
 def calibrate(

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from lamella.architecture.embedded import cache_dir
-from lamella.calibrate.anatomy import read_whole
 from lamella.calibrate.layerwise import config_of, model_fingerprint
+from lamella.calibrate.whole import whole_model
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
 
@@ -56,7 +56,7 @@ def generated_text(
     if file.is_file():
         with np.load(file) as found:
             return Written(found["ids"], found["starts"])
-    model, first = _whole_model(source), _first_tokens(tokenizer, config_of(source).vocab_size)
+    model, first = whole_model(source), _first_tokens(tokenizer, config_of(source).vocab_size)
     documents = _write_documents(model, first, num_tokens, seed)
     written = Written(np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])]))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,31 +69,6 @@ def generated_text(
 def _key(source: Checkpoint, num_tokens: int, seed: int) -> str:
     decides = [FORMAT, model_fingerprint(source), num_tokens, seed, torch.cuda.is_available()]
     return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
-
-
-def _whole_model(source: Checkpoint) -> Any:
-    """The dense model with all its weights, on the GPU where there is one, in the file's precision there."""
-    config: Any = config_of(source)
-    on_gpu = torch.cuda.is_available()
-    dtype = config.dtype if on_gpu and isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    named = dict(model.named_parameters(remove_duplicate=False))
-    values = {
-        name: read_whole(source.tensors[name]).view(parameter.shape).to(device, dtype)
-        for name, parameter in named.items()
-        if name in source.tensors
-    }
-    model.load_state_dict(values, strict=False, assign=True)
-    model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if name.endswith("rotary_emb"):  # computed from the config, not stored
-            model.get_submodule(name.rpartition(".")[0]).rotary_emb = type(module)(config).to(device)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise UserError(f"{source.name} cannot write its own text here: {left[0]} is computed; name a text instead")
-    return model.eval().requires_grad_(False)
 
 
 def _first_tokens(tokenizer: str | Path, vocab_size: int) -> Tensor:

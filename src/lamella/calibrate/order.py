@@ -31,13 +31,14 @@ from lamella.calibrate.store import ResultFolder
 from lamella.calibrate.stream import Kind, StreamFolder
 from lamella.calibrate.text import CalibrationTokens
 
-Phase = Literal["embed", "forward", "head", "backward", "replaced", "method"]
+Phase = Literal["embed", "forward", "head", "backward", "replaced", "method", "heal"]
 OnLayer = Callable[[int, LayerSample], dict[str, Tensor]]
 Replacement = Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]
 
 
 class CalibrationStep(NamedTuple):
-    """A finished step. "method" is the time in `on_layer`; "replaced" the forward pass behind replaced FFNs."""
+    """A finished step. "method" is the time in `on_layer`; "replaced" the forward pass behind replaced FFNs; in "heal",
+    a step of training, its number and the count of steps stand in the place of the layers'."""
 
     phase: Phase
     layer: int

@@ -8,6 +8,7 @@ Shapes: N windows, L tokens per window, T = N*L calibration tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,38 +69,74 @@ def calibration_tokens(
         UserError: no such text, too little of it, no tokenizer, or windows longer than the model's positions.
     """
     options = options or CalibrationOptions()
+    _check_length(source, options)
+    windows: list[Sample] = []
+    for text, count in zip(options.texts, options.windows_of_texts(), strict=True):
+        if count:
+            windows += _windows(source, text.source, options, count, cache)
+    return _mixed(windows, options)
+
+
+def training_tokens(
+    source: Checkpoint, options: CalibrationOptions, num_tokens: int, *, cache: Path | None = None
+) -> CalibrationTokens:
+    """Another number of windows of the same texts in the same shares, to train on: a text that has fewer is read again
+    from its start, and the model writes no more of its own than for the calibration.
+
+    Raises:
+        UserError: as `calibration_tokens`.
+    """
+    _check_length(source, options)
+    more = dataclasses.replace(options, num_tokens=max(num_tokens, options.sequence_length * len(options.texts)))
+    windows: list[Sample] = []
+    shares = zip(options.texts, more.windows_of_texts(), options.windows_of_texts(), strict=True)
+    for text, count, calibrated in shares:
+        if count:
+            there = calibrated or 1 if text.source == GENERATED else count
+            found = _windows(source, text.source, options, there, cache, may_lack=True)
+            windows += [found[i % len(found)] for i in range(count)]
+    return _mixed(windows, options)
+
+
+def _check_length(source: Checkpoint, options: CalibrationOptions) -> None:
     longest = config_of(source).max_position_embeddings
     if options.sequence_length > longest:
         raise UserError(
             f"windows of {options.sequence_length} tokens are longer than the model's {longest} positions; "
             "lower the calibration's sequence_length"
         )
-    windows: list[Sample] = []
-    for text, count in zip(options.texts, options.windows_of_texts(), strict=True):
-        take = _written_windows if text.source == GENERATED else _read_windows
-        windows += take(source, text.source, options, count, cache) if count else []
+
+
+def _mixed(windows: list[Sample], options: CalibrationOptions) -> CalibrationTokens:
     if len(options.texts) > 1:  # what is held out of the tokens for a fit is then of every text
         order = np.random.default_rng(options.seed).permutation(len(windows))
         windows = [windows[i] for i in order]
     return CalibrationTokens(*(torch.stack(parts) for parts in zip(*windows, strict=True)))
 
 
-def _read_windows(
-    source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None
+def _windows(
+    source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None, may_lack: bool = False
 ) -> list[Sample]:
-    """`count` windows of a text, in an order drawn from the seed."""
+    """`count` windows of a text; with `may_lack` as many as it has of them, at least one."""
+    if text == GENERATED:
+        return _written_windows(source, options, count, cache)
+    return _read_windows(source, text, options, count, cache, may_lack)
+
+
+def _read_windows(
+    source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None, may_lack: bool
+) -> list[Sample]:
+    """Windows of a text, in an order drawn from the seed."""
     samples = PackedSamples(_tokens(source, text, options, count, cache), options.sequence_length, options.seed)
-    if len(samples) < count:
+    if len(samples) < (1 if may_lack else count):
         raise UserError(
             f"{text} gives {len(samples) * options.sequence_length} calibration tokens of the "
             f"{count * options.sequence_length} asked for; ask for fewer or give more text"
         )
-    return [samples.sample(i) for i in range(count)]
+    return [samples.sample(i) for i in range(min(count, len(samples)))]
 
 
-def _written_windows(
-    source: Checkpoint, _: str, options: CalibrationOptions, count: int, cache: Path | None
-) -> list[Sample]:
+def _written_windows(source: Checkpoint, options: CalibrationOptions, count: int, cache: Path | None) -> list[Sample]:
     """`count` windows of what the model writes."""
     from lamella.calibrate.generated import generated_text
 

@@ -157,7 +157,8 @@ class Display:
         self._progress.update(self._phases[step.phase], advance=1, speed=speed)
         if self._progress.disable and (now := time.monotonic()) >= self._line_due:
             self._line_due = now + SECONDS_PER_LINE
-            place = f"{step.phase}, layer {step.layer + 1} of {step.num_layers}"
+            what = "step" if step.phase == "heal" else "layer"
+            place = f"{step.phase}, {what} {step.layer + 1} of {step.num_layers}"
             print(f"calibrating: {place}, {speed}", file=sys.stderr, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +13,19 @@ from torch import Tensor
 
 from lamella.architecture.layout import ffn_layout
 from lamella.architecture.moe import MoEConfig
-from lamella.calibrate import calibrate, calibration_tokens
+from lamella.calibrate import CalibrationStep, calibrate, calibration_tokens, training_tokens
 from lamella.calibrate.guard import Verdict, guarded
 from lamella.calibrate.layerwise import LayerwiseModel
 from lamella.calibrate.sample import FFN, LayerSample, weights_only
+from lamella.calibrate.store import ResultFolder
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor, read_header
-from lamella.conversion.partition.decide import Decision, converted_layer, decide
+from lamella.conversion.partition.decide import Decision, converted_ffn, converted_layer, decide, neuron_counts
 from lamella.conversion.partition.plan import decided_plan, list_tensors
 from lamella.conversion.plan import ConversionPlan, Workspace
-from lamella.recipe.methods.partition import Axes, PartitionOptions, partition_sizes
+from lamella.jsons import Json
+from lamella.recipe.methods.partition import Axes, Heal, PartitionOptions, partition_sizes
 
 
 def plan_partition(model: str | Path | None, options: PartitionOptions) -> ConversionPlan:
@@ -52,12 +55,16 @@ def _remark(options: PartitionOptions) -> str:
 
 def _decide(source: Checkpoint, options: PartitionOptions, sizes: MoEConfig, work: Workspace) -> WritePlan:
     decided = _decide_all(source, options, sizes.moe_layers, work)
-    decisions, notes = decided.decisions, {}
+    decisions = decided.decisions
+    notes: Json = {}
     if options.guard is not None:
         verdicts = _test(source, options, decided, work)
         decisions = {verdict.layer: decisions[verdict.layer] for verdict in verdicts if verdict.kept}
         notes = {"guard": [verdict._asdict() for verdict in verdicts]}
-    plan = decided_plan(source, options, sizes, decisions, decided.refitted)
+    matrices = {layer: {"down": down} for layer, down in decided.refitted.items()}
+    if options.heal is not None and decisions:
+        decisions, matrices, notes["heal"] = _healed(source, options, options.heal, decided, decisions, work)
+    plan = decided_plan(source, options, sizes, decisions, matrices)
     return dataclasses.replace(plan, notes=notes, scratch=work.folder if options.needs_sample else None)
 
 
@@ -86,7 +93,7 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
     refitted = 0 if axes.all_active or axes.output != "refit" else layout.hidden_size * layout.ffn_width
     results = calibrate(
         source, calibration_tokens(source, options.calibration), work.folder, on_layer,
-        method=options.to_dict() | {"calibration": None, "guard": None, "dtype": None},
+        method=options.to_dict() | {"calibration": None, "guard": None, "dtype": None, "heal": None},
         gradients=axes.needs_gradient, replacement=replacement(axes) if sequential else None,
         layers=layers, overwrite=True, result_bytes=4 * refitted, on_progress=work.on_progress,
     )  # fmt: skip
@@ -95,6 +102,44 @@ def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int
         {layer: Decision(**results[layer])._replace(down_DF=None) for layer in layers},
         {layer: header["down_DF"] for layer, header in headers.items() if "down_DF" in header},
     )
+
+
+Matrices = dict[int, dict[str, SourceTensor]]
+"""By layer and part (gate, up, down, up_bias): what takes the dense tensor's place."""
+
+
+def _healed(
+    source: Checkpoint, options: PartitionOptions, heal: Heal, decided: Decided, decisions: dict[int, Decision],
+    work: Workspace,
+) -> tuple[dict[int, Decision], Matrices, Json]:  # fmt: skip
+    """These layers' decisions and matrices after healing, the latter in files; and what is to be said of it."""
+    from lamella.calibrate.whole import whole_model
+    from lamella.conversion.partition.heal import Start, Step
+    from lamella.conversion.partition.heal import heal as train
+
+    axes, layers, steps = options.axes(), LayerwiseModel(source), []
+    starts = {}
+    for layer in decisions:
+        ffn, decision = layers.ffn(layer), decided.whole(layer)
+        starts[layer] = Start(converted_ffn(ffn, decision), neuron_counts(ffn, decision, axes))
+    tokens = training_tokens(source, options.calibration, heal.tokens)
+
+    def on_step(step: Step) -> None:
+        steps.append(step)
+        work.on_progress(CalibrationStep("heal", step.number - 1, step.steps, step.tokens_per_s, step.wall_s))
+
+    healed = train(whole_model(source), starts, tokens.ids_NL, heal, on_step)
+    matrices: Matrices = {}
+    results = ResultFolder(work.folder / "healed")
+    results.folder.mkdir(parents=True, exist_ok=True)
+    for layer, ffn in healed.items():
+        parts = {"gate": ffn.gate_FD, "up": ffn.up_FD, "down": ffn.down_DF, "up_bias": ffn.up_bias_F}
+        results.save(layer, {name: tensor.cpu() for name, tensor in parts.items() if tensor is not None})
+        matrices[layer] = read_header(results.path(layer))
+        bias_D = None if ffn.down_bias_D is None else ffn.down_bias_D.cpu()
+        decisions = decisions | {layer: decisions[layer]._replace(output_bias_D=bias_D, row_scale_D=None)}
+    first, last = (statistics.mean(step.kl for step in part) for part in (steps[:5], steps[-5:]))
+    return decisions, matrices, {"tokens": tokens.num_tokens, "kl_first_steps": first, "kl_last_steps": last}
 
 
 def replacement(axes: Axes) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.architecture.moe import Activation, MoEConfig
 from lamella.architecture.sizes import Parts
-from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, router_logits
+from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, membership, router_logits
 from lamella.conversion.partition import PARTITIONS, ROUTERS
 from lamella.conversion.partition.align import alignment, residual_bias
 from lamella.conversion.partition.reconstruct import dense_output, masked_hidden
@@ -23,7 +23,8 @@ from lamella.moe.balancing import balanced_bias
 from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn
 from lamella.moe.packed import Experts
 from lamella.moe.provider import none_of
-from lamella.moe.routing import gate_scores
+from lamella.moe.routing import analytic_logits, expert_scores, gate_scores, route
+from lamella.moe.routing import router_logits as token_logits
 from lamella.moe.two_matrix import TwoMatrixExperts, TwoMatrixShared
 from lamella.recipe.methods.partition import Axes
 
@@ -126,6 +127,36 @@ def converted_layer(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tenso
     """x [t, D] -> y [t, D] of the layer with its experts."""
     run = _layer(ffn, decision, axes)
     return lambda x_TD: run(x_TD)[0]
+
+
+def converted_ffn(ffn: FFN, decision: Decision) -> FFN:
+    """The dense FFN with the matrices and the output bias that the decision gives it."""
+    down_DF = ffn.down_DF if decision.down_DF is None else decision.down_DF
+    if decision.row_scale_D is not None:
+        down_DF = down_DF * decision.row_scale_D[:, None]
+    return ffn._replace(down_DF=down_DF, down_bias_D=decision.output_bias_D)
+
+
+def neuron_counts(ffn: FFN, decision: Decision, axes: Axes) -> Callable[[Tensor], Tensor]:
+    """x [t, D] -> how much of each neuron the converted layer adds up, [t, F]: what its experts are weighed by, and 1
+    for a shared neuron."""
+    config = layer_config(decision, axes, ffn.gate_FD is not None, ffn.activation)  # type: ignore[arg-type]
+    member_EF = membership(Partition(decision.shared_n, decision.experts_Ef), len(ffn.up_FD))
+    shared_F = torch.zeros(len(ffn.up_FD)).index_fill_(0, decision.shared_n, 1.0)
+    gate_scale_E = torch.zeros(len(member_EF))
+
+    def counts(x_TD: Tensor) -> Tensor:
+        here = x_TD.device
+        up_ED = decision.router_up_ED
+        if up_ED is None:
+            logits_TE = token_logits(x_TD, decision.router_ED.to(here))
+        else:
+            logits_TE = analytic_logits(x_TD, decision.router_ED.to(here), up_ED.to(here))
+        scores_TE = expert_scores(logits_TE, config)
+        ids_TK, weights_TK = route(scores_TE, decision.selection_bias_E.to(here), config, gate_scale_E.to(here))
+        return torch.zeros_like(scores_TE).scatter_(1, ids_TK, weights_TK) @ member_EF.to(here) + shared_F.to(here)
+
+    return counts
 
 
 def routed_output(sample: LayerSample, decision: Decision, axes: Axes) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,14 @@ def decided_plan(
     options: PartitionOptions,
     sizes: MoEConfig,
     decisions: Mapping[int, Decision],
-    refitted: Mapping[int, SourceTensor],
+    matrices: Mapping[int, Mapping[str, SourceTensor]],
 ) -> WritePlan:
     """All tensors and the config of the partitioned model.
 
     Args:
         sizes: what was listed.
         decisions: by layer; layers that are not in it stay dense.
-        refitted: by layer, down projections [D, F] in the place of the dense ones.
+        matrices: by layer, tensors in the place of the dense ones, by the parts of `FFNLayout.names`.
 
     Raises:
         UserError: no layer at all is converted.
@@ -72,8 +72,7 @@ def decided_plan(
     moe = decided_sizes(options, sizes, decisions)
 
     def pieces(layer: int, parts: dict[str, SourceTensor]) -> dict[str, Piece]:
-        parts = parts | {"down": refitted.get(layer, parts["down"])}
-        return _pieces(parts, decisions[layer])
+        return _pieces(parts | dict(matrices.get(layer, {})), decisions[layer])
 
     return _plan(source, options, moe, pieces)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -126,6 +127,29 @@ class Axes(Options):
 
 
 @dataclass(frozen=True)
+class Heal(Options):
+    """Short training of the converted FFNs, within the conversion: they learn to give the dense model's next-token
+    distribution again."""
+
+    tokens: int = 200_000
+    """They are trained on this many tokens of the calibration's texts, which are read again where they are shorter."""
+    lr: float = 3e-4
+    """The learning rate (AdamW) rises to this, and falls to nothing at the end."""
+    tokens_per_step: int = 2048
+    """A step takes this many tokens, at least one window."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"heal.{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("tokens", "tokens_per_step")
+            if getattr(self, name) < 1
+        ]
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            found.append(f"heal.lr is {self.lr}; it must be a positive number")
+        return found
+
+
+@dataclass(frozen=True)
 class PartitionOptions(Axes, FFNOptions):
     """Divide the neurons of every FFN among experts, of which each token passes some."""
 
@@ -141,6 +165,8 @@ class PartitionOptions(Axes, FFNOptions):
     """Each layer is calibrated on what it sees behind the converted ones, not behind the dense ones: its router and
     balance are then fitted to what they get (also behind one that the guard puts back). With all parts active it makes
     no difference."""
+    heal: Heal | None = None
+    """The converted FFNs are trained for a short while; null trains nothing. `heal: {}` takes its defaults."""
     guard: Guard | None = None
     """The model is tested after each layer, and a layer that exceeds its budget is put back; null tests nothing."""
 
@@ -149,6 +175,12 @@ class PartitionOptions(Axes, FFNOptions):
         for name in ("first_dense", "last_dense"):
             if getattr(self, name) < 0:
                 found.append(f"{name} is {getattr(self, name)}; it must be 0 or a number of layers")
+        if self.heal is not None and self.all_active:
+            found.append("with all parts active there is nothing to heal; leave heal out, or lower active")
+        if self.heal is not None and self.heal.tokens < self.calibration.sequence_length:
+            found.append(
+                f"{self.heal.tokens} tokens of healing do not fill a window of {self.calibration.sequence_length}"
+            )
         return found
 
     def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -179,9 +211,10 @@ class PartitionOptions(Axes, FFNOptions):
             parity = "All experts are active, each with weight 1 at the start: the logits are the dense model's."
         else:
             parity = "All experts are active, weighed by the router: the logits are nearly the dense model's."
+        healed = "" if self.heal is None else f", healed on {self.heal.tokens} tokens"
         return f"""\
 - Recipe: method `partition`, neurons by `{self.neurons}`, {self.parts} parts of which {self.active} are active
-  (shared: {self.shared}), router `{self.router}`, gate `{self.gate}`, seed {self.seed}.
+  (shared: {self.shared}), router `{self.router}`, gate `{self.gate}`, seed {self.seed}{healed}.
 - {parity}"""
 
 
