@@ -182,6 +182,8 @@ def with_router(moe: Path, out: Path, router: str) -> Path:
 
     from lamella.hf.models import load
 
+    if out.exists():
+        return out
     shutil.copytree(moe, out)
     tensors, generator = load_file(out / "model.safetensors"), torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
@@ -235,11 +237,18 @@ def expert_bytes(folder: Path) -> int:
 
 def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(the contestants, lamella over budgets) for one kind of router."""
+    from transformers import AutoTokenizer
+
     from lamella.export import export
 
     moe = with_router(args.moe, work / f"moe-{router}", router)
-    glm = export(moe, "glm4-moe", work / f"glm-{router}", check=False).out
-    gguf = export(moe, "gguf", work / f"gguf-{router}", check=False, dtype="F32").out
+    glm, gguf = work / f"glm-{router}", work / f"gguf-{router}"
+    if not glm.exists():
+        export(moe, "glm4-moe", glm, check=False)
+    if not gguf.exists():
+        export(moe, "gguf", gguf, check=False, dtype="F32")
+    if args.prepare:
+        return [], []
     experts = expert_bytes(moe)
     file = next(gguf.glob("*.gguf")).stat().st_size
     half = experts // 2
@@ -259,6 +268,8 @@ def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dic
         budgets.append({"router": router, "share": share} | row)
     if any(row["tokens"] != rows[0]["tokens"] for row in [*rows[:3], *budgets]):
         sys.exit("error: the tokens differ")
+    text = AutoTokenizer.from_pretrained(moe).decode(rows[0]["tokens"])
+    rows[3]["same_text"] = rows[3]["text"] == text
     return rows, budgets
 
 
@@ -268,7 +279,8 @@ def main() -> None:
     parser.add_argument("--router", choices=["random", "fitted"], action="append", help="default: both")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0])
     parser.add_argument("--tokens", type=positive, default=32)
-    parser.add_argument("--work", type=work_folder, help="folder for exports (default: a temporary one)")
+    parser.add_argument("--work", type=work_folder, help="keep models and exports here (default: a temporary folder)")
+    parser.add_argument("--prepare", action="store_true", help="convert and export only; --work DIR keeps it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     for hidden in ("--run", "--budget", "--folder", "--tokenizer"):
@@ -281,18 +293,21 @@ def main() -> None:
         os._exit(0)
     if os.geteuid() or not GROUP.parent.is_dir():
         sys.exit("error: the memory limit needs root and cgroup v1's memory controller")
-    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
-        measure_all(args, Path(temporary))
+    with tempfile.TemporaryDirectory() as temporary:
+        measure_all(args, args.work or Path(temporary))
 
 
 def measure_all(args: argparse.Namespace, work: Path) -> None:
     from lamella.conversion import convert
 
-    args.moe = args.moe or convert(None, work / "moe").out
-    rows, budgets = [], []
+    if args.moe is None:
+        args.moe = work / "moe" if (work / "moe").exists() else convert(None, work / "moe").out
+    rows, budgets = earlier(args.json, args.router or [])
     for router in args.router or ["random", "fitted"]:
         some, more = compare(args, work, router)
         rows, budgets = [*rows, *some], [*budgets, *more]
+    if args.prepare:
+        return
     sizes = ("read_a_token", "limit", "peak")
     table = [
         [r["router"], r["impl"], f"{r['tokens_per_s']:.2f}", *(f"{r[key] / MIB:.0f}" for key in sizes)]
@@ -318,6 +333,15 @@ def measure_all(args: argparse.Namespace, work: Path) -> None:
     write_json(args.json, {**provenance(torch.device("cpu")), "contestants": rows, "budgets": budgets})
     if args.picture and budgets:
         draw(args.picture, budgets)
+
+
+def earlier(path: Path | None, routers: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the JSON file has of routers other than these, which are measured one after another; else nothing."""
+    if path is None or not path.exists() or not routers:
+        return [], []
+    report = json.loads(path.read_text())
+    kept = ([row for row in report[key] if row["router"] not in routers] for key in ("contestants", "budgets"))
+    return next(kept), next(kept)
 
 
 def draw(path: Path, budgets: list[dict[str, Any]]) -> None:

@@ -33,6 +33,11 @@ class Computing:
     exact_copies: bool = False
     """Whether each trainable expert computes as its frozen slice, which shows what routing alone does."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each layer computes as its own config and its router say, on the path that is the fastest."""
+        return self.mode == "routed" and self.path == "auto" and self.top_k is None and self.twin_share is None
+
     def applied(self, config: MoEConfig) -> MoEConfig:
         """A layer's config, as this changes it."""
         if self.drawn_as is not None:

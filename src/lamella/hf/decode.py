@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from lamella.architecture.moe import MoEConfig
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
 from lamella.hf.blocks import MoELayer
-from lamella.moe.experts import Resident, moe_ffn
+from lamella.moe.activations import ACTIVATIONS
+from lamella.moe.experts import MoEWeights, Resident, SharedExpert, moe_ffn
 from lamella.moe.packed import Experts
-from lamella.moe.quantised import Unbound
+from lamella.moe.provider import ExpertComputer
+from lamella.moe.quantised import Unbound, UnboundPairs
+from lamella.moe.routing_one import route_one
 
 
 class Place(NamedTuple):
@@ -167,13 +171,47 @@ def _ffn(mlp: nn.Module) -> Call:
     experts = weights.experts
     if weights.lora is None and isinstance(experts, Resident) and isinstance(experts.frozen, Experts):
         assert isinstance(experts.trainable, Experts)
-        weights = weights._replace(experts=Unbound(experts.frozen, experts.trainable))
+        pairs = config.routing == "twin" and weights.router_RD.device.type == "cpu"
+        unbound = UnboundPairs if pairs else Unbound
+        weights = weights._replace(experts=unbound(experts.frozen, experts.trainable))
+    one = _OneToken(weights, config) if _fits_one_token(weights) else None
 
     def routed(x_BD: Tensor) -> Tensor:
         now = computing
+        if one is not None and len(x_BD) == 1 and now.is_plain:
+            return one(x_BD)
         return moe_ffn(x_BD, weights, now.applied(config), now.mode, now.path, twin_share=now.twin_share)[0]
 
     return routed
+
+
+def _fits_one_token(weights: MoEWeights) -> bool:
+    on_cpu = weights.router_RD.device.type == "cpu"
+    is_gated = weights.shared is None or isinstance(weights.shared, SharedExpert)
+    return on_cpu and is_gated and isinstance(weights.experts, ExpertComputer) and weights.router_up_RD is None
+
+
+class _OneToken:
+    """An MoE layer on one token on a CPU: what `moe_ffn` computes, its routing in plain numbers."""
+
+    def __init__(self, weights: MoEWeights, config: MoEConfig):
+        assert isinstance(weights.experts, ExpertComputer)
+        self.experts, self.config, self.activate = weights.experts, config, ACTIVATIONS[config.activation]
+        self.router_RD = weights.router_RD.detach().float()
+        self.bias_R: list[float] = weights.selection_bias_R.tolist()
+        self.gate_scale_R = None if weights.gate_scale_R is None else weights.gate_scale_R.float().tolist()
+        self.shared, self.bias_D = weights.shared, weights.output_bias_D
+
+    def __call__(self, x_1D: Tensor) -> Tensor:
+        x_D = x_1D[0]
+        chosen = route_one(torch.mv(self.router_RD, x_D.float()).tolist(), self.bias_R, self.config, self.gate_scale_R)
+        y_D = torch.zeros_like(x_D) if self.bias_D is None else self.bias_D.clone()
+        if self.shared is not None:
+            assert isinstance(self.shared, SharedExpert)
+            gate_n, up_n = torch.mv(self.shared.gate_up_proj, x_D).chunk(2)
+            y_D.addmv_(self.shared.down_proj, self.activate(gate_n).mul_(up_n))
+        self.experts.add_one(y_D, x_D, chosen, self.config.activation)
+        return y_D[None]
 
 
 def _norm(norm: RMSNorm) -> Call:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig
 from lamella.architecture.moe_tensors import DOWN, GATE_UP, LORA, Kind, lora_name, packed_name
 from lamella.errors import UserError
+from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.expert_parallel import parallel_experts
 from lamella.moe.lora import Lora, lora_experts
 from lamella.moe.packed import Experts
@@ -104,9 +107,9 @@ def moe_ffn(
         weights = weights._replace(lora=None)
     y_TD = _chosen(x_TD, routing, weights.experts, weights.lora, config, path, group)
     if weights.shared is not None:
-        y_TD = y_TD + _shared(x_TD, weights.shared, config)
+        y_TD = _with_shared(y_TD, x_TD, weights.shared, config)
     if weights.output_bias_D is not None:
-        y_TD = y_TD + weights.output_bias_D
+        y_TD = torch.add(y_TD, weights.output_bias_D, out=y_TD if torch.is_inference_mode_enabled() else None)
     return y_TD, routing, scores_TE
 
 
@@ -163,7 +166,10 @@ def _computed(
     return two_matrix_path(x_TD, routing, frozen, trainable, config.activation)
 
 
-def _shared(x_TD: Tensor, shared: SharedExpert | TwoMatrixShared, config: MoEConfig) -> Tensor:
-    if isinstance(shared, SharedExpert):
-        return gated_ffn(x_TD, *shared, config.activation)
-    return two_matrix_ffn(x_TD, *shared, config.activation)
+def _with_shared(y_TD: Tensor, x_TD: Tensor, shared: SharedExpert | TwoMatrixShared, config: MoEConfig) -> Tensor:
+    if not isinstance(shared, SharedExpert):
+        return y_TD + two_matrix_ffn(x_TD, *shared, config.activation)
+    if not torch.is_inference_mode_enabled() or y_TD.dtype != torch.float32:  # else the product adds to what is there
+        return y_TD + gated_ffn(x_TD, *shared, config.activation)
+    gate_Tn, up_Tn = F.linear(x_TD, shared.gate_up_proj).chunk(2, dim=-1)
+    return y_TD.addmm_(ACTIVATIONS[config.activation](gate_Tn).mul_(up_Tn), shared.down_proj.t())

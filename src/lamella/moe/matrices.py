@@ -26,6 +26,10 @@ class Matrix(Protocol):
         """The product [M, N], in the dtype of the rows."""
         ...
 
+    def rounded(self, x_MK: Tensor) -> Tensor:
+        """The rows in the dtype that the product takes: for several matrices of a kind in one call."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """What its weights take."""
@@ -40,6 +44,10 @@ class Plain:
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         return torch.nn.functional.linear(x_MK, self.weight_NK)
+
+    def rounded(self, x_MK: Tensor) -> Tensor:
+        """As they are."""
+        return x_MK
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +64,10 @@ class Int8:
     def __call__(self, x_MK: Tensor) -> Tensor:
         return int8_product(x_MK.to(torch.bfloat16), self.values_NK, self.scale_N).to(x_MK.dtype)
 
+    def rounded(self, x_MK: Tensor) -> Tensor:
+        """In bfloat16."""
+        return x_MK.to(torch.bfloat16)
+
     @property
     def nbytes(self) -> int:
         """What its weights take."""
@@ -71,6 +83,10 @@ class Float16:
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x_MK.float(), self.packed).to(x_MK.dtype)
+
+    def rounded(self, x_MK: Tensor) -> Tensor:
+        """In float32."""
+        return x_MK.float()
 
 
 def rounded_to_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

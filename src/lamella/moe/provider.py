@@ -20,6 +20,7 @@ from torch import Tensor
 from lamella.architecture.moe import Activation
 from lamella.moe.packed import Experts
 from lamella.moe.routing import Routing
+from lamella.moe.routing_one import Chosen
 from lamella.moe.two_matrix import TwoMatrixExperts
 
 AnyExperts: TypeAlias = Experts | TwoMatrixExperts
@@ -75,6 +76,10 @@ class ExpertComputer(ABC):
     @abstractmethod
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
         """The weighted sum [T, D] of each token's experts, for inference."""
+
+    @abstractmethod
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """Add the weighted sum of one token's experts to `y_D`, on a CPU."""
 
 
 def experts_in_portions(

@@ -6,19 +6,18 @@ expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lamella.architecture.moe import Activation
 from lamella.moe.activations import ACTIVATIONS
-from lamella.moe.matrices import Matrix, PackedDtype, packed_matrix
+from lamella.moe.matrices import PackedDtype, packed_matrix
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
-from lamella.moe.paths.decode import decode_experts
+from lamella.moe.paths.decode import MOST_ROWS, add_experts, few_experts
 from lamella.moe.provider import ExpertComputer
 from lamella.moe.routing import Routing
+from lamella.moe.routing_one import Chosen
 
 
 class Unbound(ExpertComputer):
@@ -30,11 +29,60 @@ class Unbound(ExpertComputer):
         self.gate_up, self.down = (f.detach().unbind(0) + t.detach().unbind(0) for f, t in pairs)
 
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
-        """By the path for decoding where there is one token on a CPU; several by the fastest path."""
-        if len(x_TD) == 1 and x_TD.device.type == "cpu":
-            chosen = routing.expert_ids_TK[0].tolist()
-            return decode_experts(x_TD, chosen, routing.weights_TK, self.gate_up, self.down, activation)
+        """By the path for decoding where there are few tokens on a CPU; several by the fastest path."""
+        if x_TD.device.type == "cpu" and len(x_TD) > 1 and routing.expert_ids_TK.numel() <= MOST_ROWS:
+            return few_experts(x_TD, routing, self.gate_up, self.down, activation)
         return apply_experts(x_TD, routing, self.frozen, self.trainable, activation=activation)
+
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """By matrix-vector products."""
+        ids = chosen.expert_ids
+        add_experts(y_D, x_D, chosen, [self.gate_up[e] for e in ids], [self.down[e] for e in ids], activation)
+
+
+class UnboundPairs(Unbound):
+    """Those of twin routing on a CPU: neighbours of a kind are one matrix, so as converted a token makes the dense
+    FFN's calls.
+
+    For that the down matrices of a kind lie side by side in memory, [D, S, f]; the packed tensors stay what they are,
+    [S, D, f], as views of that.
+    """
+
+    def __init__(self, frozen: Experts, trainable: Experts):
+        wide = []
+        for part in (frozen, trainable):
+            down_DSf = part.down_proj.detach().transpose(0, 1).contiguous()
+            part.down_proj.data = down_DSf.transpose(0, 1)
+            wide.append(down_DSf.flatten(1))
+        super().__init__(frozen, trainable)
+        self._rows = [part.gate_up_proj.detach().flatten(0, 1) for part in (frozen, trainable)]
+        self._wide, self.num_slices, self.width = wide, len(frozen.down_proj), frozen.down_proj.shape[-1]
+        self._runs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """A product for each run of neighbours."""
+        ids, f, start = chosen.expert_ids, self.width, 0
+        gate_up_n = x_D.new_empty(len(ids) * 2 * f)
+        runs = []
+        for k in range(1, len(ids) + 1):
+            if k == len(ids) or ids[k] != ids[k - 1] + 1:
+                gate_up, down = self._run(ids[start], k - start)
+                torch.mv(gate_up, x_D, out=gate_up_n[start * 2 * f : k * 2 * f])
+                runs.append((down, start * f, k * f))
+                start = k
+        gate_Kf, up_Kf = gate_up_n.view(len(ids), 2 * f).chunk(2, dim=-1)
+        weights_K1 = torch.tensor(chosen.weights, dtype=x_D.dtype)[:, None]
+        hidden_n = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(weights_K1).view(-1)
+        for down, begin, end in runs:
+            y_D.addmv_(down, hidden_n[begin:end])
+
+    def _run(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        if (first, count) not in self._runs:
+            kind, i = divmod(first, self.num_slices)
+            f = self.width
+            views = self._rows[kind][i * 2 * f : (i + count) * 2 * f], self._wide[kind][:, i * f : (i + count) * f]
+            self._runs[first, count] = views
+        return self._runs[first, count]
 
 
 class Quantised(ExpertComputer):
@@ -53,10 +101,11 @@ class Quantised(ExpertComputer):
 
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
         """One expert after another, on the tokens that chose it."""
-        if len(x_TD) == 1:
-            chosen = routing.expert_ids_TK[0].tolist()
-            return one_token(x_TD, chosen, routing.weights_TK, self.gate_up, self.down, activation)
         y_TD = torch.zeros_like(x_TD)
+        if len(x_TD) == 1:
+            chosen = Chosen(routing.expert_ids_TK[0].tolist(), routing.weights_TK[0].tolist())
+            self.add_one(y_TD[0], x_TD[0], chosen, activation)
+            return y_TD
         for e in routing.expert_ids_TK.unique().tolist():
             token_n, k_n = torch.where(routing.expert_ids_TK == e)
             gate_nf, up_nf = self.gate_up[e](x_TD[token_n]).chunk(2, dim=-1)
@@ -64,17 +113,11 @@ class Quantised(ExpertComputer):
             y_TD.index_add_(0, token_n, self.down[e](hidden_nf))
         return y_TD
 
-
-def one_token(
-    x_1D: Tensor,
-    chosen: Sequence[int],
-    weights_1K: Tensor,
-    gate_up: Sequence[Matrix],
-    down: Sequence[Matrix],
-    activation: Activation,
-) -> Tensor:
-    """One token's output [1, D] of the chosen experts."""
-    gate_Kf, up_Kf = torch.cat([gate_up[e](x_1D) for e in chosen]).chunk(2, dim=-1)
-    hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(weights_1K.to(x_1D.dtype).t())
-    rows = [down[e](hidden_1f) for e, hidden_1f in zip(chosen, hidden_Kf.split(1), strict=True)]
-    return torch.cat(rows).sum(dim=0, keepdim=True)
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """The rows of all experts are rounded to the dtype of the products' inputs in one call."""
+        ids, weights = chosen
+        x_1D = self.gate_up[ids[0]].rounded(x_D[None])
+        gate_Kf, up_Kf = torch.cat([self.gate_up[e](x_1D) for e in ids]).to(x_D.dtype).chunk(2, dim=-1)
+        hidden_Kf = self.down[ids[0]].rounded(ACTIVATIONS[activation](gate_Kf).mul_(up_Kf))
+        rows_KD = torch.cat([self.down[e](hidden_1f) for e, hidden_1f in zip(ids, hidden_Kf.split(1), strict=True)])
+        y_D.add_(torch.tensor(weights, dtype=x_D.dtype, device=x_D.device) @ rows_KD.to(x_D.dtype))

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lamella.architecture.moe import Activation
-from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.offload.cache import ExpertCache
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
+from lamella.moe.paths.decode import add_down
 from lamella.moe.provider import ExpertComputer, Portion, experts_in_portions, none_of
 from lamella.moe.routing import Routing
+from lamella.moe.routing_one import Chosen
 
 Guess = Callable[[Tensor], list[int]]
 """Of the input [1, D] of a layer's experts, which experts the next layer will ask for."""
@@ -37,11 +38,13 @@ class OffloadedExperts(ExpertComputer):
 
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
         """One token as the path for decoding computes it; several in waves."""
-        if self.is_first:
-            self.cache.now += 1
-            self.cache.counts.tokens += len(x_TD)
         if len(x_TD) == 1 and routing.expert_ids_TK.shape[1] <= self.cache.num_slots:
-            return self._one_token(x_TD, routing, activation)
+            y_TD = torch.zeros_like(x_TD)
+            chosen = Chosen(routing.expert_ids_TK[0].tolist(), routing.weights_TK[0].tolist())
+            self.add_one(y_TD[0], x_TD[0], chosen, activation)
+            return y_TD
+        if self.is_first:
+            self._count(len(x_TD))
         return experts_in_portions(x_TD, routing, self, partial(_computed, activation=activation))
 
     def hand_out(self, expert_ids: Sequence[int]) -> Iterator[Portion]:
@@ -62,25 +65,24 @@ class OffloadedExperts(ExpertComputer):
             if number + 1 < len(waves) and 2 * size > self.cache.num_slots:
                 coming = self.cache.ask(self.index, waves[number + 1])
 
-    def _one_token(self, x_1D: Tensor, routing: Routing, activation: Activation) -> Tensor:
-        chosen = routing.expert_ids_TK[0].tolist()
-        slots = self.cache.ask(self.index, chosen)
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """As the path for decoding computes it; what is here is multiplied while the others are read."""
+        if self.is_first:
+            self._count(1)
+        slots = self.cache.ask(self.index, chosen.expert_ids)
         if self.guess is not None:
-            self.cache.guess(self.next_index, self.guess(x_1D))
-        x_D = x_1D[0]
-        rows: list[Tensor | None] = [None] * len(chosen)
+            self.cache.guess(self.next_index, self.guess(x_D[None]))
         is_here = [slot.ready.is_set() for slot in slots]
-        for i in sorted(range(len(chosen)), key=lambda i: not is_here[i]):
-            self.cache.wait(slots[i])
-            rows[i] = torch.mv(slots[i].gate_up, x_D)
-        gate_up_K2f = torch.stack([row for row in rows if row is not None])
-        gate_Kf, up_Kf = gate_up_K2f.chunk(2, dim=-1)
-        hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(routing.weights_TK.to(x_D.dtype).t())
-        y_D = torch.zeros_like(x_D)
-        for slot, hidden_f in zip(slots, hidden_Kf.unbind(0), strict=True):
-            y_D.addmv_(slot.down, hidden_f)
+        rows: list[Tensor] = [x_D] * len(slots)
+        for k in sorted(range(len(slots)), key=lambda k: not is_here[k]):
+            self.cache.wait(slots[k])
+            rows[k] = torch.mv(slots[k].gate_up, x_D)
+        add_down(y_D, torch.stack(rows), chosen.weights, [slot.down for slot in slots], activation)
         self.cache.release(slots)
-        return y_D[None]
+
+    def _count(self, num_tokens: int) -> None:
+        self.cache.now += 1
+        self.cache.counts.tokens += num_tokens
 
 
 def _computed(x_ND: Tensor, routing: Routing, experts: object, activation: Activation) -> Tensor:
