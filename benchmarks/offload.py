@@ -170,10 +170,12 @@ def in_a_process(kind: str, folder: Path, args: argparse.Namespace, budget: int,
     words = [sys.executable, __file__, "--run", kind, "--folder", folder, "--tokens", args.tokens, "--budget", budget]
     words += ["--tokenizer", tokenizer]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"error: {kind} failed:\n{done.stderr[-2000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    with tempfile.TemporaryDirectory() as temporary:  # llama.cpp writes to the standard output, too
+        result = Path(temporary) / "result.json"
+        done = subprocess.run([*map(str, words), "--json", result], capture_output=True, text=True, env=environment)
+        if done.returncode or not result.exists():
+            sys.exit(f"error: {kind} failed:\n{done.stderr[-2000:]}")
+        return json.loads(result.read_text())
 
 
 def with_router(moe: Path, out: Path, router: str) -> Path:
@@ -289,7 +291,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.run:
         args.folder = Path(args.folder)
-        print(json.dumps(RUNS[args.run](args)), flush=True)
+        write_json(args.json, RUNS[args.run](args))
         os._exit(0)
     if os.geteuid() or not GROUP.parent.is_dir():
         sys.exit("error: the memory limit needs root and cgroup v1's memory controller")

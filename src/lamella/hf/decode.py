@@ -132,6 +132,7 @@ class _Layer:
     def __init__(self, layer: DecoderLayer):
         attention = layer.self_attn
         self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.qkv = _joined(self.q, self.k, self.v)
         self.q_norm: Call | None = getattr(attention, "q_norm", None)
         self.k_norm: Call | None = getattr(attention, "k_norm", None)
         self.scale, self.head_width = attention.scaling, attention.head_dim
@@ -146,13 +147,19 @@ class _Layer:
 
     def _attend(self, x_BD: Tensor, cache: LayerCache, place: Place) -> Tensor:
         B, H, end = len(x_BD), self.head_width, place.column + 1
-        q_BNH, k_BGH = self.q(x_BD).view(B, -1, H), self.k(x_BD).view(B, -1, H)
+        G = cache.keys_BGCH.shape[1]
+        if self.qkv is not None:
+            all_heads = self.qkv(x_BD).view(B, -1, H)
+            N = all_heads.shape[1] - 2 * G
+            heads, v_BGH = all_heads[:, : N + G], all_heads[:, N + G :]
+        else:
+            q_BNH, k_BGH, v_BGH = (project(x_BD).view(B, -1, H) for project in (self.q, self.k, self.v))
+            N, heads = q_BNH.shape[1], torch.cat([q_BNH, k_BGH], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BNH, k_BGH = self.q_norm(q_BNH), self.k_norm(k_BGH)
-        N, G = q_BNH.shape[1], k_BGH.shape[1]
-        heads = _rotated(torch.cat([q_BNH, k_BGH], dim=1), place.cos_B1H, place.sin_B1H)
+            heads = torch.cat([self.q_norm(heads[:, :N]), self.k_norm(heads[:, N:])], dim=1)
+        heads = _rotated(heads, place.cos_B1H, place.sin_B1H)
         cache.keys_BGCH[:, :, place.column] = heads[:, N:]
-        cache.values_BGCH[:, :, place.column] = self.v(x_BD).view(B, G, H)
+        cache.values_BGCH[:, :, place.column] = v_BGH
         start = 0 if self.window is None else max(0, end - self.window)
         mask = None if place.mask_B11C is None else place.mask_B11C[..., start:end]
         # The query heads of a key/value head are rows of one attention: nothing is repeated.
@@ -215,11 +222,35 @@ class _OneToken:
 
 
 def _norm(norm: RMSNorm) -> Call:
-    """In float32 by torch's one call; else by the module, whose steps of rounding are its own."""
+    """In float32 by torch's one call, which on a CPU is nine: there one token's takes four, its root in plain numbers.
+
+    Else by the module, whose steps of rounding are its own.
+    """
     if norm.weight.dtype != torch.float32:
         return norm
-    shape, weight, eps = norm.weight.shape, norm.weight, norm.variance_epsilon
-    return lambda x: F.rms_norm(x, shape, weight, eps)
+    shape, weight_D, eps = norm.weight.shape, norm.weight.detach(), norm.variance_epsilon
+    on_cpu, width = weight_D.device.type == "cpu", weight_D.numel()
+
+    def normed(x_BD: Tensor) -> Tensor:
+        if not on_cpu or x_BD.numel() != width:
+            return F.rms_norm(x_BD, shape, weight_D, eps)
+        x_D = x_BD.view(-1)
+        return (x_BD * weight_D).mul_((float(torch.dot(x_D, x_D)) / width + eps) ** -0.5)
+
+    return normed
+
+
+def _joined(*projections: Call) -> Call | None:
+    """Several Linear layers of one input as one, of whose weights theirs become parts; None for other modules."""
+    linears = [p for p in projections if type(p) is nn.Linear]
+    if len(linears) < len(projections) or len({linear.bias is None for linear in linears}) > 1:
+        return None
+    weight, start = torch.cat([linear.weight.detach() for linear in linears]), 0
+    for linear in linears:
+        linear.weight.data = weight[start : start + linear.out_features]
+        start += linear.out_features
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _rotated(x_BhH: Tensor, cos_B1H: Tensor, sin_B1H: Tensor) -> Tensor:
