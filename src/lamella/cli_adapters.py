@@ -15,6 +15,12 @@ Steps = Annotated[int, typer.Option(help="Train for this many optimizer steps.")
 SeqLen = Annotated[int, typer.Option(help="Samples are windows of this many tokens.")]
 PerStep = Annotated[int, typer.Option(help="A step reads this many samples.")]
 Seed = Annotated[int, typer.Option(help="Samples and first weights are drawn from this seed.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Compute dense weights in float32 or bfloat16; auto: bfloat16 on a GPU, or a CPU that has units for it."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Train here: cpu, cuda, or auto for a GPU if there is one.")]
 
 
@@ -35,18 +41,24 @@ def learn(
     seq_len: SeqLen = 256,
     samples_per_step: PerStep = 4,
     seed: Seed = 0,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(help="Change the FFNs (mlp) or attention; may be repeated.", show_default="mlp"),
+    ] = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a low-rank adapter (LoRA) of a dense model's FFNs on a text."""
+    """Train a low-rank adapter (LoRA) of a dense model on a text."""
     from lamella.train.adapters import Pace, learn_adapter
     from lamella.train.adapters_command import progress
 
     pace = Pace(steps, lr, samples_per_step, seq_len, seed)
     with progress(steps, device) as (on_step, place):
         learn_adapter(
-            model, data, out, rank=rank, alpha=alpha, pace=pace, device=place, overwrite=overwrite, on_step=on_step
-        )
+            model, data, out, rank=rank, alpha=alpha, blocks=block or ["mlp"], pace=pace, dtype=dtype, device=place,
+            overwrite=overwrite, on_step=on_step,
+        )  # fmt: skip
     print(f"Made {out}. Next: lamella convert method=adapters model={model} 'adapters=[{out}, ...]' out=DIR")
 
 
@@ -62,15 +74,19 @@ def route(
     ],
     out: Annotated[Path, typer.Option(help="Write the trained model to this folder.")],
     target: Annotated[
-        str, typer.Option(help="Train the routers (router), the adapters (mlp), or router_mlp.")
+        str, typer.Option(help="Train the routers (router), FFNs' adapters (mlp) or attention's, or router_mlp.")
     ] = "router",
     steps: Steps = 60,
-    lr: Annotated[float, typer.Option(help="The routers' largest learning rate; adapters have a tenth of it.")] = 5e-3,
+    lr: Annotated[float, typer.Option(help="The routers' largest learning rate.")] = 5e-3,
+    adapter_lr: Annotated[
+        float | None, typer.Option(help="The adapters' largest learning rate.", show_default="a tenth of --lr")
+    ] = None,
     seq_len: SeqLen = 256,
     samples_per_step: PerStep = 4,
     balance: Annotated[float, typer.Option(help="The weight of a loss that evens the experts' loads.")] = 0.0,
     domain_loss: Annotated[float, typer.Option(help="The weight of naming each text's own adapter.")] = 1.0,
     seed: Seed = 0,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -87,7 +103,8 @@ def route(
     with progress(steps, device) as (on_step, place):
         train_routers(
             mix, sources, out, target=target, pace=Pace(steps, lr, samples_per_step, seq_len, seed), balance=balance,
-            domain_loss=domain_loss, device=place, overwrite=overwrite, on_step=on_step,
+            domain_loss=domain_loss, adapter_lr=adapter_lr, dtype=dtype, device=place, overwrite=overwrite,
+            on_step=on_step,
         )  # fmt: skip
     print(f"Made {out}. Next: lamella evaluate {out}")
 

@@ -18,9 +18,18 @@ from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.export import export
 from lamella.export.adapters import merge_experts, write_peft_adapters
-from lamella.hf.adapters import adapter_layers
+from lamella.hf.adapters import adapter_blocks, adapter_layers
 from lamella.hf.models import load
-from lamella.moe.adapters import AdapterFFNWeights, LowRank, all_experts, own_tokens, route_adapters, straight_through
+from lamella.moe.adapters import (
+    AdapterFFNWeights,
+    LowRank,
+    all_experts,
+    all_low_rank,
+    own_low_rank,
+    own_tokens,
+    route_adapters,
+    straight_through,
+)
 from lamella.recipe.methods.adapters import AdaptersOptions, takes_adapters
 from lamella.train.adapters import Pace, learn_adapter, train_routers
 from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
@@ -36,6 +45,8 @@ VARIANTS = {
         "r": 9, "lora_alpha": 8, "use_rslora": True, "target_modules": ["down_proj"], "layers_to_transform": [0],
     },
 }  # fmt: skip
+WITH_ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": [*MODULES, "q_proj", "k_proj", "v_proj", "o_proj"]}
+ATTENTION = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -96,6 +107,80 @@ def test_every_family(family, tmp_path):
     model.computing.adapter = 0
     theirs = PeftModel.from_pretrained(stock, adapter).eval()
     torch.testing.assert_close(logits(model), logits(theirs), atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module", params=names_of(takes_adapters))
+def with_attention(request, tmp_path_factory):
+    """(dense, two adapters of attention, one of FFNs too, the model's folder)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    dense = tiny_checkpoint(folder / "dense", request.param)
+    adapters = [
+        save_adapter(dense, folder / "both", 1, **WITH_ATTENTION), save_adapter(dense, folder / "qv", 2, **ATTENTION),
+    ]  # fmt: skip
+    convert(dense, folder / "mix", AdaptersOptions(adapters=tuple(map(str, adapters))))
+    return dense, adapters, folder / "mix"
+
+
+def test_adapters_of_attention(with_attention, tmp_path):
+    dense, adapters, folder = with_attention
+    model, stock = load(folder), AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(logits(model), logits(stock))
+    assert write_peft_adapters(folder, tmp_path / "out") == ["both", "qv"]
+    for index, adapter in enumerate(adapters):
+        model.computing.adapter = index
+        ours = logits(model)
+        for saved in (adapter, tmp_path / "out" / adapter.name):
+            theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), saved).eval()
+            torch.testing.assert_close(ours, logits(theirs), atol=2e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="has adapters of attention, which no expert of an FFN can hold"):
+        merge_experts(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routed_attention_is_that_of_its_own_tokens(with_attention, top_k):
+    """Each projection is W x + the sum of w_e B_e A_e x, in both paths, and the cache holds what a token chose."""
+    model = load(with_attention[2])
+    torch.manual_seed(4)
+    seen = {}
+    for block in adapter_blocks(model):
+        block.router.weight.data.normal_()
+        block.router.selection_bias.zero_()
+        object.__setattr__(block.config, "num_experts_per_tok", top_k)
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kw: seen.update(x=kw["hidden_states"]), with_kwargs=True)
+    attention.k_proj.register_forward_hook(lambda _, args, out: seen.update(k=out))
+    wanted = logits(model)
+    x_TD, routing = seen["x"].flatten(0, 1), attention.lora.last_routing
+    assert len(routing.expert_ids_TK.unique()) == 3
+    low = attention.lora.adapters.low_rank("k_proj")
+    k = F.linear(x_TD, attention.k_proj.weight, attention.k_proj.bias)
+    for t, (ids, weights) in enumerate(zip(routing.expert_ids_TK.tolist(), routing.weights_TK, strict=True)):
+        for e, weight in zip(ids, weights, strict=True):
+            k[t] += 0 if e == 2 else weight * (low.b[e] @ (low.a[e] @ x_TD[t]))
+    torch.testing.assert_close(seen["k"].flatten(0, 1), k, atol=1e-5, rtol=1e-5)
+    in_training = model(IDS, use_cache=False).logits  # every expert for every token
+    torch.testing.assert_close(in_training, wanted, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        cache = model(IDS[:, :9], use_cache=True).past_key_values
+        rest = model(IDS[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, wanted[:, 9:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@torch.no_grad()
+def test_low_rank_sums_in_all_their_paths(top_k):
+    x_TD, weights, probs_TE, routing = random_layer(top_k)
+    low = weights.low_up
+    wanted = torch.stack([
+        sum((w * (low.b[e] @ low.a[e] @ x) for e, w in zip(ids.tolist(), ws, strict=True) if e < 3), torch.zeros(24))
+        for x, ids, ws in zip(x_TD, routing.expert_ids_TK, routing.weights_TK, strict=True)
+    ])  # fmt: skip
+    for grouped in (False, True):
+        torch.testing.assert_close(own_low_rank(x_TD, low, routing, grouped), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        all_low_rank(x_TD, low, straight_through(probs_TE, routing)), wanted, atol=1e-5, rtol=1e-5
+    )
 
 
 def by_definition(x_TD, w: AdapterFFNWeights, routing):
@@ -222,8 +307,8 @@ def test_other_bad_adapters(mix, tmp_path):
     refused("it changes layer 1, and the model has 1 layers", adapters[0],
             model=tiny_checkpoint(tmp_path / "short", num_hidden_layers=1))  # fmt: skip
     refused("gpt2 cannot take adapters", adapters[0], model=tiny_checkpoint(tmp_path / "gpt2", "gpt2"))
-    with_heads = save_adapter(dense, tmp_path / "heads", r=4, target_modules=["q_proj", "up_proj"])
-    refused("it changes model.layers.0.self_attn.q_proj", with_heads)
+    with_head = save_adapter(dense, tmp_path / "head", r=4, target_modules=["lm_head", "up_proj"])
+    refused("it changes lm_head", with_head)
     tensors = load_file(adapters[0] / WEIGHTS)
     shutil.copytree(adapters[0], tmp_path / "half")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "half" / WEIGHTS)
@@ -279,11 +364,39 @@ def test_learn_and_route(small, texts, tmp_path):
         assert torch.equal(tensor, before[name]) == (".router." not in name), name
 
 
+@pytest.mark.slow
+def test_learn_and_route_attention(small, texts, tmp_path):
+    pace, digits = Pace(steps=4, lr=5e-3, samples_per_step=2, seq_len=64), str(texts / "digits.jsonl")
+    learn_adapter(small, [digits], tmp_path / "both", rank=4, blocks=("mlp", "attention"), pace=pace)
+    learn_adapter(small, [digits], tmp_path / "heads", rank=4, blocks=("attention",), pace=pace)
+    convert(small, tmp_path / "mix", AdaptersOptions(adapters=(str(tmp_path / "both"), str(tmp_path / "heads"))))
+    ids, model = IDS % VOCAB, load(tmp_path / "mix")
+    for index, name in enumerate(("both", "heads")):
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / name).eval()
+        model.computing.adapter = index
+        torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=1e-4)
+    before, expected = load_file(tmp_path / "mix/model.safetensors"), {
+        "router": (".router.",), "router_mlp": (".router.", ".mlp.adapters."), "attention": (".lora.adapters.",),
+        "mlp": (".mlp.adapters.",),
+    }  # fmt: skip
+    source = tmp_path / "mix"
+    for target, parts in expected.items():
+        out = tmp_path / target
+        train_routers(str(source), {digits: "both"}, out, target=target, pace=Pace(3, 1e-1, 2, 64), dtype="float32")
+        for name, tensor in load_file(out / "model.safetensors").items():
+            same = torch.equal(tensor, before[name])
+            assert same or any(part in name for part in parts), name
+            if any(name.endswith(f"{part.rstrip('.')}.{end}") for part in parts for end in ("weight", "up_proj_b")):
+                assert not same, (target, name)
+        if target == "router":  # adapters alone train behind routers that choose them
+            source, before = out, load_file(out / "model.safetensors")
+
+
 def test_bad_training(small, texts, mix, tmp_path):
     folder, digits = str(mix[3]), str(texts / "digits.jsonl")
     with pytest.raises(UserError, match="is for the adapter 'x', which the model lacks; it has plain"):
         train_routers(folder, {digits: "x"}, tmp_path / "out")
-    with pytest.raises(UserError, match="adapters of attention are not carried"):
+    with pytest.raises(UserError, match="target is 'attention', but the model's adapters are of mlp alone"):
         train_routers(folder, {digits: "plain"}, tmp_path / "out", target="attention")
     with pytest.raises(UserError, match="has no adapters as experts"):
         train_routers(small, {digits: "plain"}, tmp_path / "out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamella.architecture.adapters import ADAPTERS_IN_HF, adapter_shapes, adapters_config
+from lamella.architecture.adapters import ADAPTERS_IN_HF, adapter_shapes, adapters_config, widths_of
 from lamella.architecture.families import tensors_of
 from lamella.architecture.layout import layout_of
 from lamella.architecture.model import known_family, sizes_of
@@ -79,9 +79,11 @@ def adapter_tensors(sizes: Sizes, config: Json) -> Shapes:
     shapes: Shapes = {}
     if adapters is None:
         return shapes
-    own = adapter_shapes(sizes.D, sizes.F, adapters)
-    for layer in adapters.layers:
-        shapes |= {ADAPTERS_IN_HF.format(layer) + name: shape for name, shape in own.items()}
+    widths = widths_of(sizes)
+    for block in adapters.blocks:
+        own = adapter_shapes(widths[block], adapters)
+        for layer in adapters.layers:
+            shapes |= {ADAPTERS_IN_HF[block].format(layer) + name: shape for name, shape in own.items()}
     return shapes
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lamella.architecture.adapters import FFN_MODULES
+from lamella.architecture.adapters import IN_HF, MODULES, Block, block_of, widths_of
 from lamella.architecture.model import Sizes
 from lamella.errors import UserError
 from lamella.jsons import Json, json_object
@@ -30,6 +30,7 @@ NOT_CARRIED = {
     "fan_in_fan_out": "fan_in_fan_out", "arrow_config": "Arrow", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
+_KNOWN = tuple(module for modules in MODULES.values() for module in modules)
 _NAME = re.compile(
     re.escape(PREFIX) + r"model\.layers\.(?P<layer>\d+)\.(?P<block>\w+)\.(?P<module>\w+)\.lora_(?P<half>[AB])\.weight"
 )
@@ -45,12 +46,17 @@ class Place(NamedTuple):
     @property
     def path(self) -> str:
         """As peft and transformers call it."""
-        return f"model.layers.{self.layer}.mlp.{self.module}"
+        return IN_HF[self.block].format(self.layer) + self.module
+
+    @property
+    def block(self) -> Block:
+        """What it is a part of."""
+        return block_of(self.module)
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A checked adapter of FFN modules."""
+    """A checked adapter of FFNs, attention or both."""
 
     folder: Path
     scales: dict[Place, float]
@@ -69,7 +75,7 @@ class PeftAdapter:
 
 
 def read_peft(folder: str | Path, sizes: Sizes) -> PeftAdapter:
-    """The adapter of a folder, if it is one for the FFNs of a model of these sizes.
+    """The adapter of a folder, if it is one for the FFNs and the attention of a model of these sizes.
 
     Raises:
         UserError: no adapter; one of another kind, base or rank, or of modules that are not there or not carried; the
@@ -82,10 +88,11 @@ def read_peft(folder: str | Path, sizes: Sizes) -> PeftAdapter:
     found: dict[Place, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         match = _NAME.fullmatch(name)
-        if match is None or match["module"] not in FFN_MODULES or match["block"] != "mlp":
-            problems.append(f"it changes {name.removeprefix(PREFIX)}; only {', '.join(FFN_MODULES)} are carried")
+        place = None if match is None or match["module"] not in _KNOWN else Place(int(match["layer"]), match["module"])
+        if match is None or place is None or not place.path.endswith(f".{match['block']}.{match['module']}"):
+            problems.append(f"it changes {name.removeprefix(PREFIX)}; only {', '.join(_KNOWN)} are carried")
         else:
-            found.setdefault(Place(int(match["layer"]), match["module"]), {})[match["half"]] = shape
+            found.setdefault(place, {})[match["half"]] = shape
     if not found and not problems:
         problems.append("it holds no tensor of LoRA")
     for word in config["target_modules"] if isinstance(config.get("target_modules"), list) else ():
@@ -103,11 +110,12 @@ def read_peft(folder: str | Path, sizes: Sizes) -> PeftAdapter:
     )
 
 
-def lora_config(base_name: str, rank: int, alpha: float, layers: Sequence[int]) -> Json:
-    """adapter_config.json of an adapter of all FFN modules of these layers."""
+def lora_config(base_name: str, rank: int, alpha: float, layers: Sequence[int], blocks: Sequence[Block]) -> Json:
+    """adapter_config.json of an adapter of all modules of these blocks in these layers."""
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": list(FFN_MODULES),
+        "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": [module for block in blocks for module in MODULES[block]],
         "layers_to_transform": list(layers), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
         "inference_mode": True,
     }  # fmt: skip
@@ -160,8 +168,7 @@ def _scale(config: Json, place: Place, rank: float) -> float:
 
 
 def _misfits(place: Place, halves: dict[str, tuple[int, ...]], rank: int, sizes: Sizes) -> list[str]:
-    D, F = sizes.D, sizes.F
-    width_in, width_out = (F, D) if place.module == "down_proj" else (D, F)
+    width_in, width_out = widths_of(sizes)[place.block][place.module]
     if place.layer >= sizes.num_layers:
         return [f"it changes layer {place.layer}, and the model has {sizes.num_layers} layers"]
     found = []

@@ -16,7 +16,7 @@ from lamella.architecture.families import sizes_of
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
 from lamella.errors import UserError, check_choice
-from lamella.hf.adapters import adapter_layers
+from lamella.hf.adapters import adapter_blocks
 from lamella.hf.models import ConvertedForCausalLM, load
 from lamella.jsons import Json
 from lamella.run.folder import RunDir
@@ -60,7 +60,7 @@ def adapter_of(model: PreTrainedModel, name: str | Path) -> int | None:
     folder, adapter = _folder_and_adapter(name)
     if adapter is None:
         return None
-    layers = adapter_layers(model)
+    layers = adapter_blocks(model)
     known = [*layers[0].config.names, "zero"] if layers else []
     if adapter not in known:
         raise UserError(f"{folder} has no adapter {adapter!r}; it has {', '.join(known) or 'none at all'}")
@@ -84,7 +84,7 @@ def open_checkpoint(name: str | Path, dtype: torch.dtype | str = "auto", device:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load the model {name}: {reason}") from error
     adapter = adapter_of(model, name)
-    for layer in () if adapter is None else adapter_layers(model):
+    for layer in () if adapter is None else adapter_blocks(model):
         layer.computing.adapter = adapter
     return model.requires_grad_(False)
 

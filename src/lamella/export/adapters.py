@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lamella.architecture.adapters import (
     ADAPTERS_IN_HF,
-    FFN_MODULES,
+    IN_HF,
+    MODULES,
     ROUTER,
     SELECTION_BIAS,
     AdaptersConfig,
@@ -70,6 +71,10 @@ def merge_experts(mix: str | Path, out: str | Path, *, overwrite: bool = False) 
     """
     source, out = MixFolder.open(mix), Path(out)
     sizes, adapters = sizes_of(source.config), source.adapters
+    if "attention" in adapters.blocks:
+        raise UserError(
+            f"{source.folder} has adapters of attention, which no expert of an FFN can hold; write them: --to peft"
+        )
     moe = MoEConfig(
         num_frozen_experts=0, num_trainable_experts=adapters.num_experts, moe_intermediate_size=sizes.F,
         num_experts_per_tok=adapters.num_experts_per_tok, moe_layers=adapters.layers, routing="flat", gate="softmax",
@@ -101,7 +106,7 @@ def _place(name: str) -> tuple[str, int]:
     parts = name.split(".")
     if parts[:2] != ["model", "layers"]:
         return "", -1
-    return ADAPTERS_IN_HF.format(parts[2]), int(parts[2])
+    return IN_HF["mlp"].format(parts[2]), int(parts[2])
 
 
 def _merged(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, Piece]:
@@ -158,9 +163,10 @@ def write_peft_adapters(mix: str | Path, out: str | Path, *, overwrite: bool = F
     with appearing_folder(out) as folder:
         for index, name in enumerate(source.adapters.names):
             tensors = {}
-            for place in (Place(layer, module) for layer in source.adapters.layers for module in FFN_MODULES):
+            modules = [module for block in source.adapters.blocks for module in MODULES[block]]
+            for place in (Place(layer, module) for layer in source.adapters.layers for module in modules):
                 for half in ("a", "b"):
-                    prefix = ADAPTERS_IN_HF.format(place.layer)
+                    prefix = ADAPTERS_IN_HF[place.block].format(place.layer)
                     stored = source.tensors[prefix + lora_tensor(place.module, half)]
                     size = math.prod(stored.shape[1:])
                     matrix = stored.read(index * size, size).view(stored.shape[1:]).clone()
@@ -169,7 +175,7 @@ def write_peft_adapters(mix: str | Path, out: str | Path, *, overwrite: bool = F
             own.mkdir()
             save_file(tensors, own / WEIGHTS, metadata={"format": "pt"})
             rank = source.adapters.rank  # the scale is in B
-            write_json(own / CONFIG, lora_config(base, rank, rank, source.adapters.layers))
+            write_json(own / CONFIG, lora_config(base, rank, rank, source.adapters.layers, source.adapters.blocks))
         routers = {n: _whole(t) for n, t in source.tensors.items() if n.endswith((ROUTER, SELECTION_BIAS))}
         save_file(routers, folder / "routers.safetensors", metadata={"format": "pt"})
     return list(source.adapters.names)

@@ -63,17 +63,51 @@ def own_tokens(x_TD: Tensor, weights: AdapterFFNWeights, routing: Routing, group
         grouped: by grouped products, which wait for no host, or one adapter after another; None: grouped where there
             is a GPU and the rank lets rows start at multiples of 16 bytes.
     """
-    N, rank = weights.low_gate.a.shape[:2]
-    if grouped is None:
-        grouped = x_TD.device.type != "cpu" and rank % 8 == 0
-    product = _grouped if grouped else _loop
-    d = dispatch(routing.expert_ids_TK, N + 1)  # the zero expert's rows come last, behind those of any product
+    product = _grouped if _takes_groups(x_TD, weights.low_gate, grouped) else _loop
+    # the zero expert's rows come last, behind those of any product
+    d = dispatch(routing.expert_ids_TK, len(weights.low_gate.a) + 1)
     x_RD = x_TD[d.token_N]
     gate_RF = weights.gate(x_TD)[d.token_N] + product(x_RD, weights.low_gate, d)
     up_RF = weights.up(x_TD)[d.token_N] + product(x_RD, weights.low_up, d)
     hidden_RF = F.silu(gate_RF) * up_RF * to_rows(routing.weights_TK.to(x_TD.dtype), d)[:, None]
     delta_RD = product(hidden_RF, weights.low_down, d)
     return weights.down(_summed(hidden_RF, d)) + _summed(delta_RD, d)
+
+
+def own_low_rank(x_TD: Tensor, low: LowRank, routing: Routing, grouped: bool | None = None) -> Tensor:
+    """The sum of w_e B_e A_e x [T, out] over the experts that a token chose, each computed for its own tokens alone.
+
+    This is what adapters of attention's projections add, whose dense output is that of any routing.
+    """
+    d = dispatch(routing.expert_ids_TK, len(low.a) + 1)
+    product = _grouped if _takes_groups(x_TD, low, grouped) else _loop
+    return _summed(product(x_TD[d.token_N], low, d) * to_rows(routing.weights_TK.to(x_TD.dtype), d)[:, None], d)
+
+
+def all_low_rank(x_TD: Tensor, low: LowRank, weights_TE: Tensor) -> Tensor:
+    """The sum of w_e B_e A_e x [T, out] over all adapters, by weights [T, E], in one product of rank N * r."""
+    N, rank, _ = low.a.shape
+    low_TNr = F.linear(x_TD, low.a.flatten(0, 1).to(x_TD.dtype)).unflatten(-1, (N, rank))
+    weighed_TR = (low_TNr * weights_TE[:, :N, None].to(x_TD.dtype)).flatten(1)
+    return F.linear(weighed_TR, low.b.transpose(0, 1).flatten(1).to(x_TD.dtype))
+
+
+def one_low_rank(x_TD: Tensor, low: LowRank, index: int) -> Tensor:
+    """B A x [T, out] of one adapter; 0 of the zero expert, whose number is N."""
+    return x_TD.new_zeros(()) if index == len(low.a) else _one(x_TD, low, index)
+
+
+def _takes_groups(x_TD: Tensor, low: LowRank, grouped: bool | None) -> bool:
+    return grouped if grouped is not None else x_TD.device.type != "cpu" and low.a.shape[1] % 8 == 0
+
+
+def one_expert(x_TD: Tensor, weights: AdapterFFNWeights, index: int) -> Tensor:
+    """The output [T, D] of one expert for every token: of adapter `index`, or of the zero expert, the dense FFN."""
+    gate_TF, up_TF = weights.gate(x_TD), weights.up(x_TD)
+    if index == len(weights.low_gate.a):
+        return weights.down(F.silu(gate_TF) * up_TF)
+    hidden_TF = F.silu(gate_TF + _one(x_TD, weights.low_gate, index)) * (up_TF + _one(x_TD, weights.low_up, index))
+    return weights.down(hidden_TF) + _one(hidden_TF, weights.low_down, index)
 
 
 def _summed(rows: Tensor, d: Dispatch) -> Tensor:
@@ -83,11 +117,10 @@ def _summed(rows: Tensor, d: Dispatch) -> Tensor:
 
 def _loop(x_R: Tensor, low: LowRank, d: Dispatch) -> Tensor:
     """B A x of each row's own adapter, 0 for rows of the zero expert."""
-    parts, begin = [], 0
-    for index, end in enumerate(d.ends_E[:-1].tolist()):
-        parts.append(_one(x_R[begin:end], low, index))
-        begin = end
-    return torch.cat([*parts, x_R.new_zeros(len(x_R) - begin, low.b.shape[1])])
+    counts = d.ends_E.diff(prepend=d.ends_E.new_zeros(1)).tolist()
+    *own, zero = x_R.split(counts)
+    parts = [_one(part, low, index) for index, part in enumerate(own)]
+    return torch.cat([*parts, x_R.new_zeros(len(zero), low.b.shape[1])])
 
 
 def _grouped(x_R: Tensor, low: LowRank, d: Dispatch) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lamella.architecture.adapters import FFN_MODULES, AdaptersConfig
+from lamella.architecture.adapters import ADAPTERS_IN_HF, MODULES, AdaptersConfig, Block
 from lamella.architecture.converted import REMOTE_CODE
 from lamella.architecture.model import sizes_of
 from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config
 from lamella.architecture.rows import names_of
-from lamella.checkpoint.source import copy_sidecars, read_config
-from lamella.checkpoint.write import appearing_folder, check_output, write_json
+from lamella.checkpoint.pieces import Array, Stretches
+from lamella.checkpoint.plan import OutputTensor, WritePlan
+from lamella.checkpoint.source import copy_sidecars, read_config, read_folder
+from lamella.checkpoint.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
 from lamella.errors import UserError, check_choice
-from lamella.evaluate.checkpoints import model_path, open_checkpoint, without_weights
-from lamella.hf.adapters import AdapterFFN, adapter_layers, install_adapters
+from lamella.evaluate.checkpoints import model_path, open_checkpoint, parse_dtype, without_weights
+from lamella.hf.adapters import AdapterBlock, AdapterFFN, AttentionAdapters, adapter_blocks, install_adapters
 from lamella.hf.computing import Computing
 from lamella.moe.balancing import auxiliary_loss
 from lamella.recipe.methods.adapters import takes_adapters
 
-Target = Literal["router", "mlp", "router_mlp"]
+Target = Literal["router", "mlp", "attention", "router_mlp"]
+PART: dict[type[AdapterBlock], Block] = {AdapterFFN: "mlp", AttentionAdapters: "attention"}
 WARMUP = 0.1
 """Of the steps: the rate rises over this share of them, then falls along a cosine to a tenth."""
 
@@ -72,16 +75,20 @@ def learn_adapter(
     *,
     rank: int = 16,
     alpha: float = 32.0,
+    blocks: Sequence[str] = ("mlp",),
     pace: Pace | None = None,
+    dtype: str = "auto",
     device: str = "cpu",
     overwrite: bool = False,
     on_step: Callable[[int, float], None] = lambda *_: None,
 ) -> list[float]:
-    """Train LoRA on the FFNs of a dense model, and write it as the library peft does; the loss of each step.
+    """Train LoRA of a dense model, and write it as the library peft does; the loss of each step.
 
     Args:
         data: sources of text, whose training parts are read in turn.
         alpha: the low-rank products are scaled by alpha / rank.
+        blocks: what is changed, "mlp" (the FFNs), "attention" or both.
+        dtype: of the dense model while it computes, see `training_dtype`; adapters train in float32.
         on_step: told the step's number, from 1, and its loss in nats per token.
 
     Raises:
@@ -94,12 +101,12 @@ def learn_adapter(
     config = without_weights(model).config.to_dict()
     if config["model_type"] not in names_of(takes_adapters):
         raise UserError(f"{config['model_type']} cannot learn adapters; {', '.join(names_of(takes_adapters))} can")
+    layers = tuple(range(sizes_of(config).num_layers))
+    adapters = AdaptersConfig(("new",), layers, rank, blocks=tuple(cast("Sequence[Block]", blocks)))
     samples = [_samples(source, model, pace) for source in data]
     base = open_checkpoint(model, device=device)
-    layers = tuple(range(sizes_of(config).num_layers))
-    install_adapters(base, AdaptersConfig(("new",), layers, rank), Computing(adapter=0))
-    for layer in adapter_layers(base):
-        layer.to(device)
+    install_adapters(base, adapters, Computing(adapter=0))
+    _train_in_float32(base, training_dtype(dtype, device), device)
     groups = _start(base, pace, alpha / rank)
     losses = []
     for step, losses_of_step in enumerate(_steps(base, samples, pace, groups, lambda *_: None), 1):
@@ -116,13 +123,33 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
     check_output(out, overwrite)
 
 
+def training_dtype(dtype: str, device: str) -> torch.dtype | None:
+    """The dtype of dense weights, which do not train; None: each as it is stored.
+
+    Args:
+        dtype: "auto" is bfloat16 where the device multiplies it faster, and elsewhere as the file is stored.
+    """
+    if isinstance(parsed := parse_dtype(dtype), torch.dtype):
+        return parsed
+    fast = device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if fast else None
+
+
+def _train_in_float32(model: PreTrainedModel, dense_dtype: torch.dtype | None, device: str) -> None:
+    """Adapters and routers in float32, which small steps need, and the rest in its dtype, on the model's device."""
+    small = {p for block in adapter_blocks(model) for part in (block.adapters, block.router) for p in part.parameters()}
+    for parameter in model.parameters():
+        if (dtype := torch.float32 if parameter in small else dense_dtype) is not None:
+            parameter.data = parameter.data.to(device, dtype)
+
+
 def _start(model: PreTrainedModel, pace: Pace, scale: float) -> list[dict[str, object]]:
     """A is drawn as peft draws it, B stays 0. The scale is in B, so B's rate has it, too."""
     generator = torch.Generator().manual_seed(pace.seed)
     halves: dict[str, list[nn.Parameter]] = {"a": [], "b": []}
-    for layer in adapter_layers(model):
-        layer.router.requires_grad_(False)
-        for name, parameter in layer.adapters.named_parameters():
+    for block in adapter_blocks(model):
+        block.router.requires_grad_(False)
+        for name, parameter in block.adapters.named_parameters():
             halves[name[-1]].append(parameter)
             if name.endswith("_a"):
                 bound = parameter.shape[-1] ** -0.5
@@ -140,6 +167,8 @@ def train_routers(
     pace: Pace | None = None,
     balance: float = 0.0,
     domain_loss: float = 1.0,
+    adapter_lr: float | None = None,
+    dtype: str = "auto",
     device: str = "cpu",
     overwrite: bool = False,
     on_step: Callable[[int, float], None] = lambda *_: None,
@@ -149,37 +178,41 @@ def train_routers(
     Args:
         mix: a folder that `lamella convert method=adapters` made.
         data: source of text -> the name of the adapter that learned it; None is the zero expert.
-        target: "router", "mlp" (the adapters) or "router_mlp".
+        target: "router", "mlp" (the FFNs' adapters), "attention" (attention's adapters), or "router_mlp".
         balance: the weight of the balancing loss, which is 1 where the experts' loads are even.
         domain_loss: the weight of the routers' cross-entropy on the text's own adapter.
+        adapter_lr: the adapters' largest learning rate; None: a tenth of the routers', as adapters have learned before.
+        dtype: of the dense model while it computes, see `training_dtype`; what trains is held in float32.
 
     Raises:
         UserError: no such model, adapter or data; adapters that no router would choose; an unknown target.
     """
     pace, out = pace or Pace(lr=5e-3), Path(out)
-    if target == "attention":
-        raise UserError("target is 'attention', but adapters of attention are not carried; use router, mlp, router_mlp")
     check_choice("target", target, get_args(Target))
     check_output(out, overwrite)
-    names = [*_names_of(mix), None]
+    adapters = _adapters_of(mix)
+    names = [*adapters.names, None]
+    for block in {"mlp": ["mlp"], "attention": ["attention"], "router_mlp": ["mlp"]}.get(target, []):
+        if block not in adapters.blocks:
+            raise UserError(f"target is {target!r}, but the model's adapters are of {', '.join(adapters.blocks)} alone")
     for source, name in data.items():
         if name not in names:
             known = ", ".join(str(n) for n in names[:-1])
             raise UserError(f"{source} is for the adapter {name!r}, which the model lacks; it has {known}")
     samples = [_samples(source, mix, pace) for source in data]
     model = open_checkpoint(mix, device=device)
-    layers = adapter_layers(model)
-    if target == "mlp" and all(layer.router.selection_bias[-1] > 0 for layer in layers):
+    _train_in_float32(model, training_dtype(dtype, device), device)
+    layers = adapter_blocks(model)
+    if "router" not in target and all(layer.router.selection_bias[-1] > 0 for layer in layers):
         raise UserError("the routers send every token to the zero expert; train them first, with target router")
-    wanted = {"router": ("router",), "mlp": ("adapters",), "router_mlp": ("router", "adapters")}[target]
-    groups = _unfrozen(layers, wanted, pace.lr)
+    groups = _unfrozen(layers, target, pace.lr, pace.lr / 10 if adapter_lr is None else adapter_lr)
     experts = torch.tensor([names.index(name) for name in data.values()], device=device)
 
     def additions(sources_B: Tensor) -> Tensor:
         return _additions(layers, experts[sources_B], pace.seq_len, balance, domain_loss)
 
     losses = []
-    extra = additions if "router" in wanted else lambda _: None
+    extra = additions if "router" in target else lambda _: None
     for step, loss in enumerate(_steps(model, samples, pace, groups, extra), 1):
         losses.append(loss)
         on_step(step, loss)
@@ -187,27 +220,28 @@ def train_routers(
     return losses
 
 
-def _names_of(mix: str) -> tuple[str, ...]:
+def _adapters_of(mix: str) -> AdaptersConfig:
     config = read_config(Path(model_path(mix)))
     if config.get("adapters") is None:
         raise UserError(f"{mix} has no adapters as experts; make such a model: lamella convert method=adapters")
-    return AdaptersConfig.from_dict(config["adapters"]).names
+    return AdaptersConfig.from_dict(config["adapters"])
 
 
-def _unfrozen(layers: Sequence[AdapterFFN], wanted: tuple[str, ...], lr: float) -> list[dict[str, object]]:
-    """Routers choose freely from now on. Adapters, which have learned, are changed at a tenth of the rate."""
-    groups = []
-    for part, rate in (("router", lr), ("adapters", lr / 10)):
-        if part in wanted:
-            parameters = [p for layer in layers for p in getattr(layer, part).requires_grad_(True).parameters()]
-            groups.append({"params": parameters, "lr": rate})
-    for layer in layers if "router" in wanted else ():
-        layer.router.selection_bias.zero_()
+def _unfrozen(layers: Sequence[AdapterBlock], target: str, lr: float, adapter_lr: float) -> list[dict[str, object]]:
+    """What the target names, with its rates. Routers that train choose freely from now on."""
+    routers = [layer.router for layer in layers if "router" in target]
+    adapters = [layer.adapters for layer in layers if PART[type(layer)] in target.split("_")]
+    groups: list[dict[str, object]] = []
+    for modules, rate in ((routers, lr), (adapters, adapter_lr)):
+        if modules:
+            groups.append({"params": [p for m in modules for p in m.requires_grad_(True).parameters()], "lr": rate})
+    for router in routers:
+        router.selection_bias.zero_()
     return groups
 
 
 def _additions(
-    layers: Sequence[AdapterFFN], experts_B: Tensor, seq_len: int, balance: float, domain_loss: float
+    layers: Sequence[AdapterBlock], experts_B: Tensor, seq_len: int, balance: float, domain_loss: float
 ) -> Tensor:
     """The mean over the layers of what is added to the loss."""
     wanted_T = experts_B.repeat_interleave(seq_len)
@@ -269,30 +303,42 @@ def write_adapter(
 ) -> None:
     """Write adapter number `index` of a model as a folder that the library peft loads."""
     check_output_folder(out, overwrite)
-    tensors, scale = {}, alpha / rank
-    for layer_index, layer in _numbered(model):
-        for module in FFN_MODULES:
-            low, place = layer.adapters.low_rank(module), Place(layer_index, module)
+    tensors, scale, numbered = {}, alpha / rank, _numbered(model)
+    for layer_index, block in numbered:
+        for module in MODULES[PART[type(block)]]:
+            low, place = block.adapters.low_rank(module), Place(layer_index, module)
             tensors[PeftAdapter.tensor(place, "a")] = low.a[index].detach().float().cpu().contiguous()
             tensors[PeftAdapter.tensor(place, "b")] = (low.b[index].detach().float().cpu() / scale).contiguous()
-    config = lora_config(base_name, rank, alpha, [number for number, _ in _numbered(model)])
+    layers = sorted({number for number, _ in numbered})
+    config = lora_config(base_name, rank, alpha, layers, numbered[0][1].config.blocks)
     with appearing_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, config)
 
 
-def _numbered(model: PreTrainedModel) -> list[tuple[int, AdapterFFN]]:
-    """(number in the decoder, layer) of the layers with adapters."""
-    layers = model.get_decoder().layers
-    return [(i, layer.mlp) for i, layer in enumerate(layers) if isinstance(layer.mlp, AdapterFFN)]
+def _numbered(model: PreTrainedModel) -> list[tuple[int, AdapterBlock]]:
+    """(number in the decoder, block) of the blocks with adapters."""
+    layers = enumerate(model.get_decoder().layers)
+    return [(i, block) for i, layer in layers for block in layer.modules() if isinstance(block, AdapterBlock)]
 
 
 def _write_mix(mix: str, out: Path, model: PreTrainedModel, overwrite: bool) -> None:
-    """The trained model, with the small files of the folder that it was made of."""
+    """The folder that the model was made of, with the adapters and routers of the trained model."""
     source = Path(model_path(mix))
-    check_output(out, overwrite)
+    trained = {
+        ADAPTERS_IN_HF[PART[type(block)]].format(layer) + name: tensor
+        for layer, block in _numbered(model)
+        for part in ("adapters", "router")
+        for name, tensor in getattr(block, part).state_dict(prefix=f"{part}.").items()
+    }
+    tensors = []
+    for name, stored in read_folder(source).items():
+        piece = Array(trained[name].detach().float().cpu().numpy()) if name in trained else Stretches.copy(stored)
+        tensors.append(OutputTensor(name, stored.dtype, stored.shape, piece))
+    plan = WritePlan(tensors, read_config(source))
+    check_output(out, overwrite, plan.total_bytes)
     with appearing_folder(out) as folder:
-        model.save_pretrained(folder)
+        write_tensors(plan, folder)
         copy_sidecars(source, folder)
         for name in ("config.json", "README.md", f"{REMOTE_CODE}.py"):
             if (source / name).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from lamella.architecture.adapters import (
     ADAPTERS_IN_HF,
-    FFN_MODULES,
     ROUTER,
     SELECTION_BIAS,
     ZERO_BIAS,
     AdaptersConfig,
     adapter_shapes,
     lora_tensor,
+    widths_of,
 )
 from lamella.architecture.converted import converted_config
 from lamella.architecture.families import sizes_of
@@ -40,27 +41,29 @@ def plan_adapters(model: str | Path | None, options: AdaptersOptions) -> Convers
     config, sizes = adapters_sizes(options, source.config), sizes_of(source.config)
     adapters = list(read_adapters(options, sizes).values())
     tensors = with_ffns_replaced(source, ffn_layout(source.config), (), lambda *_: [], options.dtype)
-    for layer in config.layers:
-        down = source.tensors[Place(layer, "down_proj").path + ".weight"]
-        dtype = stored_dtype(down.dtype, options.dtype)
-        shapes = adapter_shapes(sizes.D, sizes.F, config)
-        pieces = _pieces(adapters, layer, config, shapes)
+    for layer, block in product(config.layers, config.blocks):
+        widths = widths_of(sizes)[block]
+        dense = source.tensors[Place(layer, list(widths)[-1]).path + ".weight"]
+        dtype = stored_dtype(dense.dtype, options.dtype)
+        shapes = adapter_shapes(widths, config)
+        pieces = _pieces(adapters, layer, config, list(widths), shapes)
+        prefix = ADAPTERS_IN_HF[block].format(layer)
         tensors += [
-            OutputTensor(
-                ADAPTERS_IN_HF.format(layer) + name, "F32" if name == SELECTION_BIAS else dtype, shape, pieces[name]
-            )
+            OutputTensor(prefix + name, "F32" if name == SELECTION_BIAS else dtype, shape, pieces[name])
             for name, shape in shapes.items()
         ]
     new = converted_config(source.config, source.family, options.dtype, moe=None, adapters=config.to_dict())
     return ConversionPlan(source, WritePlan(tensors, new))
 
 
-def _pieces(adapters: list[PeftAdapter], layer: int, config: AdaptersConfig, shapes: Shapes) -> dict[str, Piece]:
+def _pieces(
+    adapters: list[PeftAdapter], layer: int, config: AdaptersConfig, modules: list[str], shapes: Shapes
+) -> dict[str, Piece]:
     pieces: dict[str, Piece] = {
         ROUTER: Values((0.0,), math.prod(shapes[ROUTER])),
         SELECTION_BIAS: Values((*(0.0 for _ in config.names), ZERO_BIAS)),
     }
-    for module in FFN_MODULES:
+    for module in modules:
         for half in ("a", "b"):
             name = lora_tensor(module, half)
             pieces[name] = Stacked(tuple(adapters), Place(layer, module), half, shapes[name][1:])

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from lamella.evaluate.checkpoints import has_moe_layers
 from lamella.evaluate.choice.questions import Question
-from lamella.hf.adapters import AdapterFFN, adapter_layers
+from lamella.hf.adapters import AdapterBlock, adapter_blocks, adapter_layers
 from lamella.hf.blocks import MoELayer
 
 
-def routed_layers(model: PreTrainedModel) -> Sequence[MoELayer | AdapterFFN]:
-    """The layers whose FFNs are chosen by a router: experts, or adapters."""
-    return model.moe_layers if has_moe_layers(model) else adapter_layers(model)
+def routed_layers(model: PreTrainedModel) -> Sequence[MoELayer | AdapterBlock]:
+    """The layers whose FFNs are chosen by a router: experts, or adapters; where no FFN has any, the attention's."""
+    return model.moe_layers if has_moe_layers(model) else adapter_layers(model) or adapter_blocks(model)
 
 
 class ExpertUse:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.architecture.adapters import RANK_MULTIPLE, AdaptersConfig
+from lamella.architecture.adapters import MODULES, RANK_MULTIPLE, AdaptersConfig
 from lamella.architecture.model import Sizes, sizes_of
 from lamella.architecture.peft import PeftAdapter, read_peft
 from lamella.architecture.rows import Family, names_of
@@ -36,7 +36,7 @@ class AdaptersOptions(MethodOptions):
     def describe(self, entry: dict[str, Any]) -> str:
         """Lines of the model card, given the entry of the new config."""
         return f"""\
-- Recipe: method `adapters`: {", ".join(entry["names"])}, and a zero expert that is the dense FFN.
+- Recipe: method `adapters`: {", ".join(entry["names"])}, and a zero expert that is the dense layer.
 - The routers choose the zero expert for every token until they are trained: the logits are the dense model's."""
 
 
@@ -72,4 +72,5 @@ def adapters_sizes(options: AdaptersOptions, config: dict[str, Any]) -> Adapters
     largest = max(rank for adapter in found.values() for rank in adapter.ranks.values())
     rank = -(-largest // RANK_MULTIPLE) * RANK_MULTIPLE
     layers = tuple(sorted({place.layer for place in places}))
-    return AdaptersConfig(tuple(found), layers, rank, options.top_k)
+    blocks = tuple(block for block in MODULES if any(place.block == block for place in places))
+    return AdaptersConfig(tuple(found), layers, rank, options.top_k, blocks=blocks)
