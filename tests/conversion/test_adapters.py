@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lamella.architecture.model import trainable_sizes
 from lamella.architecture.peft import WEIGHTS
@@ -31,39 +31,8 @@ from lamella.moe.adapters import (
     straight_through,
 )
 from lamella.recipe.methods.adapters import AdaptersOptions, takes_adapters
-from lamella.train.adapters import Pace, learn_adapter, train_routers
-from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
-
-MODULES = ["gate_proj", "up_proj", "down_proj"]
-VARIANTS = {
-    "plain": {"r": 4, "lora_alpha": 8, "target_modules": MODULES},
-    "patterns": {
-        "r": 4, "lora_alpha": 8, "target_modules": MODULES, "rank_pattern": {"layers.1.mlp.up_proj": 3, "down_proj": 2},
-        "alpha_pattern": {"gate_proj": 5},
-    },
-    "rslora": {
-        "r": 9, "lora_alpha": 8, "use_rslora": True, "target_modules": ["down_proj"], "layers_to_transform": [0],
-    },
-}  # fmt: skip
-WITH_ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": [*MODULES, "q_proj", "k_proj", "v_proj", "o_proj"]}
-ATTENTION = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
-IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0))
-
-
-def save_adapter(dense, out, seed=1, **config):
-    """As peft saves it, with a B that is not zero."""
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense), LoraConfig(**config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3)
-    model.save_pretrained(out)
-    return out
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
+from support.adapters import ATTENTION, IDS, VARIANTS, WITH_ATTENTION, logits, save_adapter
+from support.models import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -317,94 +286,3 @@ def test_other_bad_adapters(mix, tmp_path):
     refused("is no safetensors file", tmp_path / "half")
     with pytest.raises(UserError, match="adapters as experts are trained by `lamella adapters route`"):
         trainable_sizes(read_config(folder))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return str(save_llama(tmp_path_factory.mktemp("small") / "dense"))
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for name, line in {"digits": "1234 5678 90 ", "letters": "abc def ghij "}.items():
-        lines = (json.dumps({"text": line * 30}) + "\n" for _ in range(60))
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
-
-
-@pytest.mark.slow
-def test_learn_and_route(small, texts, tmp_path):
-    pace = Pace(steps=12, lr=5e-3, samples_per_step=2, seq_len=64)
-    for name in ("digits", "letters"):
-        losses = learn_adapter(small, [str(texts / f"{name}.jsonl")], tmp_path / name, rank=4, alpha=8.0, pace=pace)
-        assert losses[-1] < losses[0] - 0.1
-    # peft loads what was learned, and computes the same
-    convert(small, tmp_path / "mix", AdaptersOptions(adapters=(str(tmp_path / "digits"), str(tmp_path / "letters"))))
-    ids, model = IDS % VOCAB, load(tmp_path / "mix")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / "digits").eval()
-    model.computing.adapter = 0
-    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=1e-4)
-    data = {str(texts / "digits.jsonl"): "digits", str(texts / "letters.jsonl"): "letters"}
-    route = Pace(steps=40, lr=1e-1, samples_per_step=2, seq_len=64)
-    train_routers(str(tmp_path / "mix"), data, tmp_path / "routed", target="router_mlp", pace=route, balance=0.01)
-    routed = load(tmp_path / "routed")
-    share, tokenizer = {}, AutoTokenizer.from_pretrained(small)
-    for index, text in enumerate(("1234 5678 90 " * 4, "abc def ghij " * 4)):
-        logits(routed, tokenizer(text, return_tensors="pt")["input_ids"])
-        chosen = torch.cat([layer.last_routing.expert_ids_TK for layer in adapter_layers(routed)])
-        share[index] = (chosen == index).float().mean().item()
-    assert min(share.values()) > 0.8, share
-    before = load_file(tmp_path / "mix/model.safetensors")
-    for name, tensor in load_file(tmp_path / "routed/model.safetensors").items():
-        assert torch.equal(tensor, before[name]) == (".router." not in name and ".adapters." not in name), name
-    # the routers alone, from the same place
-    train_routers(str(tmp_path / "mix"), data, tmp_path / "alone", pace=Pace(2, 1e-2, 2, 64))
-    for name, tensor in load_file(tmp_path / "alone/model.safetensors").items():
-        assert torch.equal(tensor, before[name]) == (".router." not in name), name
-
-
-@pytest.mark.slow
-def test_learn_and_route_attention(small, texts, tmp_path):
-    pace, digits = Pace(steps=4, lr=5e-3, samples_per_step=2, seq_len=64), str(texts / "digits.jsonl")
-    learn_adapter(small, [digits], tmp_path / "both", rank=4, blocks=("mlp", "attention"), pace=pace)
-    learn_adapter(small, [digits], tmp_path / "heads", rank=4, blocks=("attention",), pace=pace)
-    convert(small, tmp_path / "mix", AdaptersOptions(adapters=(str(tmp_path / "both"), str(tmp_path / "heads"))))
-    ids, model = IDS % VOCAB, load(tmp_path / "mix")
-    for index, name in enumerate(("both", "heads")):
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / name).eval()
-        model.computing.adapter = index
-        torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=1e-4)
-    before, expected = load_file(tmp_path / "mix/model.safetensors"), {
-        "router": (".router.",), "router_mlp": (".router.", ".mlp.adapters."), "attention": (".lora.adapters.",),
-        "mlp": (".mlp.adapters.",),
-    }  # fmt: skip
-    source = tmp_path / "mix"
-    for target, parts in expected.items():
-        out = tmp_path / target
-        train_routers(str(source), {digits: "both"}, out, target=target, pace=Pace(3, 1e-1, 2, 64), dtype="float32")
-        for name, tensor in load_file(out / "model.safetensors").items():
-            same = torch.equal(tensor, before[name])
-            assert same or any(part in name for part in parts), name
-            if any(name.endswith(f"{part.rstrip('.')}.{end}") for part in parts for end in ("weight", "up_proj_b")):
-                assert not same, (target, name)
-        if target == "router":  # adapters alone train behind routers that choose them
-            source, before = out, load_file(out / "model.safetensors")
-
-
-def test_bad_training(small, texts, mix, tmp_path):
-    folder, digits = str(mix[3]), str(texts / "digits.jsonl")
-    with pytest.raises(UserError, match="is for the adapter 'x', which the model lacks; it has plain"):
-        train_routers(folder, {digits: "x"}, tmp_path / "out")
-    with pytest.raises(UserError, match="target is 'attention', but the model's adapters are of mlp alone"):
-        train_routers(folder, {digits: "plain"}, tmp_path / "out", target="attention")
-    with pytest.raises(UserError, match="has no adapters as experts"):
-        train_routers(small, {digits: "plain"}, tmp_path / "out")
-    with pytest.raises(UserError, match="both must be positive"):
-        learn_adapter(small, [digits], tmp_path / "out", rank=0)
-    with pytest.raises(UserError, match="steps is 0"):
-        Pace(steps=0)
-    save_tokenizer(mix[3])
-    with pytest.raises(UserError, match="send every token to the zero expert; train them first"):
-        train_routers(folder, {digits: "plain"}, tmp_path / "out", target="mlp", pace=Pace(1, 1e-2, 1, 64))
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,112 @@
+"""Training adapters and the routers that choose among them."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lamella.conversion import convert
+from lamella.errors import UserError
+from lamella.hf.adapters import adapter_layers
+from lamella.hf.models import load
+from lamella.recipe.methods.adapters import AdaptersOptions
+from lamella.train.adapters import Pace, learn_adapter, train_routers
+from support.adapters import IDS, VARIANTS, logits, save_adapter
+from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return str(save_llama(tmp_path_factory.mktemp("small") / "dense"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, line in {"digits": "1234 5678 90 ", "letters": "abc def ghij "}.items():
+        lines = (json.dumps({"text": line * 30}) + "\n" for _ in range(60))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+def test_learn_and_route(small, texts, tmp_path):
+    pace = Pace(steps=12, lr=5e-3, samples_per_step=2, seq_len=64)
+    for name in ("digits", "letters"):
+        losses = learn_adapter(small, [str(texts / f"{name}.jsonl")], tmp_path / name, rank=4, alpha=8.0, pace=pace)
+        assert losses[-1] < losses[0] - 0.1
+    # peft loads what was learned, and computes the same
+    convert(small, tmp_path / "mix", AdaptersOptions(adapters=(str(tmp_path / "digits"), str(tmp_path / "letters"))))
+    ids, model = IDS % VOCAB, load(tmp_path / "mix")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / "digits").eval()
+    model.computing.adapter = 0
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=1e-4)
+    data = {str(texts / "digits.jsonl"): "digits", str(texts / "letters.jsonl"): "letters"}
+    route = Pace(steps=40, lr=1e-1, samples_per_step=2, seq_len=64)
+    train_routers(str(tmp_path / "mix"), data, tmp_path / "routed", target="router_mlp", pace=route, balance=0.01)
+    routed = load(tmp_path / "routed")
+    share, tokenizer = {}, AutoTokenizer.from_pretrained(small)
+    for index, text in enumerate(("1234 5678 90 " * 4, "abc def ghij " * 4)):
+        logits(routed, tokenizer(text, return_tensors="pt")["input_ids"])
+        chosen = torch.cat([layer.last_routing.expert_ids_TK for layer in adapter_layers(routed)])
+        share[index] = (chosen == index).float().mean().item()
+    assert min(share.values()) > 0.8, share
+    before = load_file(tmp_path / "mix/model.safetensors")
+    for name, tensor in load_file(tmp_path / "routed/model.safetensors").items():
+        assert torch.equal(tensor, before[name]) == (".router." not in name and ".adapters." not in name), name
+    # the routers alone, from the same place
+    train_routers(str(tmp_path / "mix"), data, tmp_path / "alone", pace=Pace(2, 1e-2, 2, 64))
+    for name, tensor in load_file(tmp_path / "alone/model.safetensors").items():
+        assert torch.equal(tensor, before[name]) == (".router." not in name), name
+
+
+@pytest.mark.slow
+def test_learn_and_route_attention(small, texts, tmp_path):
+    pace, digits = Pace(steps=4, lr=5e-3, samples_per_step=2, seq_len=64), str(texts / "digits.jsonl")
+    learn_adapter(small, [digits], tmp_path / "both", rank=4, blocks=("mlp", "attention"), pace=pace)
+    learn_adapter(small, [digits], tmp_path / "heads", rank=4, blocks=("attention",), pace=pace)
+    convert(small, tmp_path / "mix", AdaptersOptions(adapters=(str(tmp_path / "both"), str(tmp_path / "heads"))))
+    ids, model = IDS % VOCAB, load(tmp_path / "mix")
+    for index, name in enumerate(("both", "heads")):
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), tmp_path / name).eval()
+        model.computing.adapter = index
+        torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=1e-4)
+    before, expected = load_file(tmp_path / "mix/model.safetensors"), {
+        "router": (".router.",), "router_mlp": (".router.", ".mlp.adapters."), "attention": (".lora.adapters.",),
+        "mlp": (".mlp.adapters.",),
+    }  # fmt: skip
+    source = tmp_path / "mix"
+    for target, parts in expected.items():
+        out = tmp_path / target
+        train_routers(str(source), {digits: "both"}, out, target=target, pace=Pace(3, 1e-1, 2, 64), dtype="float32")
+        for name, tensor in load_file(out / "model.safetensors").items():
+            same = torch.equal(tensor, before[name])
+            assert same or any(part in name for part in parts), name
+            if any(name.endswith(f"{part.rstrip('.')}.{end}") for part in parts for end in ("weight", "up_proj_b")):
+                assert not same, (target, name)
+        if target == "router":  # adapters alone train behind routers that choose them
+            source, before = out, load_file(out / "model.safetensors")
+
+
+def test_bad_training(small, texts, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    adapter, mix = save_adapter(dense, tmp_path / "plain", **VARIANTS["plain"]), tmp_path / "mix"
+    convert(dense, mix, AdaptersOptions(adapters=(str(adapter),)))
+    folder, digits = str(mix), str(texts / "digits.jsonl")
+    with pytest.raises(UserError, match="is for the adapter 'x', which the model lacks; it has plain"):
+        train_routers(folder, {digits: "x"}, tmp_path / "out")
+    with pytest.raises(UserError, match="target is 'attention', but the model's adapters are of mlp alone"):
+        train_routers(folder, {digits: "plain"}, tmp_path / "out", target="attention")
+    with pytest.raises(UserError, match="has no adapters as experts"):
+        train_routers(small, {digits: "plain"}, tmp_path / "out")
+    with pytest.raises(UserError, match="both must be positive"):
+        learn_adapter(small, [digits], tmp_path / "out", rank=0)
+    with pytest.raises(UserError, match="steps is 0"):
+        Pace(steps=0)
+    save_tokenizer(mix)
+    with pytest.raises(UserError, match="send every token to the zero expert; train them first"):
+        train_routers(folder, {digits: "plain"}, tmp_path / "out", target="mlp", pace=Pace(1, 1e-2, 1, 64))
+    assert not (tmp_path / "out").exists()
