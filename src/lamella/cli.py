@@ -220,11 +220,20 @@ def train(
 ) -> None:
     """Train a converted model as a recipe says; called again, go on where the run was interrupted.
 
-    Without a recipe it trains the embedded model for a few steps.
+    Without a recipe it trains the embedded model for a few steps. A recipe with `method: adapters` learns an adapter of
+    a dense model for each domain, and routers that choose among them.
     """
+    from lamella.recipe.adapters_training import read_adapters_training
     from lamella.recipe.files import arguments
     from lamella.recipe.stages import prepare_stages
 
+    if (adapters := read_adapters_training(*arguments(words or []))) is not None:
+        if nproc not in (None, 1):
+            raise UserError("adapters are trained by one process; leave --nproc out")
+        from lamella.train.adapters_recipe import train_adapters
+
+        train_adapters(adapters)
+        return
     prepare_stages(*arguments(words or []))  # refuses before anything that reads data is imported
     from lamella.data.sources import open_source
     from lamella.run.launch import default_nproc, launch

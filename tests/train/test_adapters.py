@@ -1,6 +1,7 @@
 """Training adapters and the routers that choose among them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lamella import cli
+from lamella.architecture.peft import WEIGHTS
 from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.hf.adapters import adapter_layers
@@ -89,6 +92,67 @@ def test_learn_and_route_attention(small, texts, tmp_path):
                 assert not same, (target, name)
         if target == "router":  # adapters alone train behind routers that choose them
             source, before = out, load_file(out / "model.safetensors")
+
+
+RECIPE = """
+method: adapters
+model: {model}
+out: {out}
+domains:
+  digits: {{data: {texts}/digits.jsonl}}
+  letters: {{data: {texts}/letters.jsonl, adapter: {adapter}}}
+adapters: {{rank: 4, alpha: 8, blocks: [mlp, attention], steps: 3, lr: 5.0e-3}}
+routers: {{target: router_mlp, top_k: 2, steps: 2}}
+seq_len: 64
+samples_per_step: 2
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_learns_adapters_and_then_routers(small, texts, tmp_path, monkeypatch, capsys):
+    adapter = save_adapter(small, tmp_path / "letters", **VARIANTS["plain"])
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "routed"
+    recipe.write_text(RECIPE.format(model=small, out=out, texts=texts, adapter=adapter))
+
+    def train(*words):
+        monkeypatch.setattr("sys.argv", ["lamella", "train", str(recipe), *words])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return ended.code or 0, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    for words, message in (
+        (["domains.digits.data=./no.txt"], "no such data"),
+        (["routers.top_k=4"], "top_k is 4; there are 2 adapters and the zero expert"),
+        (["adapters.rnk=4"], "unknown key 'adapters.rnk' (did you mean 'rank'?)"),
+        (["domains.letters.adapter=./no"], "it holds no adapter_config.json"),
+        (["--nproc", "2"], "adapters are trained by one process"),
+    ):
+        code, error = train(*words)
+        assert code == 2, error
+        assert message in error
+        assert not out.exists()
+        assert not (tmp_path / "routed-parts").exists()
+    assert train()[0] == 0
+    routed = load(out)
+    config = routed.config.adapters
+    assert config["names"] == ["digits", "letters"]
+    assert (config["num_experts_per_tok"], config["blocks"]) == (2, ["mlp", "attention"])
+    learned = tmp_path / "routed-parts/digits"
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small), learned).eval()
+    mix = load(tmp_path / "routed-parts/mix")
+    mix.computing.adapter = 0
+    torch.testing.assert_close(logits(mix, IDS % VOCAB), logits(theirs, IDS % VOCAB), atol=2e-5, rtol=1e-4)
+    before = (learned / WEIGHTS).stat().st_mtime_ns
+    assert train(f"out={out}", "routers.steps=3")[0] == 2  # out is there
+    shutil.rmtree(out)
+    assert train("routers.steps=3")[0] == 0  # goes on from the parts
+    assert (learned / WEIGHTS).stat().st_mtime_ns == before
+    shutil.rmtree(out)
+    code, error = train("adapters.rank=8")
+    assert code == 2
+    assert "was made by another recipe" in error
 
 
 def test_bad_training(small, texts, tmp_path):

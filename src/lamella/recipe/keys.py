@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lamella.errors import check_choice
+from lamella.recipe.adapters_training import METHOD as ADAPTERS
+from lamella.recipe.adapters_training import AdaptersTraining
 from lamella.recipe.check import fields_of, harmless_keys, sections_in
 from lamella.recipe.conversion import CommonKeys
 from lamella.recipe.methods import METHODS, method_named
@@ -55,12 +57,14 @@ def keys(kind: str, method: str | None = None) -> list[Key]:
 
     Args:
         kind: "train" or "convert".
-        method: of a conversion; None: the keys that do not depend on the method.
+        method: of a conversion, or "adapters" of a training; None: the keys that do not depend on the method.
 
     Raises:
         UserError: a kind or a method that there is not.
     """
     check_choice("the kind of recipe", kind, get_args(Kind))
+    if kind == "train" and method == ADAPTERS:
+        return list(_keys(AdaptersTraining))
     if kind == "train":
         return [*_keys(Recipe), *_keys(Stage)]
     if method is None:
