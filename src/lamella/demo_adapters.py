@@ -8,7 +8,6 @@ that nothing was trained on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass, field
@@ -193,7 +192,7 @@ def answer(demo: AdaptersDemo) -> None:
     with demo.stage(f"answer {demo.questions} questions of each domain: which passage follows?"):
         names = {source: name for name, source in _sources(demo).items()}
         asked = continuations(tuple(names), demo.questions)
-        questions = [dataclasses.replace(question, domain=names[question.domain]) for question in asked]
+        questions = [question._replace(domain=names[question.domain]) for question in asked]
         results = evaluate_task(mix, questions, beside=[f"{mix}@zero"])
     demo.report["acc"] = {
         model: {domain: figures.acc for domain, figures in results[key].domains.items()}

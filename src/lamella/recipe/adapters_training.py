@@ -21,7 +21,7 @@ from lamella.architecture.adapters import Block
 from lamella.recipe.check import Problems, Strict, checked, refuse
 from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
 
-METHOD = "adapters"
+METHOD: Literal["adapters"] = "adapters"
 
 
 class Domain(Strict):

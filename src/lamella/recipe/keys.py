@@ -181,7 +181,7 @@ def _names(hint: Any) -> list[str]:
     if origin is Literal:
         return [f'"{word}"' for word in parts]
     if origin is list:
-        return ["list of sections" if sections_in(hint) else f"list of {_names(parts[0])[0]}"]
+        return ["list of sections" if sections_in(hint) else f"list of {' or '.join(_names(parts[0]))}"]
     if origin is dict:
         return ["section"]
     if parts:
