@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from lamella import demo
+from lamella.demo_adapters import run_adapters_demo
 from lamella.errors import UserError
 from lamella.recipe.stages import prepare_recipe
 from lamella.run import launch
@@ -46,3 +48,15 @@ def test_more_ranks_than_gpus_are_refused_before_anything_is_written(gpus, tmp_p
     launch.check_gpus(2)
     gpus(0)
     launch.check_gpus(64)
+
+
+@pytest.mark.slow
+def test_the_demo_of_adapters(tmp_path: Path) -> None:
+    """Too short to learn much: what it reports is there, and the zero expert is the dense model."""
+    report = run_adapters_demo(tmp_path / "demo", steps=2, tokens=128, questions=1)
+    assert report["zero_expert_is_dense"]
+    assert set(report["nats"]) == {"headers", "docs", "dense", "mix", "all"}
+    assert all(set(nats) == {"headers", "docs"} for nats in report["nats"].values())
+    assert set(report["acc"]["mix"]) == {"headers", "docs"}
+    assert json.loads((tmp_path / "demo/report.json").read_text())["steps"] == 2
+    assert (tmp_path / "demo/experts.png").stat().st_size > 10_000

@@ -1,8 +1,8 @@
 """Run: uv run lamella demo adapters
 
 Two domains on the embedded model, prose and the C++ headers that torch brings: an adapter is learned for each, both
-become experts, routers and adapters are trained together; beside them one adapter of the same total rank that learned
-both texts from as many tokens. One table, one JSON report, one picture; every figure is measured in this run, on text
+become experts, routers are trained; beside them one adapter of the same total rank that learned both texts from as many
+tokens. One table, one JSON report, one picture; every figure is measured in this run, on text
 that nothing was trained on.
 """
 
@@ -31,7 +31,9 @@ DOMAINS = {"headers": "headers.jsonl", "docs": "python-docs"}
 RANK = 8
 """Of each domain's adapter; the one that learns all texts has the sum."""
 SAMPLES_PER_STEP, SEQ_LEN = 2, 128
-LR, ROUTER_LR = 4e-3, 1e-2
+LR, ROUTER_LR = 4e-3, 3e-3
+"""With routers at 1e-2, and adapters that train along at half of LR, the mix was 0.13 to 0.18 nats worse than the own
+adapter of each domain."""
 OWN_NAMES = frozenset(
     {MARK, *DOMAINS, "headers.jsonl", "all", "mix", "mix-all", "routed", "experts.png", "report.json"}
 )
@@ -134,12 +136,10 @@ def make_experts(demo: AdaptersDemo) -> None:
         convert(None, demo.out / "mix", AdaptersOptions(adapters=folders))
         convert(None, demo.out / "mix-all", AdaptersOptions(adapters=(str(demo.out / "all"),)))
         demo.report["zero_expert_is_dense"] = _same_logits(str(embedded_model()), str(demo.out / "mix"))
-    with demo.stage(f"train routers and adapters together: {demo.steps // 2} steps"):
+    with demo.stage(f"train the routers: {demo.steps // 2} steps"):
         pace = Pace(demo.steps // 2, ROUTER_LR, SAMPLES_PER_STEP, SEQ_LEN, demo.seed)
         data: dict[str, str | None] = {source: name for name, source in _sources(demo).items()}
-        train_routers(
-            str(demo.out / "mix"), data, demo.out / "routed", target="router_mlp", pace=pace, adapter_lr=LR / 2
-        )
+        train_routers(str(demo.out / "mix"), data, demo.out / "routed", pace=pace)
 
 
 def _same_logits(dense: str, mix: str) -> bool:
