@@ -3,7 +3,7 @@
 Decoding with memory for half of the experts, under a real limit that counts the page cache (cgroup v1, so as root on
 Linux), one contestant per process, float32, one thread:
 
-- lamella, `--expert-memory` of half of the experts; beside it with all of them in memory;
+- lamella, `--expert-memory` of half of the experts; beside it with all of them in memory, and with `--slices int8`;
 - accelerate's disk offload of the stock GLM4-MoE export, the experts of every second layer on disk, 200 MiB of page
   cache on top of what it holds;
 - llama.cpp with the mapped GGUF file, as much page cache as the file without half of the experts.
@@ -82,7 +82,8 @@ def run_lamella(args: argparse.Namespace) -> dict[str, Any]:
     from lamella.hf.offload import expert_cache
 
     limit = Limit()
-    generator = Generator.open(str(args.folder), "float32", "cpu", f"{args.budget}B" if args.budget else None)
+    budget = f"{args.budget}B" if args.budget else None
+    generator = Generator.open(str(args.folder), "float32", "cpu", budget, slices=args.slices)
     sampling = Sampling(args.tokens, ignore_eos=True)
     cache = expert_cache(generator.model)
     generator.generate([PROMPT], Sampling(1))  # what libraries allocate on first use
@@ -161,7 +162,33 @@ def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
             "read_a_token": read}  # fmt: skip
 
 
+def run_lamella_int8(args: argparse.Namespace) -> dict[str, Any]:
+    """All slices in memory in int8, twins on disk; beside the speed what rounding the slices costs."""
+    return run_lamella(argparse.Namespace(**vars(args) | {"slices": "int8"})) | {"perplexity": perplexities(args)}
+
+
+def perplexities(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Of two texts, the perplexity of the model as it is, and with its slices in int8."""
+    from transformers import AutoTokenizer
+
+    from lamella.evaluate.perplexity import perplexity, text_samples
+    from lamella.generation import open_model
+
+    Limit().file("limit_in_bytes").write_text("-1")
+    found: dict[str, list[float]] = {}
+    for kind in ("stored", "int8"):
+        budget = None if kind == "stored" else "4GiB"
+        model = open_model(str(args.folder), "float32", "cpu", budget, slices=kind)
+        for data in ("python-docs", "stdlib-code"):
+            samples = text_samples(data, "heldout", str(args.folder), 512, 2048)
+            with torch.inference_mode():
+                result = perplexity(model, samples, AutoTokenizer.from_pretrained(args.folder), 2048)
+            found.setdefault(data, []).append(result.perplexity)
+    return found
+
+
 RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "lamella, slices in int8": run_lamella_int8,
     "lamella": run_lamella, "accelerate": run_accelerate, "llama.cpp": run_llama_cpp,
 }  # fmt: skip
 
@@ -259,6 +286,7 @@ def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dic
         ("lamella, half of them", "lamella", moe, half),
         ("accelerate, disk offload", "accelerate", glm, 0),
         ("llama.cpp, mapped file", "llama.cpp", gguf, file - half),
+        ("lamella, half of them, slices in int8", "lamella, slices in int8", moe, half),
     ]
     rows = []
     for name, kind, folder, budget in named:
@@ -288,6 +316,7 @@ def main() -> None:
     for hidden in ("--run", "--budget", "--folder", "--tokenizer"):
         parser.add_argument(hidden, type=int if hidden == "--budget" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.slices = "stored"
     torch.set_num_threads(1)
     if args.run:
         args.folder = Path(args.folder)
@@ -317,6 +346,9 @@ def measure_all(args: argparse.Namespace, work: Path) -> None:
     ]  # fmt: skip
     header = ["router", "contestant", "tokens/s", "MiB read a token", "limit, MiB", "peak, MiB"]
     print_table(f"half of the experts in memory, {args.tokens} tokens", header, table)
+    for row in rows:
+        for data, (stored, int8) in row.get("perplexity", {}).items():
+            print(f"{row['router']}, {data}: perplexity {stored:.3f}, with slices in int8 {int8:.3f}")
     table = [
         [r["router"], f"{r['share']:.0%}", f"{r['tokens_per_s']:.2f}", f"{r['hit_rate']:.0%}", f"{r['share_read']:.0%}",
          f"{r['read_a_token'] / MIB:.0f}", f"{r['stall_ms']:.0f}"]

@@ -45,6 +45,14 @@ ExpertMemory = Annotated[
 ]
 ExpertsOn = Annotated[str, typer.Option(help="The others wait on disk, or, beside a GPU, in main memory (cpu).")]
 
+Slices = Annotated[
+    str,
+    typer.Option(
+        help="With --expert-memory: frozen slices as stored, or int8: rounded when the model is opened, all of them in "
+        "memory, so that twins alone are read."
+    ),
+]
+
 
 def generate(
     folder: Folder,
@@ -63,6 +71,7 @@ def generate(
     twins: Twins = None,
     expert_memory: ExpertMemory = None,
     experts_on: ExpertsOn = "disk",
+    slices: Slices = "stored",
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
@@ -72,5 +81,5 @@ def generate(
 
     sampling = Sampling(max_tokens, temperature, top_p, sample_top_k, seed, tuple(stop or ()))
     what: dict[str, Any] = {"chat": chat, "system": system, "json_path": json, "dtype": dtype, "device": device}
-    what |= {"top_k": top_k, "twins": twins, "expert_memory": expert_memory, "experts_on": experts_on}
+    what |= {"top_k": top_k, "twins": twins, "expert_memory": expert_memory, "experts_on": experts_on, "slices": slices}
     run(folder, prompt or [], prompt_file, sampling, **what)

@@ -107,6 +107,32 @@ def test_what_is_worth_most_stays() -> None:
     assert cache.counts.hit_rate > 0.9
 
 
+def test_slices_in_int8_stay_in_memory_and_twins_are_read(moe: Path) -> None:
+    """Near float32, by prompts and single tokens; the budget counts the slices and holds fewer twins than there are."""
+    resident = Generator.open(str(moe), "float32")
+    with pytest.raises(UserError, match=r"beside \d+KiB of slices, .* give at least (\d+)KiB") as told:
+        open_model(str(moe), "float32", expert_memory="1KB", slices="int8")
+    rounded = Generator.open(str(moe), "float32", expert_memory=str(told.value).rpartition("least ")[2], slices="int8")
+    cache = expert_cache(rounded.model)
+    assert cache is not None
+    assert cache.num_slots == SLICES
+    ids = resident.encode("def f(x): return")
+    with torch.inference_mode():
+        for read in (
+            lambda g: g.decoding.read([ids], 9),
+            lambda g: g.decoding.next(torch.tensor([65])),
+            lambda g: g.decoding.next(torch.tensor([66])),
+            lambda g: g.decoding.read([ids, ids[2:]], 4),
+        ):
+            expected, got = read(resident), read(rounded)
+            assert 0 < (got - expected).norm() / expected.norm() < 4e-2  # slices rounded, and nothing else
+    assert {expert >= SLICES for _, expert in cache.home.ranges} == {True}  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="give --expert-memory, too"):
+        open_model(str(moe), slices="int8")
+    with pytest.raises(UserError, match="slices is 'int3'"):
+        open_model(str(moe), expert_memory="1MB", slices="int3")
+
+
 @pytest.mark.parametrize("offset", [0, 8, 4096, 5000])
 def test_ranges_are_read_past_the_page_cache(tmp_path: Path, offset: int) -> None:
     """At any place, up to the end of the file, in the file's dtype and in another."""

@@ -58,7 +58,12 @@ class Generated:
 
 
 def open_model(
-    folder: str, dtype: str = "auto", device: str = "auto", expert_memory: str | None = None, experts_on: str = "disk"
+    folder: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    expert_memory: str | None = None,
+    experts_on: str = "disk",
+    slices: str = "stored",
 ) -> PreTrainedModel:
     """A model for generating: a folder, a run directory, "embedded" or a hub name.
 
@@ -67,6 +72,7 @@ def open_model(
             alone, for kernels that read fewer bytes, and all else is computed in float32.
         expert_memory: a size such as "2GiB": the most of a converted model's experts that is in memory at a time.
         experts_on: where the others wait; see `lamella.hf.offload.load_offloaded`.
+        slices: "int8" keeps all frozen slices in memory in fewer bytes; see there, too.
 
     Raises:
         UserError: no such model, or one that the dtype does not hold.
@@ -77,7 +83,10 @@ def open_model(
         budget = parse_memory(expert_memory)
         if dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"experts on {experts_on} are not packed into {dtype}; use float32 or bfloat16")
-        return load_offloaded(Path(model_path(folder)), budget, experts_on, DTYPES[dtype], device).requires_grad_(False)
+        path = Path(model_path(folder))
+        return load_offloaded(path, budget, experts_on, DTYPES[dtype], device, slices).requires_grad_(False)
+    if slices != "stored":
+        raise UserError("--slices is of experts that are not all in memory; give --expert-memory, too")
     packed = dtype == "int8" or (dtype == "float16" and device == "cpu")
     model = open_checkpoint(folder, "float32" if packed else dtype, device)
     if packed:
@@ -97,11 +106,12 @@ class Generator:
     @classmethod
     def open(
         cls, folder: str, dtype: str = "auto", device: str = "auto", expert_memory: str | None = None,
-        experts_on: str = "disk",
+        experts_on: str = "disk", slices: str = "stored",
     ) -> Generator:  # fmt: skip
         """See `open_model`."""
         path = model_path(folder)
-        return cls(open_model(path, dtype, device, expert_memory, experts_on), AutoTokenizer.from_pretrained(path))
+        model = open_model(path, dtype, device, expert_memory, experts_on, slices)
+        return cls(model, AutoTokenizer.from_pretrained(path))
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """The tokens of a text, or of a conversation in the model's chat template, up to where the answer begins.

@@ -33,6 +33,7 @@ def run(
     device: str,
     expert_memory: str | None = None,
     experts_on: str = "disk",
+    slices: str = "stored",
     top_k: int | None = None,
     twins: float | None = None,
 ) -> None:
@@ -51,7 +52,7 @@ def run(
         raise UserError("--system is of a conversation; add --chat")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    generator = Generator.open(folder, dtype, device, expert_memory, experts_on)
+    generator = Generator.open(folder, dtype, device, expert_memory, experts_on, slices)
     lower(generator.model, top_k, twins)
     first = [] if system is None else [{"role": "system", "content": system}]
     if not prompts:

@@ -28,9 +28,12 @@ from lamella.moe.experts import router_scores
 from lamella.moe.offload.cache import ExpertCache
 from lamella.moe.offload.layer import Guess, OffloadedExperts
 from lamella.moe.offload.slots import DiskHome, Home, Key, MemoryHome, Range
+from lamella.moe.packed import Experts
+from lamella.moe.quantised import Quantised
 from lamella.moe.routing import route
 
 PLACES = ("disk", "cpu")
+SLICES = ("stored", "int8")
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -43,7 +46,7 @@ def parse_memory(text: str) -> int:
 
 
 def load_offloaded(
-    folder: Path, expert_memory: int, experts_on: str, dtype: torch.dtype | str, device: str
+    folder: Path, expert_memory: int, experts_on: str, dtype: torch.dtype | str, device: str, slices: str = "stored"
 ) -> PreTrainedModel:
     """The model; `expert_cache` has what counts what is read.
 
@@ -51,6 +54,8 @@ def load_offloaded(
         folder: of a converted model.
         expert_memory: bytes for experts: in main memory for a model on the CPU, else on the GPU.
         experts_on: where the others wait.
+        slices: "stored", or "int8": the frozen experts are rounded while they are read, and all of them stay in memory;
+            the budget counts them, and what is left is the trained twins'.
 
     Raises:
         UserError: another kind of model, or too little memory for the experts of one token in a layer.
@@ -60,7 +65,12 @@ def load_offloaded(
         raise UserError("experts on cpu are for a model on a GPU; here they can be on disk")
     if experts_on == "disk" and torch.device(device).type != "cpu":
         raise UserError("experts go to a GPU from main memory; use --experts-on cpu")
+    check_choice("slices", slices, SLICES)
     moe, places = _places(folder)
+    rounded: dict[int, Quantised] = {}
+    if slices == "int8":
+        rounded, places = _rounded_slices(folder, moe, places)
+        expert_memory -= sum(layer.nbytes for layer in rounded.values())
     computed = DTYPES[next(iter(places.values()))[0].dtype] if dtype == "auto" else dtype
     assert isinstance(computed, torch.dtype)
     home: Home = (
@@ -68,12 +78,12 @@ def load_offloaded(
         if experts_on == "disk"
         else MemoryHome(_in_memory(places, computed), torch.device(device))
     )
-    cache = ExpertCache(home, _num_slots(expert_memory, home, moe, len(places)))
+    cache = ExpertCache(home, _num_slots(expert_memory, home, moe, len(places), rounded))
     with experts_elsewhere():
         model = load(folder, computed, device)
     for parameter in model.parameters():  # not pages of the file, which the system counts and takes away
         parameter.data = parameter.data.clone()
-    _install(model, moe, cache)
+    _install(model, moe, cache, rounded)
     return model
 
 
@@ -136,17 +146,36 @@ def _in_memory(
     return layers
 
 
-def _num_slots(budget: int, home: Home, moe: MoEConfig, num_experts: int) -> int:
+def _rounded_slices(
+    folder: Path, moe: MoEConfig, places: dict[Key, tuple[SourceTensor, SourceTensor]]
+) -> tuple[dict[int, Quantised], dict[Key, tuple[SourceTensor, SourceTensor]]]:
+    """(the frozen experts of each layer in int8, the places of all others)."""
+    count = {layer: moe.for_layer(layer).num_frozen_experts for layer in moe.moe_layers}
+    others = {key: pair for key, pair in places.items() if key[1] >= count[key[0]]}
+    if not others or len(others) == len(places):
+        raise UserError(f"{folder} has not both frozen slices and trained experts; leave --slices out")
+    rounded = {}
+    for layer, frozen in count.items():
+        pairs = [places[layer, e] for e in range(frozen)]
+        matrices = (torch.stack([t.read(0, t.numel).view(t.shape) for t in part]) for part in zip(*pairs, strict=True))
+        experts = Experts(*matrices)
+        rounded[layer] = Quantised(experts, Experts(*(t[:0] for t in experts)), "int8")
+    return rounded, others
+
+
+def _num_slots(budget: int, home: Home, moe: MoEConfig, num_experts: int, rounded: dict[int, Quantised]) -> int:
     least = max(moe.for_layer(layer).num_experts_per_tok for layer in moe.moe_layers)
+    taken = sum(layer.nbytes for layer in rounded.values())
     if budget < least * home.slot_bytes:
+        beside = f" beside {-(-taken // 2**10)}KiB of slices" if rounded else ""
         raise UserError(
-            f"the memory for experts holds {budget // home.slot_bytes} of them, but a token needs {least} in a layer; "
-            f"give at least {-(-least * home.slot_bytes // 2**10)}KiB"
+            f"the memory for experts holds {max(0, budget // home.slot_bytes)} of them{beside}, but a token needs "
+            f"{least} in a layer; give at least {-(-(least * home.slot_bytes + taken) // 2**10)}KiB"
         )
     return min(budget // home.slot_bytes, num_experts)
 
 
-def _install(model: PreTrainedModel, moe: MoEConfig, cache: ExpertCache) -> None:
+def _install(model: PreTrainedModel, moe: MoEConfig, cache: ExpertCache, rounded: dict[int, Quantised]) -> None:
     layers = decoder_layers(model)
     for at, index in reversed([*enumerate(moe.moe_layers)]):  # a layer's guess is of the next one, which is whole
         following = moe.moe_layers[at + 1] if at + 1 < len(moe.moe_layers) else None
@@ -154,7 +183,7 @@ def _install(model: PreTrainedModel, moe: MoEConfig, cache: ExpertCache) -> None
         assert isinstance(block, MoELayer)
         assert isinstance(block.experts, ExpertsElsewhere)
         guess = None if following is None else _guess(layers[index], layers[following])
-        block.experts.given = OffloadedExperts(index, cache, at == 0, following or 0, guess)
+        block.experts.given = OffloadedExperts(index, cache, at == 0, following or 0, guess, rounded.get(index))
 
 
 def _guess(layer: torch.nn.Module, following: torch.nn.Module) -> Guess:

@@ -74,6 +74,8 @@ def packed_bytes(model: PreTrainedModel) -> int:
             total += module.matrix.nbytes
         elif isinstance(module, ExpertsElsewhere) and isinstance(module.given, Quantised):
             total += module.given.nbytes
+        elif isinstance(module, ExpertsElsewhere) and (slices := getattr(module.given, "slices", None)) is not None:
+            total += slices.nbytes
         elif isinstance(module, QuantisedStock):
             total += module.experts.nbytes
     return total

@@ -100,13 +100,15 @@ class Quantised(ExpertComputer):
         return sum(matrix.nbytes for matrix in (*self.gate_up, *self.down))
 
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
-        """One expert after another, on the tokens that chose it."""
+        """One expert after another, on the tokens that chose it. What an id beyond these experts adds is left out."""
         y_TD = torch.zeros_like(x_TD)
         if len(x_TD) == 1:
             chosen = Chosen(routing.expert_ids_TK[0].tolist(), routing.weights_TK[0].tolist())
             self.add_one(y_TD[0], x_TD[0], chosen, activation)
             return y_TD
         for e in routing.expert_ids_TK.unique().tolist():
+            if e >= len(self.gate_up):
+                continue
             token_n, k_n = torch.where(routing.expert_ids_TK == e)
             gate_nf, up_nf = self.gate_up[e](x_TD[token_n]).chunk(2, dim=-1)
             hidden_nf = ACTIVATIONS[activation](gate_nf) * up_nf * routing.weights_TK[token_n, k_n, None].to(x_TD.dtype)
@@ -115,7 +117,9 @@ class Quantised(ExpertComputer):
 
     def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
         """The rows of all experts are rounded to the dtype of the products' inputs in one call."""
-        ids, weights = chosen
+        ids, weights = chosen.within(0, len(self.gate_up))
+        if not ids:
+            return
         x_1D = self.gate_up[ids[0]].rounded(x_D[None])
         gate_Kf, up_Kf = torch.cat([self.gate_up[e](x_1D) for e in ids]).to(x_D.dtype).chunk(2, dim=-1)
         hidden_Kf = self.down[ids[0]].rounded(ACTIVATIONS[activation](gate_Kf).mul_(up_Kf))

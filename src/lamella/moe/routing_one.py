@@ -18,6 +18,13 @@ class Chosen(NamedTuple):
     expert_ids: list[int]
     weights: list[float]
 
+    def within(self, first: int, end: int) -> Chosen:
+        """Those whose ids are from `first` to before `end`."""
+        kept = [k for k, e in enumerate(self.expert_ids) if first <= e < end]
+        if len(kept) == len(self.expert_ids):
+            return self
+        return Chosen([self.expert_ids[k] for k in kept], [self.weights[k] for k in kept])
+
 
 def route_one(
     logits_R: list[float], bias_R: list[float], config: MoEConfig, gate_scale_R: list[float] | None = None

@@ -17,6 +17,7 @@ from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
 from lamella.moe.paths.decode import add_down
 from lamella.moe.provider import ExpertComputer, Portion, experts_in_portions, none_of
+from lamella.moe.quantised import Quantised
 from lamella.moe.routing import Routing
 from lamella.moe.routing_one import Chosen
 
@@ -30,11 +31,22 @@ class OffloadedExperts(ExpertComputer):
     Args:
         is_first: whether a token's way through the experts begins here.
         guess: of the next MoE layer, whose index is `next_index`; None: nothing is read ahead.
+        slices: the frozen experts where they are all in memory, in fewer bytes; the cache has the trainable ones.
     """
 
-    def __init__(self, index: int, cache: ExpertCache, is_first: bool, next_index: int = 0, guess: Guess | None = None):
+    def __init__(
+        self,
+        index: int,
+        cache: ExpertCache,
+        is_first: bool,
+        next_index: int = 0,
+        guess: Guess | None = None,
+        slices: Quantised | None = None,
+    ):
         self.index, self.cache, self.is_first = index, cache, is_first
-        self.next_index, self.guess = next_index, guess
+        self.next_index, self.guess, self.slices = next_index, guess, slices
+        self.first_cached = 0 if slices is None else len(slices.gate_up)
+        """The experts before are not the cache's."""
 
     def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
         """One token as the path for decoding computes it; several in waves."""
@@ -45,10 +57,14 @@ class OffloadedExperts(ExpertComputer):
             return y_TD
         if self.is_first:
             self._count(len(x_TD))
-        return experts_in_portions(x_TD, routing, self, partial(_computed, activation=activation))
+        y_TD = experts_in_portions(x_TD, routing, self, partial(_computed, activation=activation))
+        return y_TD if self.slices is None else y_TD + self.slices.compute(x_TD, routing, activation)
 
     def hand_out(self, expert_ids: Sequence[int]) -> Iterator[Portion]:
         """Those that are here first; the others are read meanwhile, in waves that leave room for what is in use."""
+        expert_ids = [e for e in expert_ids if e >= self.first_cached]
+        if not expert_ids:
+            return
         here = [e for e in expert_ids if self.cache.holds(self.index, e)]
         order = [*here, *(e for e in expert_ids if e not in set(here))]
         size = max(1, self.cache.num_slots // 2)
@@ -69,9 +85,14 @@ class OffloadedExperts(ExpertComputer):
         """As the path for decoding computes it; what is here is multiplied while the others are read."""
         if self.is_first:
             self._count(1)
+        if self.slices is not None:
+            self.slices.add_one(y_D, x_D, chosen, activation)
+            chosen = chosen.within(self.first_cached, 1 << 30)
         slots = self.cache.ask(self.index, chosen.expert_ids)
         if self.guess is not None:
-            self.cache.guess(self.next_index, self.guess(x_D[None]))
+            self.cache.guess(self.next_index, [e for e in self.guess(x_D[None]) if e >= self.first_cached])
+        if not slots:
+            return
         is_here = [slot.ready.is_set() for slot in slots]
         rows: list[Tensor] = [x_D] * len(slots)
         for k in sorted(range(len(slots)), key=lambda k: not is_here[k]):
