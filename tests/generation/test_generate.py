@@ -173,3 +173,34 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
             run(str(dense), prompts, file, Sampling(), **what | changed)
     with pytest.raises(UserError, match=r"top-p is 2.*; .*stop text"):
         Sampling(top_p=2, stop=("",))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--expert-memory", "lots"], "the memory for experts is 'lots'; write a size such as 2GiB or 800MB"),
+        (["--expert-memory", "1KB"], "give at least "),
+        (["--expert-memory", "1MB", "--slices", "int3"], "slices is 'int3'"),
+        (["--expert-memory", "1MB", "--dtype", "int8"], "not packed into int8"),
+        (["--prompt", "x" * 600], "the prompt has 600 tokens, but the model reads 512 at most"),
+        (["--slices", "int8"], "give --expert-memory, too"),
+    ],
+    ids=lambda value: value[-1][:9] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(
+    moe: Path, tmp_path: Path, words: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Exit code 2, nothing else said, nothing written."""
+    command = ["lamella", "generate", str(moe), "--prompt", "a", *words, "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capfd.readouterr()
+    assert ended.value.code == 2
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ")
+    assert complaint in shown.err
+    assert not list(tmp_path.iterdir())
