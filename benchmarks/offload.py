@@ -1,12 +1,12 @@
 """Run: uv run benchmarks/offload.py [--router random|fitted] [--tokens N] [--work DIR] [--json FILE] [--picture FILE]
 
 Decoding with memory for half of the experts, under a real limit that counts the page cache (cgroup v1, so as root on
-Linux), one contestant per process, float32, one thread:
+Linux), the same for all: the weights beside the experts, half of the experts, and PROCESS for an interpreter, its
+libraries and buffers. One contestant per process, float32, one thread:
 
-- lamella, `--expert-memory` of half of the experts; beside it with all of them in memory, and with `--slices int8`;
-- accelerate's disk offload of the stock GLM4-MoE export, the experts of every second layer on disk, 200 MiB of page
-  cache on top of what it holds;
-- llama.cpp with the mapped GGUF file, as much page cache as the file without half of the experts.
+- lamella, `--expert-memory` of half of the experts, also with `--slices int8`; beside it all in memory, unlimited;
+- accelerate's disk offload of the stock GLM4-MoE export, the experts of every second layer on disk;
+- llama.cpp with the mapped GGUF file.
 
 Then lamella alone over budgets: hit rate, bytes and time per token.
 """
@@ -36,10 +36,8 @@ from measure import figure, positive, print_table, provenance, work_folder, writ
 PROMPT = "The first rule of writing clear programs is"
 GROUP = Path("/sys/fs/cgroup/memory/lamella-offload")
 MIB = 1 << 20
-PAGE_CACHE = 200 * MIB
-"""What accelerate gets beside what it holds."""
-REST = 48 * MIB
-"""What lamella gets beside its weights and experts: keys, values, buffers."""
+PROCESS = 256 * MIB
+"""Of an interpreter with torch: what it allocates, and the pages of libraries that it uses, which count, too."""
 
 
 class Limit:
@@ -56,16 +54,14 @@ class Limit:
     def held(self) -> int:
         return int(dict(line.split() for line in self.file("stat").read_text().splitlines())["rss"])
 
-    def set(self, more: int) -> int:
-        """From now on what is held and `more` bytes, the page cache counted; the page cache is empty."""
+    def set(self, limit: int) -> None:
+        """From now on so many bytes at most, the page cache counted, which is empty now; 0: no limit."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("1")
-        limit = self.held() + more
-        self.file("limit_in_bytes").write_text(str(limit))
+        self.file("limit_in_bytes").write_text(str(limit or -1))
         self.file("max_usage_in_bytes").write_text("0")
-        return limit
 
     def peak(self) -> int:
         return int(self.file("max_usage_in_bytes").read_text())
@@ -86,19 +82,14 @@ def run_lamella(args: argparse.Namespace) -> dict[str, Any]:
     generator = Generator.open(str(args.folder), "float32", "cpu", budget, slices=args.slices)
     sampling = Sampling(args.tokens, ignore_eos=True)
     cache = expert_cache(generator.model)
-    generator.generate([PROMPT], Sampling(1))  # what libraries allocate on first use
-    held = limit.held()
-    total = limit.set((args.budget or 0) + REST)
+    opened = limit.held()
+    limit.set(args.limit)
     before = read_bytes()
     (answer,) = generator.generate([PROMPT], sampling)
     counts = generator.counts
     report = {"tokens_per_s": counts.tokens_per_s, "prompt_s": counts.prompt_s, "tokens": answer.tokens}
-    report |= {
-        "limit": total,
-        "peak": limit.peak(),
-        "held": held,
-        "read_a_token": (read_bytes() - before) / args.tokens,
-    }
+    report |= {"limit": args.limit, "peak": limit.peak(), "read_a_token": (read_bytes() - before) / args.tokens}
+    report |= {"opened": opened, "held": limit.held()}  # without files' pages: before there were experts, and after
     if cache is not None:
         c = cache.counts
         report |= {"hit_rate": c.hit_rate, "stall_ms": 1000 * c.stall_s / c.tokens, "num_slots": cache.num_slots}
@@ -121,7 +112,8 @@ def run_accelerate(args: argparse.Namespace) -> dict[str, Any]:
         args.folder, dtype=torch.float32, device_map=places, offload_folder=folder
     ).eval()
     ids = AutoTokenizer.from_pretrained(args.folder)(PROMPT, return_tensors="pt").input_ids
-    total, before, marks = limit.set(PAGE_CACHE), read_bytes(), []
+    limit.set(args.limit)
+    before, marks = read_bytes(), []
 
     class Clock:
         def put(self, _: Any) -> None:
@@ -137,7 +129,7 @@ def run_accelerate(args: argparse.Namespace) -> dict[str, Any]:
     speed = (len(marks) - 2) / (marks[-1] - marks[1])
     read = (read_bytes() - before) / args.tokens
     tokens = out[0, ids.shape[1] :].tolist()
-    return {"tokens_per_s": speed, "tokens": tokens, "limit": total, "peak": limit.peak(), "read_a_token": read}
+    return {"tokens_per_s": speed, "tokens": tokens, "limit": args.limit, "peak": limit.peak(), "read_a_token": read}
 
 
 def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,13 +144,14 @@ def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     ids = AutoTokenizer.from_pretrained(args.tokenizer)(PROMPT).input_ids
-    total, before = limit.set(args.budget), read_bytes()
+    limit.set(args.limit)
+    before = read_bytes()
     request = {"prompt": ids, "n_predict": args.tokens, "temperature": 0, "ignore_eos": True, "return_tokens": True}
     result = server.handle_completions(request | {"timings_per_token": True})
     result = json.loads(result) if isinstance(result, str) else result
     timings, read = result["timings"], (read_bytes() - before) / args.tokens
     text = result["choices"][0]["text"] if "choices" in result else result["content"]
-    return {"tokens_per_s": timings["predicted_per_second"], "text": text, "limit": total, "peak": limit.peak(),
+    return {"tokens_per_s": timings["predicted_per_second"], "text": text, "limit": args.limit, "peak": limit.peak(),
             "read_a_token": read}  # fmt: skip
 
 
@@ -193,9 +186,11 @@ RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def in_a_process(kind: str, folder: Path, args: argparse.Namespace, budget: int, tokenizer: Path) -> dict[str, Any]:
+def in_a_process(
+    kind: str, folder: Path, args: argparse.Namespace, budget: int, limit: int, tokenizer: Path
+) -> dict[str, Any]:
     words = [sys.executable, __file__, "--run", kind, "--folder", folder, "--tokens", args.tokens, "--budget", budget]
-    words += ["--tokenizer", tokenizer]
+    words += ["--tokenizer", tokenizer, "--limit", limit]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:  # llama.cpp writes to the standard output, too
         result = Path(temporary) / "result.json"
@@ -258,10 +253,11 @@ def fitted(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     return rows
 
 
-def expert_bytes(folder: Path) -> int:
+def expert_bytes(folder: Path, others: bool = False) -> int:
+    """In float32; `others`: of all tensors that are no experts."""
     from lamella.checkpoint.source import read_folder
 
-    return sum(t.numel * 4 for name, t in read_folder(folder).items() if ".experts." in name)
+    return sum(t.numel * 4 for name, t in read_folder(folder).items() if (".experts." in name) != others)
 
 
 def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -279,22 +275,21 @@ def compare(args: argparse.Namespace, work: Path, router: str) -> tuple[list[dic
     if args.prepare:
         return [], []
     experts = expert_bytes(moe)
-    file = next(gguf.glob("*.gguf")).stat().st_size
-    half = experts // 2
+    half, rest = experts // 2, expert_bytes(moe, others=True) + PROCESS
     named = [
-        ("lamella, all experts in memory", "lamella", moe, 0),
-        ("lamella, half of them", "lamella", moe, half),
-        ("accelerate, disk offload", "accelerate", glm, 0),
-        ("llama.cpp, mapped file", "llama.cpp", gguf, file - half),
-        ("lamella, half of them, slices in int8", "lamella, slices in int8", moe, half),
+        ("lamella, all experts in memory", "lamella", moe, 0, 0),
+        ("lamella, half of them", "lamella", moe, half, rest + half),
+        ("accelerate, disk offload", "accelerate", glm, 0, rest + half),
+        ("llama.cpp, mapped file", "llama.cpp", gguf, 0, rest + half),
+        ("lamella, half of them, slices in int8", "lamella, slices in int8", moe, half, rest + half),
     ]
     rows = []
-    for name, kind, folder, budget in named:
-        rows.append({"router": router, "impl": name} | in_a_process(kind, folder, args, budget, moe))
+    for name, kind, folder, budget, limit in named:
+        rows.append({"router": router, "impl": name} | in_a_process(kind, folder, args, budget, limit, moe))
         print(f"{router}: {name}: {rows[-1]['tokens_per_s']:.2f} tokens/s", flush=True)
     budgets = []
     for share in args.shares:
-        row = in_a_process("lamella", moe, args, int(share * experts), moe)
+        row = in_a_process("lamella", moe, args, int(share * experts), rest + int(share * experts), moe)
         budgets.append({"router": router, "share": share} | row)
     if any(row["tokens"] != rows[0]["tokens"] for row in [*rows[:3], *budgets]):
         sys.exit("error: the tokens differ")
@@ -313,8 +308,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="convert and export only; --work DIR keeps it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    for hidden in ("--run", "--budget", "--folder", "--tokenizer"):
-        parser.add_argument(hidden, type=int if hidden == "--budget" else str, help=argparse.SUPPRESS)
+    for hidden in ("--run", "--budget", "--limit", "--folder", "--tokenizer"):
+        parser.add_argument(hidden, type=int if hidden in ("--budget", "--limit") else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.slices = "stored"
     torch.set_num_threads(1)
@@ -381,7 +376,6 @@ def earlier(path: Path | None, routers: list[str]) -> tuple[list[dict[str, Any]]
 def draw(path: Path, budgets: list[dict[str, Any]]) -> None:
     """Hit rate and speed over the budget."""
     with figure(path, 2) as (left, right):
-        right.sharey(right)
         fastest = max(row["tokens_per_s"] for row in budgets)
         for router in dict.fromkeys(row["router"] for row in budgets):
             rows = [row for row in budgets if row["router"] == router]

@@ -204,21 +204,46 @@ class _OneToken:
     def __init__(self, weights: MoEWeights, config: MoEConfig):
         assert isinstance(weights.experts, ExpertComputer)
         self.experts, self.config, self.activate = weights.experts, config, ACTIVATIONS[config.activation]
-        self.router_RD = weights.router_RD.detach().float()
         self.bias_R: list[float] = weights.selection_bias_R.tolist()
         self.gate_scale_R = None if weights.gate_scale_R is None else weights.gate_scale_R.float().tolist()
-        self.shared, self.bias_D = weights.shared, weights.output_bias_D
+        self.bias_D = weights.output_bias_D
+        self.down_Dn: Tensor | None = None
+        first = [weights.router_RD]  # what is multiplied with the layer's input; the router is always float32
+        if weights.shared is not None:
+            assert isinstance(weights.shared, SharedExpert)
+            first.append(weights.shared.gate_up_proj)
+            self.down_Dn = weights.shared.down_proj
+        in_float32 = all(tensor.dtype == torch.float32 for tensor in first)
+        self.first = [join_rows(first)] if in_float32 else [first[0].detach().float(), *first[1:]]
 
     def __call__(self, x_1D: Tensor) -> Tensor:
-        x_D = x_1D[0]
-        chosen = route_one(torch.mv(self.router_RD, x_D.float()).tolist(), self.bias_R, self.config, self.gate_scale_R)
-        y_D = torch.zeros_like(x_D) if self.bias_D is None else self.bias_D.clone()
-        if self.shared is not None:
-            assert isinstance(self.shared, SharedExpert)
-            gate_n, up_n = torch.mv(self.shared.gate_up_proj, x_D).chunk(2)
-            y_D.addmv_(self.shared.down_proj, self.activate(gate_n).mul_(up_n))
+        x_D, R = x_1D[0], len(self.bias_R)
+        rows = torch.mv(self.first[0], x_D.float())
+        chosen = route_one(rows[:R].tolist(), self.bias_R, self.config, self.gate_scale_R)
+        if self.down_Dn is None:
+            y_D = torch.zeros_like(x_D) if self.bias_D is None else self.bias_D.clone()
+        else:
+            gate_n, up_n = (torch.mv(self.first[1], x_D) if len(self.first) > 1 else rows[R:]).chunk(2)
+            hidden_n = self.activate(gate_n).mul_(up_n)
+            y_D = torch.mv(self.down_Dn, hidden_n) if self.bias_D is None else self._with_bias(hidden_n)
         self.experts.add_one(y_D, x_D, chosen, self.config.activation)
         return y_D[None]
+
+    def _with_bias(self, hidden_n: Tensor) -> Tensor:
+        assert self.bias_D is not None
+        assert self.down_Dn is not None
+        return torch.addmv(self.bias_D, self.down_Dn, hidden_n)
+
+
+def join_rows(matrices: list[Tensor]) -> Tensor:
+    """Matrices [.., D] as one, of which they become parts: no weight is there twice."""
+    if len(matrices) == 1:
+        return matrices[0].detach()
+    joined, start = torch.cat([matrix.detach() for matrix in matrices]), 0
+    for matrix in matrices:
+        matrix.data = joined[start : start + len(matrix)]
+        start += len(matrix)
+    return joined
 
 
 def _norm(norm: RMSNorm) -> Call:
@@ -245,10 +270,7 @@ def _joined(*projections: Call) -> Call | None:
     linears = [p for p in projections if type(p) is nn.Linear]
     if len(linears) < len(projections) or len({linear.bias is None for linear in linears}) > 1:
         return None
-    weight, start = torch.cat([linear.weight.detach() for linear in linears]), 0
-    for linear in linears:
-        linear.weight.data = weight[start : start + linear.out_features]
-        start += linear.out_features
+    weight = join_rows([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
     return lambda x: F.linear(x, weight, bias)
 

@@ -71,8 +71,10 @@ class UnboundPairs(Unbound):
                 runs.append((down, start * f, k * f))
                 start = k
         gate_Kf, up_Kf = gate_up_n.view(len(ids), 2 * f).chunk(2, dim=-1)
-        weights_K1 = torch.tensor(chosen.weights, dtype=x_D.dtype)[:, None]
-        hidden_n = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(weights_K1).view(-1)
+        hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf)
+        if any(weight != 1 for weight in chosen.weights):
+            hidden_Kf.mul_(torch.tensor(chosen.weights, dtype=x_D.dtype)[:, None])
+        hidden_n = hidden_Kf.view(-1)
         for down, begin, end in runs:
             y_D.addmv_(down, hidden_n[begin:end])
 

@@ -55,8 +55,9 @@ def add_down(
 ) -> None:
     """Add what the chosen experts make of their gate's and up's rows to `y_D`."""
     gate_Kf, up_Kf = gate_up_K2f.chunk(2, dim=-1)
-    weights_K1 = torch.tensor(weights, dtype=y_D.dtype)[:, None]
-    hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf).mul_(weights_K1)
+    hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf)
+    if any(weight != 1 for weight in weights):
+        hidden_Kf.mul_(torch.tensor(weights, dtype=y_D.dtype)[:, None])
     for matrix, hidden_f in zip(down, hidden_Kf.unbind(0), strict=True):
         y_D.addmv_(matrix, hidden_f)
 
