@@ -295,7 +295,10 @@ def test_back_to_dense_after_training(tmp_path: Path) -> None:
             if parameter.requires_grad:
                 parameter += 1
     model.save_pretrained(tmp_path / "trained")
-    export(tmp_path / "trained", "dense", tmp_path / "back", check=False)
+    with pytest.raises(UserError, match=r"its router chooses trained copies .* --mode dense takes it without them"):
+        export(tmp_path / "trained", "dense", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    export(tmp_path / "trained", "dense", tmp_path / "back", mode="dense", check=False)
     source, back = read_all(dense), read_all(tmp_path / "back")
     assert source.keys() == back.keys()
     for name in source:

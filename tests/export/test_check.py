@@ -27,7 +27,7 @@ def change_config(folder: Path, **changes) -> None:
 
 def test_the_check_reaches_past_the_window(tmp_path: Path) -> None:
     source = save_trained(tmp_path / "moe", family="mistral", **WINDOW)
-    report = export(source, "dense", tmp_path / "dense")
+    report = export(source, "dense", tmp_path / "dense", mode="dense")
     assert report.parity is not None
     assert report.parity.endswith("224 tokens, and 64 tokens spread up to position 511")
     change_config(tmp_path / "dense", sliding_window=None)
@@ -73,7 +73,7 @@ def test_a_head_that_is_not_the_embedding_survives(tmp_path: Path, target: str) 
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    export(source, target, tmp_path / "out")
+    export(source, target, tmp_path / "out", mode="dense" if target == "dense" else None)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])

@@ -106,10 +106,13 @@ def test_mixtral_refuses_what_it_cannot_hold(tmp_path: Path, changes: dict, mess
 
 def test_auto_refuses_with_every_reason(tmp_path: Path) -> None:
     source = save_trained(tmp_path / "moe", attention_bias=True)
-    with pytest.raises(UserError, match=r"no stock class.*glm4-moe: .*output projection.*mixtral: .*possible.*dense"):
+    with pytest.raises(UserError, match=r"no stock class.*glm4-moe: .*output projection.*mixtral: .*ernie: "):
         export(source, "auto", tmp_path / "out")
-    with pytest.raises(UserError, match="dtype and tokenizer are for --to gguf"):
-        export(save_trained(tmp_path / "fits"), "auto", tmp_path / "out", dtype="Q8_0")
+    fits = save_trained(tmp_path / "fits")
+    with pytest.raises(UserError, match="--tokenizer is for --to gguf"):
+        export(fits, "auto", tmp_path / "out", tokenizer=tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=r"unknown dtype 'Q8_0'; known: F32, BF16, F16; for others take --to gguf"):
+        export(fits, "auto", tmp_path / "out", dtype="q8_0")
 
 
 def test_what_config_json_leaves_out_keeps_its_meaning(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_selection_bias_stays_fp32(tmp_path: Path) -> None:
 
 def test_dense_is_the_frozen_half(tmp_path: Path) -> None:
     source = save_trained(tmp_path / "moe")
-    assert export(source, "dense", tmp_path / "dense").architecture == "LlamaForCausalLM"
+    assert export(source, "dense", tmp_path / "dense", mode="dense").architecture == "LlamaForCausalLM"
     moe = load(source)
     moe.set_mode("dense")
     ids = torch.arange(VOCAB)[None]
@@ -186,7 +189,7 @@ def test_refuses_bad_input(tmp_path: Path) -> None:
         export(source, "glm4-moe", tmp_path / "taken")
     with pytest.raises(UserError, match=r"no config\.json"):
         export(tmp_path, "glm4-moe", tmp_path / "out")
-    export(source, "dense", tmp_path / "dense")
+    export(source, "dense", tmp_path / "dense", mode="dense")
     with pytest.raises(UserError, match="is not converted"):
         export(tmp_path / "dense", "glm4-moe", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "taken"]
@@ -233,7 +236,7 @@ def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_config_reads_in_plain_json(tmp_path: Path) -> None:
     source = save_trained(tmp_path / "moe", rope_parameters=LLAMA3_ROPE)
     for target in ("glm4-moe", "dense"):
-        export(source, target, tmp_path / target, check=False)
+        export(source, target, tmp_path / target, check=False, mode="dense" if target == "dense" else None)
         config = json.loads((tmp_path / target / "config.json").read_text())
         assert "moe" not in config
         assert "auto_map" not in config

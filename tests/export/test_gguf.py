@@ -8,35 +8,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.pre_tokenizers import ByteLevel, Digits
 from transformers import PreTrainedTokenizerFast
 
 from lamella.errors import UserError
 from lamella.export import export
 from lamella.export.gguf.check import check_gguf
 from lamella.export.gguf.llama_cpp import find, log_probabilities
+from support.bpe import VOCAB, save_bpe
 from support.trained_model import LLAMA3_ROPE, save_trained
 
-VOCAB = 320
-TEXT = "import os\n\ndef area(width, height):\n    return width * height  # 12 x 345\n" * 20
 needs_llama_cpp = pytest.mark.skipif(find() is None, reason="xllamacpp is not installed")
-
-
-def save_bpe(folder: Path, digits: bool = False) -> Path:
-    """A byte-level BPE with merges, 10 tokens fewer than the model has."""
-    tokenizer = Tokenizer(models.BPE())
-    words = ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([Digits(individual_digits=True), words]) if digits else words
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 10, special_tokens=["<bos>", "<eos>"], initial_alphabet=ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
-    fast.chat_template = "{{ messages[0].content }}"
-    fast.save_pretrained(folder)
-    return folder
 
 
 def save_source(folder: Path, **changes: Any) -> Path:
@@ -86,8 +67,10 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, changes: dict[str, Any]) ->
     checked = check_gguf(source, tmp_path / "out")
     assert checked is not None
     assert checked.max_abs_logit_diff < 2e-4  # fp32, other kernels
-    assert checked.top_1 == 1
-    assert -1e-9 < checked.divergence <= checked.largest_divergence < 1e-6
+    quality = checked.quality
+    assert quality is not None
+    assert quality.top_1 == 1
+    assert -1e-9 < quality.divergence <= quality.largest_divergence < 1e-6
     assert checked.spans.uncovered is None
 
 
@@ -153,6 +136,7 @@ UNFIT = {
     "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "is dynamic"),
     "biases and llama3 rope": ({"family": "qwen2", "rope_parameters": LLAMA3_ROPE}, "no biases"),
     "gaps": ({"moe": {"moe_layers": (0, 2)}}, "dense layers can only come first"),
+    "softmax pairs with a bias": ({"moe": {"gate": "softmax"}}, "no top-k of all experts"),
 }
 
 

@@ -45,7 +45,20 @@ MIXTRALS: dict[str, dict[str, Any]] = {
     "mixtral, mistral's window": {"family": "mistral", "sliding_window": 16},
 }
 MODELS |= {name: changes | {"moe": SOFTMAX, "selection_bias": False} for name, changes in MIXTRALS.items()}
+FLAT = SOFTMAX | {"num_frozen_experts": 0, "num_trainable_experts": 6, "num_experts_per_tok": 2}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax, qwen3, llama3 rope": ("qwen3-moe", {"family": "qwen3", "rope_parameters": LLAMA3_ROPE, "moe": SOFTMAX}),
+    "softmax, qwen3 with gaps": ("qwen3-moe", {"family": "qwen3", "moe": SOFTMAX | {"moe_layers": (0, 2)}}),
+    "softmax, qwen2 with biases": ("qwen2-moe", {"family": "qwen2", "rope_parameters": LLAMA3_ROPE, "moe": SOFTMAX}),
+    "softmax, shared": ("qwen2-moe", {"moe": FLAT | {"shared_intermediate_size": 24}}),
+    "softmax with bias, llama3 rope": ("ernie", {"rope_parameters": LLAMA3_ROPE, "moe": SOFTMAX}),
+    "softmax with bias, yarn, shared": (
+        "ernie", {"rope_parameters": ROPES["yarn"], "moe": FLAT | {"shared_intermediate_size": 32}}
+    ),
+}  # fmt: skip
+MODELS |= {name: changes | {"selection_bias": target == "ernie"} for name, (target, changes) in OTHERS.items()}
 TARGETS_OF = {"mistral's window, dense": ["dense"]} | {name: ["mixtral"] for name in MIXTRALS}
+TARGETS_OF |= {name: [target] for name, (target, _) in OTHERS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,8 @@ def found(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for name, changes in MODELS.items():
         source = save_trained(root / name / "moe", **changes)
         for target in TARGETS_OF.get(name, ["glm4-moe", "dense"]):
-            out = export(source, target, root / name / target, check=False).out
+            mode = "dense" if target == "dense" else None
+            out = export(source, target, root / name / target, check=False, mode=mode).out
             pairs["dense" if target == "dense" else "routed"][out] = source
     merged = script.differences(pairs["routed"]) | script.differences(pairs["dense"], "dense")
     return {f"{path.parent.name} > {path.name}": difference for path, difference in merged.items()}

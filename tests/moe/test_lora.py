@@ -124,7 +124,7 @@ def test_exports(tmp_path):
     folders = [model_with_lora(tmp_path / name, std) for name, std in (("lora", 0.3), ("zero", 0.0))]
     states = []
     for folder in folders:
-        export(folder, "dense", tmp_path / f"{folder.name}-dense", check=False)
+        export(folder, "dense", tmp_path / f"{folder.name}-dense", mode="dense", check=False)
         states.append(load_file(tmp_path / f"{folder.name}-dense" / "model.safetensors"))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

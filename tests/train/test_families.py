@@ -84,7 +84,7 @@ def test_a_run_begins_at_the_dense_models_loss_and_gives_it_back(name: str, runs
     reported = transformers_loss(load(trained, torch.float32), runs, dense)
     assert heldout(runs, place(name))[-1] == pytest.approx(reported, abs=2e-5)  # fp32, the other home's sums
     assert all(loss > 0 for loss in losses(runs, place(name)))
-    report = export(trained, "dense", runs / f"{place(name)}-back", overwrite=True)
+    report = export(trained, "dense", runs / f"{place(name)}-back", mode="dense", overwrite=True)
     assert report.max_abs_logit_diff is not None
     back = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
     ids = torch.arange(64)[None] % VOCAB  # past the windows of 7

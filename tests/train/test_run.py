@@ -333,7 +333,7 @@ def test_low_rank_deltas_train_and_leave_the_dense_model_alone(runs, tmp_path):
     assert all(after[key].any() for key in after if ".lora_" in key)
     assert heldout(runs, "lora")[-1] == pytest.approx(transformers_loss(folder, runs / "text.md", "routed"), abs=1e-5)
     for source, out in ((runs / "twin-model", "before"), (folder, "after")):
-        export(source, "dense", tmp_path / out, check=False)
+        export(source, "dense", tmp_path / out, mode="dense", check=False)
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in ("before", "after"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)

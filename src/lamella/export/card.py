@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lamella import __version__
 from lamella.checkpoint.check import read_json
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import card_licence
+from lamella.export.measured import Measured
 from lamella.export.model import ConvertedModel
 from lamella.jsons import Json
 
@@ -36,12 +39,16 @@ llama-server --model {file}
 """
 
 
-def card(model: ConvertedModel, to: str, plan: WritePlan, parity: str | None, gguf_file: str | None = None) -> str:
+def card(
+    model: ConvertedModel, to: str, plan: WritePlan, parity: str | None, gguf_file: str | None = None,
+    measured: Sequence[Measured] = (),
+) -> str:  # fmt: skip
     """README.md of an export.
 
     Args:
         parity: how the reloaded export compared; None where it was not compared.
         gguf_file: the file's name where it is one for llama.cpp.
+        measured: perplexities of the model that was exported.
     """
     manifest = read_json(model.folder / MANIFEST, "") if (model.folder / MANIFEST).is_file() else {}
     source: Json = manifest.get("source") or {}
@@ -58,6 +65,9 @@ def card(model: ConvertedModel, to: str, plan: WritePlan, parity: str | None, gg
             f"{moe.num_experts_per_tok} active per token."
         )
     lines.append(f"- Compared with its source: {parity or 'no'}.")
+    if measured:
+        lines.append("- Perplexity of the source, on text that nothing was fitted to:")
+        lines += [f"  - {one.describe()}." for one in measured]
     lines += [f"- To know: {trick}." for trick in plan.notes.get("tricks", [])]
     what = "A GGUF file for llama.cpp." if gguf_file else f"A stock `{architecture}`, no custom code."
     return _CARD.format(

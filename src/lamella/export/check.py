@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lamella.architecture.converted import ffn_config
 from lamella.architecture.moe import Mode
+from lamella.checkpoint.dtypes import DTYPES
+from lamella.checkpoint.source import read_config, read_folder
 from lamella.errors import UserError
+from lamella.export.model import EMBEDDING
 from lamella.export.spans import Spans, spans_to_check
 from lamella.hf.models import ConvertedForCausalLM, load
 
@@ -27,17 +31,48 @@ MAX_COMPARED = 256
 MOST_PLACES = 0.9
 
 
+# Nats. Rounded weights move a model by tenths at most; a file that is wrong is off by whole ones.
+MAX_DIVERGENCE = 1.0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near the distributions of the next token are to the source's."""
+
+    top_1: float
+    """Share of the places where both expect the same token."""
+    divergence: float
+    """Mean KL divergence from the source, nats."""
+    largest_divergence: float
+
+    @classmethod
+    def of(cls, found: Tensor, expected: Tensor) -> Quality:
+        """From logits, or log-probabilities, [places, V] each."""
+        found, expected = found.double().log_softmax(-1), expected.double().log_softmax(-1)
+        divergences = (expected.exp() * (expected - found)).nan_to_num(nan=torch.inf).sum(-1)
+        top_1 = (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
+        return cls(top_1, divergences.mean().item(), divergences.max().item())
+
+    def describe(self) -> str:
+        return f"top-1 {self.top_1:.0%}, KL divergence {self.divergence:.1e} (largest {self.largest_divergence:.1e})"
+
+
 @dataclass(frozen=True)
 class Checked:
     """What a comparison found, and how far it reached."""
 
     max_abs_logit_diff: float
+    """To the source with its weights rounded like the export's, where these are stored in another dtype."""
     spans: Spans
     reader: str = "transformers"
+    quality: Quality | None = None
+    """Against the source with its weights as they are, where the export's are rounded."""
 
     def describe(self) -> str:
         """For people, one line."""
         found = f"max |logit difference| {self.max_abs_logit_diff:.1e} in {self.reader} (fp32)"
+        if self.quality is not None:
+            found += f" to the source with weights rounded alike; to the source as it is {self.quality.describe()}"
         return f"{found}, {self.spans.describe()}"
 
 
@@ -63,11 +98,31 @@ def check_reloaded(source: Path, exported: Path, mode: Mode = "routed", tokens: 
     Raises:
         UserError: tensors missing or left over, or a difference over MAX_LOGIT_DIFFERENCE.
     """
-    references, spans = source_logits(source, mode, tokens)
+    dtype = _rounded_to(source, exported)
+    # Low-rank deltas are rounded with the experts that they are merged into, which the source cannot repeat.
+    repeated = None if _has_deltas(source) else dtype
+    references, spans = source_logits(source, mode, tokens, rounded_to=repeated)
     model = load(exported, dtype=torch.float32)
     difference = max(_difference(model, reference) for reference in references)
-    refuse_difference(difference, source)
-    return Checked(difference, spans)
+    if repeated is dtype:
+        refuse_difference(difference, source)
+    if dtype is None:
+        return Checked(difference, spans)
+    text = source_logits(source, mode, tokens, gaps=False)[0][0]
+    quality = Quality.of(_logits(model, text.ids_1L, text.positions_1L, text.kept), text.logits)
+    refuse_divergence(quality, source)
+    return Checked(difference, spans, quality=quality)
+
+
+def _has_deltas(source: Path) -> bool:
+    moe = ffn_config(read_config(source))
+    return moe is not None and moe.lora_rank > 0
+
+
+def _rounded_to(source: Path, exported: Path) -> torch.dtype | None:
+    """The dtype that the export's weights were rounded to; None where they are the source's."""
+    own, stored = (DTYPES[read_folder(folder)[EMBEDDING].dtype] for folder in (source, exported))
+    return None if stored in (own, torch.float32) else stored
 
 
 def refuse_difference(difference: float, source: Path) -> None:
@@ -79,12 +134,28 @@ def refuse_difference(difference: float, source: Path) -> None:
         )
 
 
+def refuse_divergence(quality: Quality, source: Path) -> None:
+    """UserError where rounded weights give another model."""
+    if not quality.divergence <= MAX_DIVERGENCE:
+        raise UserError(
+            f"the export is {quality.divergence:.2g} nats from {source} (allowed: {MAX_DIVERGENCE}); take a wider "
+            "dtype; nothing was kept"
+        )
+
+
 def source_logits(
-    source: Path, mode: Mode, tokens: int | None = None, gaps: bool = True
+    source: Path, mode: Mode, tokens: int | None = None, gaps: bool = True, rounded_to: torch.dtype | None = None
 ) -> tuple[list[Reference], Spans]:
-    """What the source computes in fp32, on text as long as its windows and scaling demand; `gaps`: as in Spans."""
+    """What the source computes in fp32, on text as long as its windows and scaling demand.
+
+    Args:
+        gaps: as in Spans.
+        rounded_to: every weight but the routers' is rounded to this dtype first.
+    """
     model = load(source, dtype=torch.float32)
     assert isinstance(model, ConvertedForCausalLM)
+    if rounded_to is not None:
+        _round(model, rounded_to)
     model.set_mode(mode)
     spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens, gaps)
     ids_1L = _token_ids(source, model.config, spans.tokens)
@@ -95,6 +166,13 @@ def source_logits(
         places = torch.linspace(0, spans.last_position, short_1L.shape[1], dtype=torch.float64).round().long()
         sequences.append((short_1L, places[None]))
     return [_reference(model, ids, places) for ids, places in sequences], spans
+
+
+@torch.no_grad()
+def _round(model: ConvertedForCausalLM, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            parameter.data = parameter.data.to(dtype).float()
 
 
 def _reference(model: PreTrainedModel, ids_1L: Tensor, positions_1L: Tensor | None) -> Reference:

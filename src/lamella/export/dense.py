@@ -10,7 +10,18 @@ import dataclasses
 
 from lamella.architecture.families import dense_tensors, family_of, may_be_stored
 from lamella.architecture.layout import FFNLayout, ffn_layout
-from lamella.architecture.moe_tensors import DOWN, GATE_UP, OUTPUT_BIAS, UP, UP_BIAS, expert_name
+from lamella.architecture.moe_tensors import (
+    DOWN,
+    GATE_UP,
+    KINDS,
+    OUTPUT_BIAS,
+    SELECTION_BIAS,
+    UP,
+    UP_BIAS,
+    WEIGHT,
+    expert_name,
+    router_name,
+)
 from lamella.checkpoint.pieces import JoinColumns, Piece, Stretch, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.tensors import SourceTensor
@@ -23,6 +34,50 @@ def needs(model: ConvertedModel) -> list[str]:
     if model.ffn and not model.ffn.num_frozen_experts:
         return ["this model has no frozen slices, so no dense FFN lies in it; give the model it was made of"]
     return []
+
+
+def loses(model: ConvertedModel) -> list[str]:
+    """What the routed model computes beside the dense one, which it is as long as its routers are as converted.
+
+    It still is where the trainable copies are the slices themselves, bit for bit, and nothing was added to the slices.
+    """
+    if not model.ffn or _chooses_the_slices(model) or _copies_are_the_slices(model):
+        return []
+    return [
+        "its router chooses trained copies of the slices, which the dense model leaves out; --mode dense takes it "
+        "without them, --to auto keeps them"
+    ]
+
+
+def _chooses_the_slices(model: ConvertedModel) -> bool:
+    """Whether every router is as converted: rows zero, and biases that choose all slices, whatever the token is."""
+    moe = model.moe
+    if moe.num_experts_per_tok != moe.num_frozen_experts or moe.lora_rank:
+        return False
+    for layer in moe.moe_layers:
+        weight, bias = (model.tensors[model.ffn_prefix(layer) + router_name(name)] for name in (WEIGHT, SELECTION_BIAS))
+        values = bias.read(0, bias.numel)
+        if moe.routing == "twin":
+            chosen = bool((values < 0).all())
+        else:
+            slices, copies = values.tensor_split([moe.num_frozen_experts])
+            chosen = not copies.numel() or bool(slices.min() > copies.max())
+        if not chosen or weight.read(0, weight.numel).any():
+            return False
+    return True
+
+
+def _copies_are_the_slices(model: ConvertedModel) -> bool:
+    """Of twin routing, which takes one of each pair whatever the router says."""
+    moe = model.moe
+    if moe.routing != "twin" or moe.lora_rank or moe.num_trainable_experts != moe.num_frozen_experts:
+        return False
+    parts = (GATE_UP, DOWN) if moe.gated else (UP, UP_BIAS, DOWN)
+    return all(
+        _same(*(model.tensors[model.ffn_prefix(layer) + expert_name(kind, part)] for kind in KINDS))
+        for layer in moe.moe_layers
+        for part in parts
+    )
 
 
 def plan(model: ConvertedModel) -> WritePlan:
@@ -38,14 +93,15 @@ def plan(model: ConvertedModel) -> WritePlan:
         tensors.append(OutputTensor(name, source.dtype, shape, piece))
     stored = [name for name in sources if name not in shapes and may_be_stored(name, dense)]
     tensors += [OutputTensor(n, sources[n].dtype, sources[n].shape, Stretches.copy(sources[n])) for n in stored]
-    if "lm_head.weight" in stored and not _is_embedding(sources["lm_head.weight"], sources[next(iter(shapes))]):
+    if "lm_head.weight" in stored and not _same(sources["lm_head.weight"], sources[next(iter(shapes))]):
         # transformers 5 takes the head that is in the file, transformers 4 ties it as the config says
         dense = dense | {"tie_word_embeddings": False}
     return WritePlan(tensors, dense)
 
 
-def _is_embedding(head: SourceTensor, embedding: SourceTensor) -> bool:
-    return (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and head.xxh3_128() == embedding.xxh3_128()
+def _same(one: SourceTensor, other: SourceTensor) -> bool:
+    """Bit for bit."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.xxh3_128() == other.xxh3_128()
 
 
 def joined_ffn(

@@ -17,6 +17,7 @@ from lamella.export.stock import (
     gate_needed,
     no_output_bias,
     no_window,
+    shared_is_multiple,
 )
 
 
@@ -24,9 +25,7 @@ def needs(model: ConvertedModel) -> list[str]:
     """What this model has that the class cannot hold."""
     if problems := experts_needed(model):
         return problems
-    problems = gate_needed(model, "sigmoid") + dense_layers_first(model)
-    if model.moe.shared_intermediate_size % model.moe.moe_intermediate_size:
-        problems.append("its shared expert is a multiple of a routed one, this model's is not")
+    problems = gate_needed(model, "sigmoid") + dense_layers_first(model) + shared_is_multiple(model)
     return problems + no_output_bias(model) + no_window(model)
 
 

@@ -14,6 +14,7 @@ from lamella.export.stock import (
     backbone_tensors,
     expert_tensors,
     experts_needed,
+    folded,
     gate_needed,
     no_attention_bias,
     no_qk_norm,
@@ -52,9 +53,3 @@ def plan(model: ConvertedModel) -> WritePlan:
         for e, expert in enumerate(experts(model, layer, down_scale=model.moe.route_scale)):
             tensors += expert_tensors(expert, f"{prefix}experts.{e}.", _NAMES)
     return WritePlan(tensors, config, notes={"tricks": folded(model)})
-
-
-def folded(model: ConvertedModel) -> list[str]:
-    """What to say of a routing scale that was multiplied into the experts."""
-    scale = model.moe.route_scale
-    return [] if scale == 1.0 else [f"the routing scale {scale:g} is multiplied into the experts' down projections"]

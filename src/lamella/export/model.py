@@ -49,9 +49,11 @@ class ConvertedModel:
     folder: Path
     config: Json
     tensors: dict[str, SourceTensor]
+    written_as: str | None = None
+    """The code of the dtype that its weights are to be stored in; None: their own."""
 
     @classmethod
-    def open(cls, folder: Path) -> ConvertedModel:
+    def open(cls, folder: Path, written_as: str | None = None) -> ConvertedModel:
         """UserError where the folder is no converted model, or its tensors are not those of its config."""
         converted_family(read_config(folder))
         config = read_stored_config(folder)
@@ -59,7 +61,7 @@ class ConvertedModel:
             raise UserError(f"{folder} has adapters as experts; merge them first: lamella adapters export --to moe")
         tensors, dense = read_folder(folder), dense_config(config)
         check_tensors(tensors, converted_tensors(config), str(folder), lambda name: may_be_stored(name, dense))
-        return cls(folder, config, tensors)
+        return cls(folder, config, tensors, written_as)
 
     @property
     def family(self) -> Family:
@@ -105,6 +107,11 @@ class ConvertedModel:
         first = attention_prefix(0)
         names = ("q_proj.bias", "o_proj.bias", "q_norm.weight")
         return AttentionExtras(*(first + name in self.tensors for name in names))
+
+    @property
+    def head_dim(self) -> int:
+        hf = self.dense_hf
+        return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
     @property
     def head(self) -> SourceTensor:

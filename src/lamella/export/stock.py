@@ -8,6 +8,7 @@ import torch
 
 from lamella.architecture.families import HEAD
 from lamella.architecture.moe_tensors import of_layer
+from lamella.checkpoint.dtypes import DTYPES
 from lamella.checkpoint.pieces import Stretches
 from lamella.checkpoint.plan import OutputTensor
 from lamella.export.experts import Expert, Part, named
@@ -18,8 +19,9 @@ from lamella.jsons import Json
 _BACKBONE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+# Written where they are None, too: some classes have numbers of their own, and would end a text at them.
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PARTS_OF_GATED: dict[Part, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -67,13 +69,33 @@ def no_selection_bias(model: ConvertedModel) -> list[str]:
     return ["its router has no selection bias, this model's has one that changes which experts are chosen"]
 
 
+def pairs_hold(model: ConvertedModel) -> list[str]:
+    """Twin routing takes one of each pair; by softmax scores with a bias plain top-k may take both of one pair.
+
+    Sigmoid scores of a pair add up to 1, so that all pairs meet at the same threshold; softmax scores do not.
+    """
+    if model.moe.routing != "twin" or model.moe.gate != "softmax" or not model.has_selection_bias():
+        return []
+    return ["twin routing by softmax with a selection bias is no top-k of all experts; convert with gate sigmoid"]
+
+
 def scale_folds(model: ConvertedModel, factor: float = 1.0) -> list[str]:
     """A routing scale goes into the experts' down projections, which rounds unless it is a power of two."""
     scale = model.moe.route_scale * factor
-    if model.dtype == torch.float32 or math.frexp(scale)[0] == 0.5:
+    dtype = DTYPES.get(model.written_as or "", model.dtype)
+    if dtype == torch.float32 or math.frexp(scale)[0] == 0.5:
         return []
-    dtype = str(model.dtype).removeprefix("torch.")
-    return [f"it has no routing scale, and times this model's ({scale:g}) {dtype} experts would be rounded"]
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"it has no routing scale, and times this model's ({scale:g}) {name} experts would be rounded; "
+        "--dtype f32 holds them"
+    ]
+
+
+def folded(model: ConvertedModel) -> list[str]:
+    """What to say of a routing scale that was multiplied into the experts."""
+    scale = model.moe.route_scale
+    return [] if scale == 1.0 else [f"the routing scale {scale:g} is multiplied into the experts' down projections"]
 
 
 def one_window(model: ConvertedModel) -> list[str]:
@@ -89,6 +111,12 @@ def no_window(model: ConvertedModel) -> list[str]:
 
 def no_shared_expert(model: ConvertedModel) -> list[str]:
     return ["it has no shared expert, this model has one"] if model.moe.shared_intermediate_size else []
+
+
+def shared_is_multiple(model: ConvertedModel) -> list[str]:
+    if not model.moe.shared_intermediate_size % model.moe.moe_intermediate_size:
+        return []
+    return ["its shared expert is a multiple of a routed one, this model's is not"]
 
 
 def dense_layers_first(model: ConvertedModel) -> list[str]:
@@ -123,11 +151,12 @@ def backbone_config(model: ConvertedModel, architecture: str, model_type: str) -
     """What config.json says of everything but the experts. The head is written out: tied ones some servers lack."""
     hf = model.dense_hf
     config = {key: getattr(hf, key) for key in _BACKBONE_KEYS if getattr(hf, key, None) is not None}
+    config |= {key: getattr(hf, key, None) for key in _SPECIAL_TOKENS}
     dtype = model.config.get("dtype") or model.config.get("torch_dtype") or str(model.dtype).removeprefix("torch.")
     return config | {
         "architectures": [architecture],
         "model_type": model_type,
-        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "head_dim": model.head_dim,
         "rope_parameters": dict(hf.rope_parameters),
         "dtype": dtype,
         "tie_word_embeddings": False,

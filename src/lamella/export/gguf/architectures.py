@@ -23,7 +23,14 @@ from lamella.checkpoint.pieces import Stretches, Values
 from lamella.checkpoint.plan import OutputTensor
 from lamella.export.experts import PARTS, Chain, Expert, experts, named, router, shared_expert, zero_expert
 from lamella.export.model import EMBEDDING, ConvertedModel
-from lamella.export.stock import dense_layers_first, experts_needed, no_output_bias, no_window
+from lamella.export.stock import (
+    dense_layers_first,
+    experts_needed,
+    no_output_bias,
+    no_window,
+    pairs_hold,
+    shared_is_multiple,
+)
 from lamella.jsons import Json
 
 _TOP = {hf: gguf for gguf, hf in GATED_GGUF.top.items()}
@@ -38,10 +45,9 @@ def needs(model: ConvertedModel) -> list[str]:
     if problems := experts_needed(model):
         return problems
     problems = dense_layers_first(model) + no_output_bias(model) + no_window(model)
+    problems += shared_is_multiple(model) + pairs_hold(model)
     if model.moe.gate not in _GATING:
         problems.append(f"its gate is sigmoid or softmax, this model's is {model.moe.gate}")
-    if model.moe.shared_intermediate_size % model.moe.moe_intermediate_size:
-        problems.append("its shared expert is a multiple of a routed one, this model's is not")
     if model.rope_type not in _ROPES:
         problems.append(f"its rope is one of {', '.join(_ROPES)}, this model's is {model.rope_type}")
     if model.rope_type == "yarn" and not model.dense_hf.rope_parameters.get("truncate", True):
@@ -73,7 +79,7 @@ def describe(model: ConvertedModel) -> tuple[Json, list[OutputTensor], list[str]
 
 def _common(model: ConvertedModel) -> Json:
     hf, moe = model.dense_hf, model.moe
-    head_dim = _head_dim(model)
+    head_dim = model.head_dim
     return {
         "block_count": hf.num_hidden_layers,
         "context_length": hf.max_position_embeddings,
@@ -98,7 +104,7 @@ def _common(model: ConvertedModel) -> Json:
 
 def _glm4moe(model: ConvertedModel) -> Json:
     values: Json = {
-        "rope.dimension_count": _head_dim(model),
+        "rope.dimension_count": model.head_dim,
         "expert_shared_count": max(1, model.moe.shared_intermediate_size // model.moe.moe_intermediate_size),
     }
     rope = model.dense_hf.rope_parameters
@@ -129,17 +135,12 @@ def _step35(model: ConvertedModel) -> Json:
     return {
         "block_count": L + 1,
         "feed_forward_length": _empty_width(model),
-        "rope.dimension_count": 2 * _head_dim(model),  # halved for layers without a window
-        "rope.dimension_count_swa": _head_dim(model),
+        "rope.dimension_count": 2 * model.head_dim,  # halved for layers without a window
+        "rope.dimension_count_swa": model.head_dim,
         "attention.sliding_window": _NARROW,
         "attention.sliding_window_pattern": [False] * L + [True],
         "expert_shared_feed_forward_length": model.moe.shared_intermediate_size or _NARROW,
     }
-
-
-def _head_dim(model: ConvertedModel) -> int:
-    hf = model.dense_hf
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
 def _backbone(model: ConvertedModel, architecture: str) -> list[OutputTensor]:
@@ -189,7 +190,7 @@ def _rope_factors(model: ConvertedModel) -> OutputTensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.dense_hf, torch.device("cpu"))
-    head_dim, theta = _head_dim(model), model.dense_hf.rope_parameters["rope_theta"]
+    head_dim, theta = model.head_dim, model.dense_hf.rope_parameters["rope_theta"]
     plain = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     factors = plain / scaled.double().numpy()
     return OutputTensor("rope_freqs.weight", "F32", (head_dim // 2,), Values(tuple(factors.tolist())))
@@ -203,7 +204,7 @@ def _empty_width(model: ConvertedModel) -> int:
 def _empty_layer(model: ConvertedModel) -> list[OutputTensor]:
     """The layer that step35 wants: attention and FFN whose last matrices, as all others, are zero."""
     hf, dtype = model.dense_hf, model.tensors[EMBEDDING].dtype
-    D, q, kv = hf.hidden_size, hf.num_attention_heads * _head_dim(model), hf.num_key_value_heads * _head_dim(model)
+    D, q, kv = hf.hidden_size, hf.num_attention_heads * model.head_dim, hf.num_key_value_heads * model.head_dim
     block = f"blk.{hf.num_hidden_layers}."
     shapes = {"attn_q": (q, D), "attn_k": (kv, D), "attn_v": (kv, D), "attn_output": (D, q)}
     width = _empty_width(model)
@@ -214,7 +215,7 @@ def _empty_layer(model: ConvertedModel) -> list[OutputTensor]:
     ]
     norms = {"attn_norm": D, "ffn_norm": D}
     if model.attention.qk_norm:
-        norms |= {"attn_q_norm": _head_dim(model), "attn_k_norm": _head_dim(model)}
+        norms |= {"attn_q_norm": model.head_dim, "attn_k_norm": model.head_dim}
     return tensors + [
         OutputTensor(f"{block}{name}.weight", dtype, (n,), Values((1.0,), n)) for name, n in norms.items()
     ]

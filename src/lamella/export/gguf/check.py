@@ -10,28 +10,20 @@ import torch
 
 from lamella.architecture.moe import Mode
 from lamella.errors import UserError
-from lamella.export.check import Checked, refuse_difference, source_logits
+from lamella.export.check import Checked, Quality, refuse_difference, refuse_divergence, source_logits
 from lamella.export.gguf.llama_cpp import find, log_probabilities
 
 PLACES = 16  # each asks for the whole vocabulary as text
-# Nats. Rounded experts move a model by tenths at most; a file that is wrong is off by whole ones.
-MAX_DIVERGENCE = 1.0
 
 
 @dataclass(frozen=True)
 class CheckedGguf(Checked):
-    """Of log-probabilities, at PLACES places of a text."""
-
-    top_1: float = 1.0
-    """Share of the places where both expect the same token."""
-    divergence: float = 0.0
-    """Mean KL divergence from the source, nats."""
-    largest_divergence: float = 0.0
+    """Of log-probabilities, at PLACES places of a text; `quality` is never None."""
 
     def describe(self) -> str:
+        assert self.quality is not None
         found = f"max |log-probability difference| {self.max_abs_logit_diff:.1e} in {self.reader}"
-        quality = f"top-1 {self.top_1:.0%}, KL divergence {self.divergence:.1e} (largest {self.largest_divergence:.1e})"
-        return f"{found}, {quality}, {self.spans.describe()}"
+        return f"{found}, {self.quality.describe()}, {self.spans.describe()}"
 
 
 def check_gguf(source: Path, exported: Path, mode: Mode = "routed", tokens: int | None = None) -> CheckedGguf | None:
@@ -56,14 +48,8 @@ def check_gguf(source: Path, exported: Path, mode: Mode = "routed", tokens: int 
     if found.shape != expected.shape:
         raise UserError(f"llama.cpp computes {found.shape[1]} tokens, the model has {expected.shape[1]}")
     difference = (found - expected).abs().max().item()
-    divergences = (expected.exp() * (expected - found)).sum(-1)
-    divergence = divergences.mean().item()
-    top_1 = (found.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    quality = Quality.of(found, expected)
     if file.stem.endswith("-F32"):
         refuse_difference(difference, source)
-    elif not divergence <= MAX_DIVERGENCE:
-        raise UserError(
-            f"the file is {divergence:.2g} nats from {source} (allowed: {MAX_DIVERGENCE}); take a wider dtype; "
-            "nothing was kept"
-        )
-    return CheckedGguf(difference, spans, "llama.cpp", top_1, divergence, divergences.max().item())
+    refuse_divergence(quality, source)
+    return CheckedGguf(difference, spans, "llama.cpp", quality)

@@ -6,7 +6,6 @@ Run by `log_probabilities`: python llama_cpp.py MODEL.gguf PROMPTS.json OUT.npy
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,16 +20,10 @@ TIMEOUT_S = 3600
 
 
 def find() -> str | None:
-    """The folder that holds `xllamacpp`, "" where Python finds it by itself, None where it is not installed.
+    """As `lamella.export.apart.find_apart`, of `xllamacpp`."""
+    from lamella.export.apart import find_apart
 
-    $LAMELLA_XLLAMACPP, or xllamacpp in lamella's cache, may hold it apart from the environment.
-    """
-    if importlib.util.find_spec("xllamacpp") is not None:
-        return ""
-    from lamella.architecture.embedded import cache_dir
-
-    folder = Path(os.environ.get("LAMELLA_XLLAMACPP") or cache_dir() / "xllamacpp")
-    return str(folder) if (folder / "xllamacpp/__init__.py").is_file() else None
+    return find_apart("xllamacpp", "LAMELLA_XLLAMACPP", "xllamacpp")
 
 
 def log_probabilities(model: Path, prompts: list[list[int] | str]) -> np.ndarray:

@@ -1,0 +1,30 @@
+"""What the card of an exported model says of its perplexity, measured when it is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lamella.data.sources import open_source
+from lamella.evaluate.perplexity import evaluate
+from lamella.export.measured import Measured, read_report
+
+
+def measurements(asked: Sequence[str]) -> list[Callable[[Path], Measured]]:
+    """One function of the model's folder for each text or report; UserError where there is none, before any model is
+    read."""
+    return [_of_report(read_report(Path(name))) if name.endswith(".json") else _of_text(name) for name in asked]
+
+
+def _of_report(measured: Measured) -> Callable[[Path], Measured]:
+    return lambda _: measured
+
+
+def _of_text(data: str) -> Callable[[Path], Measured]:
+    open_source(data)
+
+    def measure(folder: Path) -> Measured:
+        return Measured.from_report({"data": data, "model": asdict(evaluate(str(folder), data)["model"])}, data)
+
+    return measure
