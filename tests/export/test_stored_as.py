@@ -92,7 +92,7 @@ def test_files_are_as_small_as_asked(tmp_path: Path) -> None:
     report = export(source, "glm4-moe", tmp_path / "out", max_shard_size="100KB")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) == len(set(json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-                                 ["weight_map"].values())) > 3  # fmt: skip
+                                 ["weight_map"].values())) >= 3  # fmt: skip
     for file in files:
         with safe_open(file, "pt") as opened:
             assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 100_000  # noqa: SIM118
@@ -155,11 +155,11 @@ def test_a_report_that_is_none_is_refused(with_tokenizer: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["glm4-moe", "gguf"])
 def test_a_disk_that_becomes_full_leaves_nothing(tmp_path: Path, target: str) -> None:
-    """A real file system of 300 kB, where one can be mounted, and one line. The room is not looked at beforehand, as if
+    """A real file system of 150 kB, where one can be mounted, and one line. The room is not looked at beforehand, as if
     somebody else had filled it meanwhile."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", small], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", small], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lamella.architecture.families import sizes_of
+from lamella.checkpoint.check import read_config
 from lamella.data.sources import open_source
 from lamella.evaluate.perplexity import evaluate
 from lamella.export.measured import Measured, read_report
+
+# Tokens of a window, where the model has as many positions.
+LENGTH = 1024
 
 
 def measurements(asked: Sequence[str]) -> list[Callable[[Path], Measured]]:
@@ -25,6 +30,8 @@ def _of_text(data: str) -> Callable[[Path], Measured]:
     open_source(data)
 
     def measure(folder: Path) -> Measured:
-        return Measured.from_report({"data": data, "model": asdict(evaluate(str(folder), data)["model"])}, data)
+        positions = sizes_of(read_config(folder)).max_positions or LENGTH
+        measured = evaluate(str(folder), data, seq_len=min(LENGTH, positions))["model"]
+        return Measured.from_report({"data": data, "model": asdict(measured)}, data)
 
     return measure

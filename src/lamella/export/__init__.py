@@ -38,7 +38,7 @@ TARGETS = {
     "gguf": Target(
         gguf.needs,
         gguf.plan,
-        write=gguf.write,
+        write=gguf.write_file,
         check=_check_gguf,
         sidecars=LICENCE_FILES,
     ),

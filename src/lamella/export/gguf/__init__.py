@@ -15,7 +15,7 @@ from lamella.export.model import ConvertedModel
 from lamella.export.target import Options
 from lamella.jsons import Json
 
-__all__ = ["needs", "plan", "write"]
+__all__ = ["needs", "plan", "write_file"]
 
 
 def plan(model: ConvertedModel, options: Options) -> WritePlan:
@@ -43,7 +43,7 @@ def plan(model: ConvertedModel, options: Options) -> WritePlan:
     return plan
 
 
-def write(plan: WritePlan, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+def write_file(plan: WritePlan, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
     """Write the file, and quantise it where the plan says so."""
     write_gguf(plan, folder, on_bytes)
     if (quantise := plan.notes.get("quantise")) is not None:

@@ -1,0 +1,164 @@
+"""Servers that others make, started by `lamella serve-model`: what they answer is what the model computes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lamella.errors import UserError
+from lamella.export import export
+from lamella.export.apart import find_apart
+from lamella.export.serving import VLLM_PYTHON, command_for, open_served
+from support.bpe import VOCAB, save_bpe
+from support.trained_model import save_trained
+
+PROMPT = "def area(width"
+TOKENS = 8
+needs_llama_cpp = pytest.mark.skipif(
+    find_apart("xllamacpp", "LAMELLA_XLLAMACPP", "xllamacpp") is None, reason="xllamacpp is not installed"
+)
+needs_serving = pytest.mark.skipif(
+    find_apart("openai", "LAMELLA_TRANSFORMERS_SERVING", "transformers-serving") is None,
+    reason="transformers[serving] is not installed",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bpe(save_trained(tmp_path_factory.mktemp("served") / "moe", vocab_size=VOCAB, eos_token_id=1))
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> str:
+    """The source's own greedy text."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    from lamella.hf.models import load
+
+    model = load(source, torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def served(path: Path, *words: str, wait_s: float = 240) -> Iterator[str]:
+    """The server's URL while it runs."""
+    port = free_port()
+    command = [sys.executable, "-c", "from lamella.cli import main; main()", "serve-model", str(path)]
+    process = subprocess.Popen([*command, "--port", str(port), *words], stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + wait_s
+        while True:
+            assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
+            assert time.monotonic() < end, "it does not answer"
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def completion(url: str, model: str) -> str:
+    asked = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    answer = httpx.post(f"{url}/completions", json=asked, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_llama_cpp_answers(source: Path, expected: str, tmp_path: Path) -> None:
+    out = export(source, "gguf", tmp_path / "gguf", check=False).out
+    with served(out, "--context", "128") as url:
+        assert expected.startswith(completion(url, "moe-F32"))
+
+
+@needs_serving
+@pytest.mark.slow
+def test_transformers_answers(source: Path, expected: str, tmp_path: Path) -> None:
+    out = export(source, "glm4-moe", tmp_path / "glm", check=False).out
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__module__.startswith("transformers.")
+    with served(out, "--engine", "transformers", "--device", "cpu", "--dtype", "float32") as url:
+        assert expected.startswith(completion(url, str(out)))
+
+
+@pytest.mark.skipif(VLLM_PYTHON not in os.environ, reason="scripts/with_vllm.py runs it beside vLLM")
+@pytest.mark.slow
+def test_vllm_answers(source: Path, expected: str, tmp_path: Path) -> None:
+    out = export(source, "glm4-moe", tmp_path / "glm", check=False).out
+    words = ("--engine", "vllm", "--dtype", "float32", "--context", "128", "--device", "cpu")
+    with served(out, *words, wait_s=500) as url:
+        assert expected.startswith(completion(url, "glm"))
+
+
+def test_auto_takes_what_fits(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VLLM_PYTHON, sys.executable)
+    glm = export(source, "glm4-moe", tmp_path / "glm", check=False).out
+    command = command_for(open_served(glm, free_port(), context=64))
+    assert (command.engine, command.model) == ("vllm", "glm")
+    assert "--max-model-len 64" in command.describe()
+    assert "127.0.0.1" in command.words
+    with pytest.raises(
+        UserError, match=r"vllm cannot serve .* needs the code in its folder.*lamella export .* --to auto"
+    ):
+        command_for(open_served(source, free_port()), "vllm")
+    with pytest.raises(UserError, match=r"llama\.cpp cannot serve .* vllm, transformers can"):
+        command_for(open_served(glm, free_port()), "llama.cpp")
+
+
+@pytest.mark.faults
+def test_what_is_missing_is_said(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamella.export.serving.find_apart", lambda *_: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(VLLM_PYTHON, raising=False)
+    with pytest.raises(UserError, match=r"transformers is not installed: pip install 'transformers\[serving\]'"):
+        command_for(open_served(source, free_port()))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"llama\.cpp is not installed: pip install 'lamella\[serve\]'"):
+        command_for(open_served(tmp_path / "m.gguf", free_port()))
+    monkeypatch.setenv(VLLM_PYTHON, str(tmp_path / "no-python"))
+    glm = export(source, "glm4-moe", tmp_path / "glm", check=False).out
+    with pytest.raises(UserError, match="is no program"):
+        command_for(open_served(glm, free_port()), "vllm")
+
+
+@pytest.mark.faults
+def test_bad_input_is_refused(source: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="pass another --port"):
+            command_for(open_served(source, taken.getsockname()[1]))
+    with pytest.raises(UserError, match="holds no model"):
+        open_served(tmp_path, 8000)
+    with pytest.raises(UserError, match=r"engine is 'vlm'.*did you mean 'vllm'"):
+        command_for(open_served(source, free_port()), "vlm")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="is a run directory; export it first"):
+        open_served(tmp_path, 8000)
