@@ -14,7 +14,8 @@ import typer
 from lamella.cli_adapters import adapters_app
 from lamella.cli_data import Overwrite, data_app
 from lamella.cli_evaluate import SEQ_LEN, Device, evaluate
-from lamella.cli_generate import generate, push, serve_model
+from lamella.cli_export import export, push, serve_model
+from lamella.cli_generate import generate
 from lamella.cli_plan import JsonFile, Words, plan
 from lamella.cli_runs import runs_app
 from lamella.cli_service import access_app, backup, doctor, restore, serve
@@ -303,65 +304,7 @@ app.command(
 app.command()(generate)
 app.command()(push)
 app.command(name="serve-model")(serve_model)
-
-
-@app.command()
-def export(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_DIR", help="A run directory, or the folder of a converted model.")
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="Write it as glm4-moe, mixtral, qwen3-moe, qwen2-moe, ernie, gguf or dense, or as the class of "
-            "transformers that fits (auto)."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Write the exported model to this folder.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Store the weights as f32, bf16 or f16; of a GGUF file also as q8_0, q4_0 or, by llama.cpp's own "
-            "tool, a K-quant such as q4_k_m.",
-            show_default="the model's own",
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Cut the weights into files of at most this size, such as 2GB.", show_default="5GB"),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(help="With --to dense, of a trained model: 'dense' leaves its trained copies and routers out."),
-    ] = None,
-    perplexity: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT_OR_REPORT",
-            help="Measure the model on the held-out part of this text for the model card, or take a report of "
-            "`lamella evaluate --json`; may be repeated.",
-        ),
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Give a GGUF file the tokenizer of this GGUF file.")] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Take a run's checkpoint of this step.", show_default="the newest")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option(help="Reload it in plain transformers or llama.cpp; compare the logits.")
-    ] = True,
-    check_tokens: Annotated[
-        int | None,
-        typer.Option(min=2, help="Compare on a text of this many tokens.", show_default="past every window, in bounds"),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a model in a stock architecture, which needs no code of lamella, or as a dense model again."""
-    from lamella.evaluate.card import measurements
-    from lamella.export.command import run
-
-    options: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "max_shard_size": max_shard_size, "mode": mode}
-    options |= {"check": check, "check_tokens": check_tokens, "overwrite": overwrite}
-    run(source, to, out, step=step, measure=measurements(perplexity or []), **options)
+app.command()(export)
 
 
 @app.command()

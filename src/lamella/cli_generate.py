@@ -1,5 +1,4 @@
-"""The commands that use a model or hand it on: `lamella generate`, `serve-model` and `push`. Each imports what it needs
-when it runs."""
+"""`lamella generate`: text from a model. Imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -84,71 +83,3 @@ def generate(
     what: dict[str, Any] = {"chat": chat, "system": system, "json_path": json, "dtype": dtype, "device": device}
     what |= {"top_k": top_k, "twins": twins, "expert_memory": expert_memory, "experts_on": experts_on, "slices": slices}
     run(folder, prompt or [], prompt_file, sampling, **what)
-
-
-Served = Annotated[
-    Path,
-    typer.Argument(metavar="DIR_OR_FILE", help="The folder of an exported, converted or dense model, or a GGUF file."),
-]
-EngineWord = Annotated[
-    str,
-    typer.Option(
-        help="Serve with llama.cpp (GGUF files), vllm or transformers; auto takes what fits the model and is installed."
-    ),
-]
-Port = Annotated[int, typer.Option(min=1, max=65535, help="Listen on this port, on this machine alone.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Keep this many tokens of prompt and answer (llama.cpp, vllm).", show_default="the model's own"
-    ),
-]
-ServedDevice = Annotated[str, typer.Option(help="Compute on cpu, cuda or what is there (auto).")]
-ServedDtype = Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16, or as stored (auto).")]
-OnlyPrint = Annotated[bool, typer.Option("--dry-run", help="Print the server's own command and start nothing.")]
-
-
-def serve_model(
-    model: Served,
-    engine: EngineWord = "auto",
-    port: Port = 8000,
-    context: Context = None,
-    device: ServedDevice = "auto",
-    dtype: ServedDtype = "auto",
-    dry_run: OnlyPrint = False,
-) -> None:
-    """Start a server for a model that speaks OpenAI's protocol: transformers', llama.cpp's or vLLM's own."""
-    import sys
-
-    from lamella.export.serving import command_for, open_served, run
-
-    command = command_for(open_served(model, port, context, device, dtype), engine)
-    if dry_run:
-        print(command.describe())
-        return
-    print(f"{command.engine}: {command.url}, model {command.model}; Ctrl-C ends it", file=sys.stderr, flush=True)
-    run(command)
-
-
-Pushed = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a model.")]
-Repo = Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub, such as me/my-model; made if new.")]
-Private = Annotated[bool, typer.Option("--private", help="A repository that is made is seen by its owners alone.")]
-Revision = Annotated[str | None, typer.Option(help="Send it to this branch.", show_default="main")]
-OnlyList = Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes, and send nothing.")]
-
-
-def push(
-    folder: Pushed, repo: Repo, private: Private = False, revision: Revision = None, dry_run: OnlyList = False
-) -> None:
-    """Send a model's folder to the hub; started again after an interruption, go on where it was."""
-    from lamella.export.push import check_repo, files_of
-    from lamella.export.push import push as send
-
-    if not dry_run:
-        print(send(folder, repo, private=private, revision=revision))
-        return
-    files = files_of(folder)
-    check_repo(repo)
-    for file in files:
-        print(f"{file.bytes / 1e6:>12,.3f} MB  {file.name}")
-    print(f"{sum(file.bytes for file in files) / 1e6:>12,.3f} MB  in {len(files)} files would go to {repo}")

@@ -76,7 +76,8 @@ def appearing_folder(out: Path) -> Iterator[Path]:
         _replace(temporary, out.absolute())
         made = []
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        # numpy counts what it could not write ("4096 requested and 512 written") and has no number for it
+        if error.errno == errno.ENOSPC or (error.errno is None and str(error).endswith("written")):
             raise UserError(f"the disk of {out} became full; nothing was kept") from None
         raise
     finally:

@@ -80,7 +80,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or pass --dry-run") from None
     except HfHubHTTPError as error:
         code = getattr(error.response, "status_code", None)
-        meaning = _MEANINGS.get(code, "try again; what was sent is not sent once more")
+        meaning = _MEANINGS.get(code or 0, "try again; what was sent is not sent once more")
         raise UserError(f"{api.endpoint} refused {repo} ({_first_line(error)}); {meaning}") from None
     except (httpx.TransportError, ConnectionError) as error:
         raise UserError(

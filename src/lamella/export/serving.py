@@ -1,7 +1,7 @@
 """Which server can serve a folder, and how it is started: `transformers serve`, llama.cpp's or vLLM's.
 
 Each answers the OpenAI-compatible `/v1/completions` and `/v1/chat/completions` on loopback. What was tried with each is
-in docs/how-to/serve.md.
+in docs/how-to/export-and-serve.md.
 """
 
 from __future__ import annotations
