@@ -106,7 +106,7 @@ def ending_of(submission: Submission, seen: Seen) -> Ending:
     run = present(run_dirs(submission))
     if run is not None and not said:
         status = _status(run)
-        if seen.code == 0 and status["state"] in ("finished", "stopped"):
+        if seen.code == 0 and status["state"] in ("finished", "stopped", "none"):  # none: in a bucket, not here
             return Ending()
         if status["state"] == "preempted":
             return Ending("preempted", True, status.get("reason") or "a signal asked to stop")
@@ -180,10 +180,14 @@ def _objects(file: Path) -> list[Json]:
     return found
 
 
-def is_under_way(runs: list[RunDir], since: float) -> bool:
-    """Whether the ranks of the attempt that began then have begun to train; jobs of other kinds always have."""
+def is_under_way(runs: list[RunDir], since: float, shares_files: bool) -> bool:
+    """Whether the ranks of the attempt that began then have begun to train; jobs of other kinds always have.
+
+    Args:
+        shares_files: the run directory must be seen from here; else one that is not is no sign of anything.
+    """
     run = present(runs)
-    if run is None:
+    if run is None or not (shares_files or run.path.exists()):
         return True
     status = _status(run)
     return status["state"] == "running" and float(status.get("time", 0)) >= since

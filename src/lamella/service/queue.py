@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, func, insert, select, update
 
 from lamella.jsons import Json
-from lamella.service.schema import attempts, runs
-from lamella.service.states import ACTIVE
+from lamella.service.schema import attempts, hosts, runs
+from lamella.service.states import ACTIVE, TERMINAL
 from lamella.service.store import Attempt, Run, Store, as_run, swap
 
 
@@ -72,6 +72,51 @@ def active(store: Store, host: str) -> list[tuple[Run, Attempt]]:
             row = connection.execute(select(attempts).where(*condition)).mappings().first()
             if row is not None:
                 pairs.append((run, Attempt(**dict(row))))
+    return pairs
+
+
+def at_work(store: Store, host: str) -> None:
+    """Note that the scheduler of a host is at work now."""
+    with store.database.writing() as connection:
+        if not connection.execute(update(hosts).where(hosts.c.host == host).values(looked=time.time())).rowcount:
+            connection.execute(insert(hosts).values(host=host, looked=time.time()))
+
+
+def of_silent_hosts(store: Store, host: str, silent_s: float) -> list[tuple[Run, Attempt]]:
+    """The runs that may have processes, whose attempt another host's scheduler looks after that has been silent for so
+    long, or that was never heard of and began so long ago. The clocks of hosts must agree better than that."""
+    now = time.time()
+    joined = runs.join(attempts, (attempts.c.run == runs.c.id) & (attempts.c.number == runs.c.attempt))
+    joined = joined.outerjoin(hosts, hosts.c.host == attempts.c.host)
+    query = select(attempts.c.id).select_from(joined).where(runs.c.state.in_(ACTIVE), attempts.c.host != host)
+    query = query.where(func.coalesce(hosts.c.looked, attempts.c.started) < now - silent_s)
+    with store.database.reading() as connection:
+        pairs = []
+        for number in connection.execute(query).scalars():
+            row = connection.execute(select(attempts).where(attempts.c.id == number)).mappings().one()
+            run = connection.execute(select(runs).where(runs.c.id == row["run"])).mappings().one()
+            pairs.append((as_run(run), Attempt(**dict(row))))
+    return pairs
+
+
+def adopt(store: Store, attempt: Attempt, host: str) -> bool:
+    """Let this host's scheduler look after an attempt, unless another one was faster."""
+    with store.database.writing() as connection:
+        mine = update(attempts).where(attempts.c.id == attempt.id, attempts.c.host == attempt.host)
+        return bool(connection.execute(mine.values(host=host)).rowcount)
+
+
+def left_over(store: Store, host: str) -> list[tuple[Run, Attempt]]:
+    """Attempts of this host that nobody has ended, of runs that others have ended or started again meanwhile."""
+    joined = runs.join(attempts, attempts.c.run == runs.c.id)
+    query = select(attempts.c.id).select_from(joined).where(attempts.c.host == host, attempts.c.ended.is_(None))
+    query = query.where(runs.c.state.in_(TERMINAL) | (attempts.c.number < runs.c.attempt))
+    with store.database.reading() as connection:
+        pairs = []
+        for number in connection.execute(query).scalars():
+            row = connection.execute(select(attempts).where(attempts.c.id == number)).mappings().one()
+            run = connection.execute(select(runs).where(runs.c.id == row["run"])).mappings().one()
+            pairs.append((as_run(run), Attempt(**dict(row))))
     return pairs
 
 

@@ -18,7 +18,7 @@ from lamella.run.launch import check_stages
 from lamella.service import progress, queue
 from lamella.service.database import Unavailable
 from lamella.service.executors import EXECUTORS
-from lamella.service.executors.executor import Executor, Place, Seen, submission_of
+from lamella.service.executors.executor import Executor, Place, Seen, Unreachable, submission_of
 from lamella.service.jobs import RECIPE, TrainJob
 from lamella.service.progress import Ending
 from lamella.service.states import State
@@ -35,6 +35,11 @@ STOP_S, KEEP_S = 120.0, 900.0
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 300.0
 ATTEMPTS_WITHOUT_PROGRESS = 3
 """So many attempts may end without a new checkpoint, before the run counts as failed."""
+AT_WORK_S = 10.0
+"""A host says this often that its scheduler is at work."""
+HERE = "local"
+SHARE_FILES = (HERE, "slurm")
+"""Executors whose run directories are seen from here."""
 
 
 class Scheduler:
@@ -53,6 +58,11 @@ class Scheduler:
         self.problem = ""
         self._looked: dict[str, float] = {}
         """When the folder of a run was last read."""
+        self._unheard: dict[str, float] = {}
+        """Since when whatever runs a run has not answered."""
+        self._said = -AT_WORK_S
+        self._threads: dict[str, threading.Thread] = {}
+        """Those at work on runs of the executors that may take long to answer."""
         self._wake = threading.Event()
         self._stop = threading.Event()
 
@@ -81,20 +91,59 @@ class Scheduler:
         self._wake.set()
 
     def tick(self) -> None:
-        """Look at every run once."""
+        """Look at every run once; at those on clusters in threads, which may still be at it when this returns."""
+        if time.monotonic() - self._said >= AT_WORK_S:
+            self._said = time.monotonic()
+            queue.at_work(self.store, self.host)
+            self._look_elsewhere()
         for run in queue.in_state(self.store, "validating"):
             self._guarded(self._validate, run)
         for run in queue.in_state(self.store, "preempted"):
             if run.not_before <= time.time():
                 self.store.move(run, "queued", "queued")
-        for run, attempt in queue.active(self.store, self.host):
-            self._guarded(self._attend, run, attempt)
-        for name in (
-            queue.awaited(self.store) & self.executors.keys()
-        ):  # only they need a transaction that others wait for
-            while (taken := queue.claim(self.store, self.host, self.place.capacity, name)) is not None:
-                self._guarded(self._start, *taken)
+        mine = queue.active(self.store, self.host)
+        awaited = queue.awaited(self.store) & self.executors.keys()  # only they need a transaction that others wait for
+        for name in sorted({run.executor for run, _ in mine} | awaited, key=lambda name: name == HERE):
+            pairs = [pair for pair in mine if pair[0].executor == name]
+            if name == HERE:
+                self._look_after(name, pairs, name in awaited)
+            elif name not in self._threads or not self._threads[name].is_alive():
+                work = (name, pairs, name in awaited)
+                self._threads[name] = threading.Thread(target=self._look_after, args=work, name=name, daemon=True)
+                self._threads[name].start()
         self.ticked = time.time()
+
+    def _look_after(self, name: str, pairs: list[tuple[Run, Attempt]], is_awaited: bool) -> None:
+        try:
+            for run, attempt in pairs:
+                self._guarded(self._attend, run, attempt)
+            while is_awaited and (taken := queue.claim(self.store, self.host, self.place.capacity, name)) is not None:
+                self._guarded(self._start, *taken)
+        except Unavailable as error:
+            if name == HERE:
+                raise
+            log.warning("%s", error)
+
+    def _look_elsewhere(self) -> None:
+        """Runs of hosts that are silent: whatever runs on a cluster is looked after from here on; of what runs on the
+        host itself nobody knows. And what was ended by others while this host was silent is ended here."""
+        for run, attempt in queue.of_silent_hosts(self.store, self.host, progress.STALE_S):
+            if run.executor != HERE:
+                if queue.adopt(self.store, attempt, self.host):
+                    self.store.note(run.id, "adopted", {"by": self.host, "of": attempt.host})
+                continue
+            reason = f"the service on {attempt.host} is not heard of; what it had started may run there still"
+            if run.state == "cancelling":
+                self.store.move(run, "cancelled", "cancelled", {"reason": reason}, reason=reason, ended=time.time())
+            elif run.state != "lost":
+                self.store.move(run, "lost", "lost", {"reason": reason}, reason=reason)
+        for run, attempt in queue.left_over(self.store, self.host):
+            if attempt.handle:
+                self._guarded(self._end_left_over, run, attempt)
+
+    def _end_left_over(self, run: Run, attempt: Attempt) -> None:
+        self.executors[run.executor].ask(run, attempt, "kill")
+        queue.change_attempt(self.store, attempt, ended=time.time(), reason="the run was ended without it")
 
     def _guarded(self, act: object, run: Run, *more: Attempt) -> None:
         try:
@@ -141,6 +190,9 @@ class Scheduler:
                     self.store.take_over(run.id, str(file), 0, file.stat().st_size, [])
         try:
             handle = self.executors[run.executor].submit(run, attempt)
+        except Unreachable as error:
+            log.warning("run %s: %s", run.id, error)  # it may have come through, so this attempt is handed over again
+            return
         except (OSError, UserError) as error:
             kind = "user_config" if isinstance(error, UserError) else "infra"
             self._end(run, attempt, Seen("ended", None, {"failure": kind, "reason": f"it cannot be started: {error}"}))
@@ -153,6 +205,10 @@ class Scheduler:
                 self._start(run, attempt)
             return
         seen = self.executors[run.executor].look(run, attempt)
+        if seen.state == "unknown":
+            self._note_silence(run, seen)
+            return
+        self._unheard.pop(run.id, None)
         submission = submission_of(run)
         runs = progress.run_dirs(submission)
         over = seen.state in ("ended", "gone")
@@ -160,20 +216,32 @@ class Scheduler:
             self._looked[run.id] = time.monotonic()
             self._take_over_events(run, [stage.events_file for stage in runs])
             self._note_progress(run, progress.progress_of(runs, run.started))
+            try:
+                self.executors[run.executor].fetch_log(run, attempt)
+            except (OSError, UserError, Unreachable) as error:
+                log.warning("the log of %s: %s", run.id, error)
         if over:
             self._looked.pop(run.id, None)
             self._end(run, attempt, seen)
         elif run.state in ("pausing", "cancelling"):
             self._ask_to_end(run, attempt, seen)
+        elif run.state == "lost" and not progress.is_stale(runs, attempt.started):
+            to: State = "pausing" if run.desired == "paused" else "running"
+            self.store.move(run, to, "found", reason="")
         elif seen.state == "waiting":
             if time.time() - float(attempt.handle["submitted"]) > START_S and run.executor == "local":
                 self._start(run, attempt)
-        elif run.state == "starting" and progress.is_under_way(runs, attempt.started):
+        elif run.state == "starting" and progress.is_under_way(runs, attempt.started, run.executor in SHARE_FILES):
             self.store.move(run, "running", "running")
         elif run.state == "running" and progress.is_stale(runs, attempt.started):
-            self.store.move(run, "lost", "lost", {"reason": f"no rank was heard of for {progress.STALE_S:.0f} s"})
-        elif run.state == "lost" and not progress.is_stale(runs, attempt.started):
-            self.store.move(run, "running", "found")
+            reason = f"no rank was heard of for {progress.STALE_S:.0f} s"
+            self.store.move(run, "lost", "lost", {"reason": reason}, reason=reason)
+
+    def _note_silence(self, run: Run, seen: Seen) -> None:
+        since = self._unheard.setdefault(run.id, time.monotonic())
+        if time.monotonic() - since > progress.STALE_S and run.state in ("starting", "running", "pausing"):
+            reason = f"for {progress.STALE_S:.0f} s: {seen.reason}"
+            self.store.move(run, "lost", "lost", {"reason": reason}, reason=reason)
 
     def _ask_to_end(self, run: Run, attempt: Attempt, seen: Seen) -> None:
         executor, now = self.executors[run.executor], time.time()

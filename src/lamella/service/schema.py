@@ -23,7 +23,7 @@ from sqlalchemy import (
 
 from lamella.service.states import TERMINAL
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration."""
 metadata = MetaData()
 Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only INTEGER keys
@@ -94,6 +94,11 @@ read_events = Table(  # how far the events that a training run writes were taken
     Column("run", String(40), ForeignKey("runs.id"), primary_key=True),
     Column("file", String(400), primary_key=True),
     Column("offset", Number, nullable=False),
+)  # fmt: skip
+hosts = Table(  # the machines whose schedulers share the store
+    "hosts", metadata,
+    Column("host", String(255), primary_key=True),
+    Column("looked", Float, nullable=False),  # when its scheduler was last at work
 )  # fmt: skip
 idempotency = Table(
     "idempotency", metadata,

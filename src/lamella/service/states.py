@@ -24,7 +24,7 @@ NEXT: dict[State, frozenset[State]] = {
         {"running", "queued", "preempted", "pausing", "paused", "cancelling", "lost", "succeeded", "failed"}
     ),
     "running": frozenset({"queued", "preempted", "pausing", "cancelling", "lost", "succeeded", "failed"}),
-    "pausing": frozenset({"paused", "queued", "preempted", "cancelling", "succeeded", "failed"}),
+    "pausing": frozenset({"paused", "queued", "preempted", "cancelling", "lost", "succeeded", "failed"}),
     "paused": frozenset({"queued", "cancelled"}),
     "preempted": frozenset({"queued", "paused", "cancelled"}),
     "cancelling": frozenset({"cancelled", "succeeded"}),

@@ -20,8 +20,8 @@ Ask = Literal["stop", "kill"]
 class Seen:
     """What an executor sees of an attempt."""
 
-    state: Literal["waiting", "running", "ended", "gone"]
-    """gone: nothing runs, and nothing says how it ended."""
+    state: Literal["waiting", "running", "ended", "gone", "unknown"]
+    """gone: nothing runs, and nothing says how it ended; unknown: whoever would know does not answer."""
     code: int | None = None
     """Of an attempt that has ended: its command's exit code, -N where signal N killed it; None: not known."""
     failure: Json | None = None
@@ -47,6 +47,10 @@ class Place:
         return self.folder(run_id) / "job.log"
 
 
+class Unreachable(RuntimeError):
+    """Whatever runs the jobs does not answer; it may do so later."""
+
+
 class Executor(Protocol):
     """Where jobs run."""
 
@@ -58,13 +62,25 @@ class Executor(Protocol):
 
         Raises:
             OSError, UserError: it cannot be started.
+            Unreachable: nobody knows whether it was started.
         """
 
     def look(self, run: Run, attempt: Attempt) -> Seen:
         """How the attempt is."""
 
     def ask(self, run: Run, attempt: Attempt, what: Ask) -> None:
-        """Ask it to end."""
+        """Ask it to end.
+
+        Raises:
+            UserError, Unreachable: it was not asked.
+        """
+
+    def fetch_log(self, run: Run, attempt: Attempt) -> None:
+        """Add to `Place.log` what the attempt has printed since the last call, where it is not written there at once.
+
+        Raises:
+            UserError, Unreachable: nothing came.
+        """
 
 
 def submission_of(run: Run) -> Submission:

@@ -16,7 +16,9 @@ import yaml
 
 from lamella.errors import UserError
 from lamella.jsons import Json
-from lamella.service.executors.executor import Ask, Place, Seen, submission_of
+from lamella.run.folder import write_atomic
+from lamella.service.attempt import place_of
+from lamella.service.executors.executor import Ask, Place, Seen, Unreachable, submission_of
 from lamella.service.jobs import RECIPE, Submission, TrainJob
 from lamella.service.store import Attempt, Run
 
@@ -24,9 +26,20 @@ MANIFEST = "job.yaml"
 API = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "lamella.dev/service"
 VOLUME = "shared"
-CALL_S = 60
+CALL_S = 30
+NO_SERVER = (
+    "Unable to connect to the server", "was refused", "i/o timeout", "TLS handshake timeout", "no such host",
+    "ServiceUnavailable", "InternalError", "Timeout", "context deadline exceeded", "EOF",
+)  # fmt: skip
+PODS_OF = {"trainjob": "jobset.sigs.k8s.io/jobset-name", "job": "batch.kubernetes.io/job-name"}
+"""The label by which the pods of an object are known: a TrainJob becomes a JobSet of its name."""
+MOST_PODS = 1000
+FETCHED = "fetched.json"
 GRACE_S = 600
 """Ranks get so long to save."""
+LINE = re.compile(
+    r"\[(?P<source>[^\]]+)\] (?P<second>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.(?P<fraction>\d+))?Z (?P<text>.*)"
+)
 SUSPENDED = Seen("ended", 143, None, "suspended")
 
 
@@ -106,8 +119,8 @@ class Kubernetes:
         """From the conditions of the object."""
         try:
             shown = _kubectl("get", *self._target(run, attempt), "--ignore-not-found", "-o", "json")
-        except (UserError, subprocess.TimeoutExpired) as error:  # no answer is no news
-            return Seen("running", reason=str(error))
+        except (UserError, Unreachable) as error:  # no answer is no news
+            return Seen("unknown", reason=str(error))
         if not shown.strip():
             return Seen("gone", reason="the cluster knows nothing of the job any more")
         seen = seen_in(json.loads(shown).get("status") or {})
@@ -122,10 +135,48 @@ class Kubernetes:
         else:
             _kubectl("delete", *self._target(run, attempt), "--ignore-not-found", "--wait=false")
 
+    def fetch_log(self, run: Run, attempt: Attempt) -> None:
+        """The new lines of all pods, each after the pod's name; which is the last of each pod is kept in a file."""
+        kind, namespace = _kind_of(run), submission_of(run).cluster.namespace
+        file = place_of(self.place.folder(run.id), attempt.number) / FETCHED
+        last: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+        words = [f"--namespace={namespace}", f"--selector={PODS_OF[kind]}={name_of(run, attempt.number)}"]
+        words += ["--all-containers", "--prefix", "--timestamps", "--tail=-1", f"--max-log-requests={MOST_PODS}"]
+        if last:
+            words.append(f"--since-time={min(last.values())[:19]}Z")
+        text, new = lines_after(_kubectl("logs", *words), last)
+        if not text:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self.place.log(run.id).open("a") as log:
+            log.write(text)
+        write_atomic(file, json.dumps(new))
+
     def _target(self, run: Run, attempt: Attempt) -> list[str]:
-        submission = submission_of(run)
-        kind = "trainjob" if isinstance(submission.job, TrainJob) else "job"
-        return [f"{kind}/{name_of(run, attempt.number)}", f"--namespace={submission.cluster.namespace}"]
+        namespace = submission_of(run).cluster.namespace
+        return [f"{_kind_of(run)}/{name_of(run, attempt.number)}", f"--namespace={namespace}"]
+
+
+def _kind_of(run: Run) -> str:
+    return "trainjob" if isinstance(submission_of(run).job, TrainJob) else "job"
+
+
+def lines_after(said: str, last: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """(the lines of `kubectl logs --prefix --timestamps` that are new, the time of the last one of each container).
+
+    Args:
+        last: what the call before this one returned, such as {"pod/a/node": "2026-11-29T02:00:00.123456789Z"}.
+    """
+    kept, newest = [], dict(last)
+    for line in said.splitlines():
+        found = LINE.match(line)
+        if found is None:
+            continue
+        source, when = found["source"], f"{found['second']}.{found['fraction'] or '':0<9}Z"
+        if when > last.get(source, ""):
+            kept.append(f"{source.split('/')[1]}: {found['text']}\n")
+            newest[source] = max(when, newest.get(source, ""))
+    return "".join(kept), newest
 
 
 def seen_in(status: Json) -> Seen:
@@ -169,7 +220,12 @@ def _volume(claim: str) -> Json:
 def _kubectl(*words: str, given: str | None = None) -> str:
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not on this machine; start the server where it is, with access to the cluster")
-    done = subprocess.run(["kubectl", *words], input=given, capture_output=True, text=True, timeout=CALL_S, check=False)
+    command = ["kubectl", f"--request-timeout={CALL_S}s", *words]
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=2 * CALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"kubectl {words[0]} has not answered for {2 * CALL_S} s") from None
     if done.returncode:
-        raise UserError(f"kubectl {words[0]}: {done.stderr.strip()}")
+        said = f"kubectl {words[0]}: {done.stderr.strip()}"
+        raise Unreachable(said) if any(word in said for word in NO_SERVER) else UserError(said)
     return done.stdout

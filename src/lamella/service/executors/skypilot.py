@@ -17,11 +17,12 @@ import yaml
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.run.folder import write_atomic
-from lamella.service.executors.executor import Ask, Place, Seen, submission_of
+from lamella.service.attempt import place_of
+from lamella.service.executors.executor import Ask, Place, Seen, Unreachable, submission_of
 from lamella.service.jobs import RECIPE, Submission, TrainJob
 from lamella.service.store import Attempt, Run
 
-TASK = "task.yaml"
+TASK, FETCHED = "task.yaml", "fetched.log"
 CALL_S = 600
 WAITING = frozenset({"PENDING", "SUBMITTED", "STARTING", "RECOVERING"})
 CODES = {"SUCCEEDED": 0, "CANCELLED": 143, "FAILED": 1, "FAILED_SETUP": 1}
@@ -82,8 +83,8 @@ class SkyPilot:
         name = name_of(run, attempt.number)
         try:
             jobs = [job for job in _queue() if job.get("job_name") == name]
-        except (UserError, subprocess.TimeoutExpired) as error:  # no answer is no news
-            return Seen("running", reason=str(error))
+        except (UserError, Unreachable) as error:  # no answer is no news
+            return Seen("unknown", reason=str(error))
         if not jobs:
             return Seen("gone", reason="SkyPilot knows nothing of the job any more")
         return seen_in(str(jobs[0].get("status", "")))
@@ -91,6 +92,18 @@ class SkyPilot:
     def ask(self, run: Run, attempt: Attempt, what: Ask) -> None:
         """Cancel the managed job; training goes on later from its checkpoints in a bucket."""
         _sky("jobs", "cancel", "--yes", f"--name={name_of(run, attempt.number)}")
+
+    def fetch_log(self, run: Run, attempt: Attempt) -> None:
+        """What is new in the whole log; on another machine it begins anew, which is added with a line before it."""
+        said = _sky("jobs", "logs", "--no-follow", "--tail=0", f"--name={name_of(run, attempt.number)}")
+        file = place_of(self.place.folder(run.id), attempt.number) / FETCHED
+        before = file.read_text() if file.is_file() else ""
+        if said == before:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self.place.log(run.id).open("a") as log:
+            log.write(said.removeprefix(before) if said.startswith(before) else f"--- it was started anew\n{said}")
+        write_atomic(file, said)
 
 
 def seen_in(status: str) -> Seen:
@@ -115,7 +128,10 @@ def _queue() -> list[Json]:
 def _sky(*words: str) -> str:
     if shutil.which("sky") is None:
         raise UserError("`sky` is not on this machine; install skypilot in an environment of its own, on the PATH")
-    done = subprocess.run(["sky", *words], capture_output=True, text=True, timeout=CALL_S, check=False)
+    try:
+        done = subprocess.run(["sky", *words], capture_output=True, text=True, timeout=CALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"sky {words[1]} has not answered for {CALL_S} s") from None
     if done.returncode:
         raise UserError(f"sky {words[0]} {words[1]}: {done.stderr.strip()[-2000:]}")
     return done.stdout

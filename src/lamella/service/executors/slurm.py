@@ -21,7 +21,7 @@ from lamella.jsons import Json
 from lamella.run.failure import FAILURE_FILE
 from lamella.run.folder import write_atomic
 from lamella.service.attempt import FAILURE, place_of
-from lamella.service.executors.executor import Ask, Place, Seen, submission_of
+from lamella.service.executors.executor import Ask, Place, Seen, Unreachable, submission_of
 from lamella.service.jobs import RECIPE, TrainJob
 from lamella.service.store import Attempt, Run
 
@@ -32,6 +32,8 @@ OVER = frozenset({"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "N
 # What Slurm knows better than an exit code.
 FAILURES = {"TIMEOUT": "timeout", "PREEMPTED": "preempted", "NODE_FAIL": "infra", "BOOT_FAIL": "infra",
             "OUT_OF_MEMORY": "oom"}  # fmt: skip
+UNKNOWN_JOB = ("Invalid job id", "already completing or completed")
+NO_CONTROLLER = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "Unexpected message")
 CALL_S = 60
 
 
@@ -84,13 +86,13 @@ class Slurm:
         """What squeue says, and of a job that has left the queue what scontrol still knows."""
         job = str(attempt.handle["job"])
         try:
-            states = _call("squeue", "--noheader", "--format=%T %r", f"--jobs={job}", check=False).split(maxsplit=1)
+            states = _ask_about("squeue", "--noheader", "--format=%T %r", f"--jobs={job}").split(maxsplit=1)
             if states and states[0] not in OVER:
                 waits = states[0] in WAITING
                 return Seen("waiting" if waits else "running", reason=states[1].strip() if len(states) > 1 else "")
-            shown = _call("scontrol", "--oneliner", "show", "job", job, check=False)
-        except subprocess.TimeoutExpired:  # the controller is busy; nothing is known, so nothing has changed
-            return Seen("running", reason="Slurm does not answer")
+            shown = _ask_about("scontrol", "--oneliner", "show", "job", job)
+        except Unreachable as error:
+            return Seen("unknown", reason=str(error))
         fields = dict(part.split("=", 1) for part in shown.split() if "=" in part)
         state = fields.get("JobState", "")
         if not state:
@@ -111,9 +113,12 @@ class Slurm:
         (folder / STOP).touch()
         trains = isinstance(submission_of(run).job, TrainJob)
         if what == "stop" and trains and self.look(run, attempt).state == "running":
-            _call("scancel", "--signal=TERM", job, check=False)
+            _ask_about("scancel", "--signal=TERM", job)
         else:
-            _call("scancel", job, check=False)
+            _ask_about("scancel", job)
+
+    def fetch_log(self, run: Run, attempt: Attempt) -> None:
+        """Slurm writes the log, on the file system that it shares with the service."""
 
 
 def name_of(run: Run, attempt: int) -> str:
@@ -132,10 +137,27 @@ def _require(program: str) -> None:
         raise UserError(f"{program} is not on this machine; start the server where Slurm's commands are")
 
 
-def _call(*words: str, check: bool = True) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=CALL_S, check=False, env=_environment())
-    if done.returncode and check:
-        raise UserError(f"{words[0]}: {done.stderr.strip() or done.stdout.strip()}")
+def _ask_about(*words: str) -> str:
+    """What a command says of a job; empty where Slurm does not know it."""
+    try:
+        return _call(*words)
+    except UserError as error:
+        if any(said in str(error) for said in UNKNOWN_JOB):
+            return ""
+        raise Unreachable(str(error)) from None  # which command it is does not change, so the fault is elsewhere
+
+
+def _call(*words: str) -> str:
+    """UserError where Slurm refuses; Unreachable where it does not answer."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=CALL_S, check=False, env=_environment())
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{words[0]} has not answered for {CALL_S} s") from None
+    said = done.stderr.strip() or done.stdout.strip()
+    if done.returncode and any(word in said for word in NO_CONTROLLER):
+        raise Unreachable(f"{words[0]}: {said}")
+    if done.returncode:
+        raise UserError(f"{words[0]}: {said}")
     return done.stdout
 
 
