@@ -13,17 +13,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy import update
 
 from lamella.run.folder import RunDir
+from lamella.service import progress
 from lamella.service import scheduler as scheduling
 from lamella.service.context import Service
 from lamella.service.executors import local
-from lamella.service.executors.executor import Place
+from lamella.service.executors.executor import Place, Seen, Unreachable
 from lamella.service.jobs import Submission
 from lamella.service.planning import new_run as from_submission
 from lamella.service.queue import claim
 from lamella.service.scheduler import Scheduler
-from lamella.service.store import Run
+from lamella.service.schema import hosts
+from lamella.service.store import Attempt, Run
 from support import small_job
 from support.service import service_in, settle, training, until
 
@@ -239,3 +242,119 @@ def test_what_an_earlier_run_reported_in_the_folder_is_not_this_ones(service: Se
     second = service.store.create(from_submission(submission, "ada", 0, 1, str(out.path)))[0].id
     assert settle(service, second).state == "succeeded"
     assert events(service, second).count("save") == 1
+
+
+def silence(service: Service, host: str) -> None:
+    """Nobody has heard of a host for long."""
+    with service.store.database.writing() as connection:
+        connection.execute(update(hosts).where(hosts.c.host == host).values(looked=time.time() - 1000))
+
+
+def look_now(scheduler: Scheduler) -> None:
+    scheduler._said = -1e9
+    scheduler.tick()
+
+
+def test_a_run_of_a_host_that_vanished_is_lost_and_found_again(service: Service, tmp_path: Path) -> None:
+    """Two hosts share a store; the scheduler of one is not heard of, while its processes go on."""
+    run_id = submit(service, steps=40)
+    service.scheduler.host = "vanished"
+    at_step(service, run_id, 2)
+    other = service_in(tmp_path / "home").scheduler
+    other.host = "another"
+    look_now(other)
+    assert service.store.get(run_id).state == "running"
+    silence(service, "vanished")
+    look_now(other)
+    run = service.store.get(run_id)
+    assert run.state == "lost"
+    assert "vanished is not heard of" in run.reason
+    look_now(service.scheduler)  # it was only away
+    assert service.store.get(run_id).state == "running"
+    look_now(other)
+    assert settle(service, run_id).state == "succeeded"
+    assert events(service, run_id).count("found") == 1
+    check_one_after_the_other(service, run_id, 40)
+
+
+def test_a_run_of_a_host_that_vanished_is_cancelled_by_another_and_ended_when_it_comes_back(
+    service: Service, tmp_path: Path
+) -> None:
+    run_id = submit(service, steps=400)
+    service.scheduler.host = "vanished"
+    at_step(service, run_id, 2)
+    other = service_in(tmp_path / "home").scheduler
+    other.host = "another"
+    silence(service, "vanished")
+    look_now(other)
+    assert service.store.wish(run_id, "cancelled").state == "cancelling"
+    look_now(other)
+    run = service.store.get(run_id)
+    assert run.state == "cancelled"
+    assert "may run there still" in run.reason
+    assert processes(run_id)
+    look_now(service.scheduler)
+    assert all_end(run_id)
+    assert service.store.attempts(run_id)[0].ended is not None
+
+
+def test_what_runs_on_a_cluster_is_looked_after_by_another_host(service: Service, tmp_path: Path) -> None:
+    """The attempt goes on, as the same one: nothing is handed to the cluster a second time."""
+
+    class Cluster(local.Local):
+        """Runs jobs here, and is called slurm."""
+
+        submitted = 0
+
+        def submit(self, run: Run, attempt: Attempt) -> dict:
+            Cluster.submitted += 1
+            return super().submit(run, attempt)
+
+    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=30))
+    submission = submission.model_copy(update={"executor": "slurm"})
+    run_id = service.store.create(from_submission(submission, "ada", 0, 0, str(Path("far").resolve())))[0].id
+    for scheduler in (service.scheduler, other := service_in(tmp_path / "home").scheduler):
+        scheduler.executors["slurm"] = Cluster(service.place)
+    service.scheduler.host, other.host = "vanished", "another"
+    at_step(service, run_id, 2)
+    silence(service, "vanished")
+    look_now(other)
+    assert service.store.attempts(run_id)[0].host == "another"
+    run = until(service.store, run_id, lambda run: run.is_over, 60, other.tick)
+    assert (run.state, run.attempt, Cluster.submitted) == ("succeeded", 1, 1)
+    assert "adopted" in events(service, run_id)
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for(service: Service) -> None:
+    """No answer is no news: nothing is started a second time, and after a while the run is lost until it is heard of."""
+    answers = True
+
+    class Cluster(local.Local):
+        """Runs jobs here, is called slurm, and does not always answer."""
+
+        def look(self, run: Run, attempt: Attempt) -> Seen:
+            return super().look(run, attempt) if answers else Seen("unknown", reason="no route to the controller")
+
+        def submit(self, run: Run, attempt: Attempt) -> dict:
+            if not answers:
+                raise Unreachable("no route to the controller")
+            return super().submit(run, attempt)
+
+    service.scheduler.executors["slurm"] = Cluster(service.place)
+    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=60))
+    submission = submission.model_copy(update={"executor": "slurm"})
+    answers = False
+    run_id = service.store.create(from_submission(submission, "ada", 0, 0, str(Path("far").resolve())))[0].id
+    until(service.store, run_id, lambda run: run.state == "starting", 20, service.scheduler.tick)
+    answers = True
+    at_step(service, run_id, 2)
+    until(service.store, run_id, lambda run: run.state == "running", 20, service.scheduler.tick)
+    answers = False
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(progress, "STALE_S", 0.5)
+        lost = until(service.store, run_id, lambda run: run.state == "lost", 20, service.scheduler.tick)
+    assert "no route to the controller" in lost.reason
+    answers = True
+    run = until(service.store, run_id, lambda run: run.is_over, 60, service.scheduler.tick)
+    assert (run.state, run.attempt) == ("succeeded", 1)
+    check_one_after_the_other(service, run_id, 60)

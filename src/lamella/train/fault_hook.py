@@ -8,6 +8,7 @@ kill-agent      SIGKILL to torchrun             signal-agent  the same to torchr
 kill-in-save    SIGKILL after this rank has written its part of a checkpoint, before the commit
 disk-full       files of this rank cannot grow past 4 KiB while it saves (EFBIG, as a full disk's ENOSPC)
 hang            sleeps for an hour              slow     `seconds` more for each batch
+slow-save       `seconds` more for a checkpoint, before the commit
 raise           a ValueError                    oom      torch's out-of-memory error
 nan-loss        the model's output is NaN       inf-grad its gradient is infinite
 damage          flips a bit of a shard in the newest checkpoint (of a local folder)
@@ -94,6 +95,8 @@ def during_save(step: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if fault := planned("slow-save", step):
+        time.sleep(float(fault.where["seconds"]))
     if planned("kill-in-save", step):
         os.kill(os.getpid(), signal.SIGKILL)
 
