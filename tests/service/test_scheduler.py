@@ -310,7 +310,7 @@ def test_what_runs_on_a_cluster_is_looked_after_by_another_host(service: Service
             Cluster.submitted += 1
             return super().submit(run, attempt)
 
-    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=30))
+    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=30, samples_per_step=8))
     submission = submission.model_copy(update={"executor": "slurm"})
     run_id = service.store.create(from_submission(submission, "ada", 0, 0, str(Path("far").resolve())))[0].id
     for scheduler in (service.scheduler, other := service_in(tmp_path / "home").scheduler):
@@ -326,7 +326,7 @@ def test_what_runs_on_a_cluster_is_looked_after_by_another_host(service: Service
 
 
 def test_a_cluster_that_does_not_answer_is_waited_for(service: Service) -> None:
-    """No answer is no news: nothing is started a second time, and after a while the run is lost until it is heard of."""
+    """No answer is no news: nothing is started twice, and after a while the run is lost until it is heard of."""
     answers = True
 
     class Cluster(local.Local):
@@ -341,7 +341,7 @@ def test_a_cluster_that_does_not_answer_is_waited_for(service: Service) -> None:
             return super().submit(run, attempt)
 
     service.scheduler.executors["slurm"] = Cluster(service.place)
-    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=60))
+    submission = Submission.model_validate(training(Path("m"), Path("t"), Path("far"), steps=60, samples_per_step=8))
     submission = submission.model_copy(update={"executor": "slurm"})
     answers = False
     run_id = service.store.create(from_submission(submission, "ada", 0, 0, str(Path("far").resolve())))[0].id
