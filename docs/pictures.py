@@ -218,6 +218,7 @@ ROOMS = {  # what each knows
     "cli_runs": "the commands of runs",
     "cli_service": "serve, keys of access",
     "cli_adapters": "the commands of adapters",
+    "cli_export": "the commands that hand a model on",
     "cli_evaluate": "the command evaluate",
     "demo": "the whole way, shown",
     "demo_adapters": "adapters, shown",

@@ -121,7 +121,11 @@ def _has_deltas(source: Path) -> bool:
 
 def _rounded_to(source: Path, exported: Path) -> torch.dtype | None:
     """The dtype that the export's weights were rounded to; None where they are the source's."""
-    own, stored = (DTYPES[read_folder(folder)[EMBEDDING].dtype] for folder in (source, exported))
+    before, after = read_folder(source), read_folder(exported)
+    # the embedding, which every export keeps; of families with names of their own, another matrix that both have
+    matrices = (name for name, tensor in before.items() if len(tensor.shape) == 2 and name in after)
+    name = EMBEDDING if EMBEDDING in before else next(matrices)
+    own, stored = DTYPES[before[name].dtype], DTYPES[after[name].dtype]
     return None if stored in (own, torch.float32) else stored
 
 
