@@ -178,6 +178,8 @@ def is_run(command: str) -> bool:
         return False
     if words[:2] == ["lamella", "serve"] or (words[:3] == ["lamella", "runs", "submit"] and "--dry-run" not in words):
         return False  # ends when somebody ends it; trains beside the tests
+    if words[:2] == ["lamella", "serve-model"]:
+        return False  # ends when somebody ends it, and wants a server; tests/export/test_serving.py starts them
     if "gguf" in words:  # llama.cpp has no name for the tiny model's tokenizer of bytes; tests/export has real ones
         return False
     return "plan" in words or not any(word.startswith("launch/recipes/llama3-8b") for word in words)
