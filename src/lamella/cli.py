@@ -156,7 +156,8 @@ def keys(
         str | None,
         typer.Argument(
             metavar="[METHOD]",
-            help="The method of a conversion: slice, partition, upcycle, merge, adapters or attention.",
+            help="The method of a conversion: slice, partition, upcycle, merge, adapters or attention; of a training: "
+            "adapters.",
             autocompletion=_methods,
         ),
     ] = None,

@@ -105,6 +105,11 @@ def test_yes_and_no_are_no_numbers() -> None:
             make_recipe(values)
 
 
+def test_a_training_has_no_other_method() -> None:
+    with pytest.raises(UserError, match="the method of a training is 'slice'; it must be one of adapters"):
+        keys("train", "slice")
+
+
 def test_harmless_is_said_on_the_field() -> None:
     assert harmless_keys(Outer) == {"shown"}
     marked = {key.name for key in keys("train") if key.harmless}

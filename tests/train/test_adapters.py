@@ -15,8 +15,10 @@ from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.hf.adapters import adapter_layers
 from lamella.hf.models import load
+from lamella.recipe.adapters_training import read_adapters_training
 from lamella.recipe.methods.adapters import AdaptersOptions
 from lamella.train.adapters import Pace, learn_adapter, train_routers
+from lamella.train.adapters_recipe import train_adapters
 from support.adapters import IDS, VARIANTS, logits, save_adapter
 from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
 
@@ -153,6 +155,19 @@ def test_a_recipe_learns_adapters_and_then_routers(small, texts, tmp_path, monke
     code, error = train("adapters.rank=8")
     assert code == 2
     assert "was made by another recipe" in error
+
+
+def test_a_recipe_without_domains_or_with_a_text_that_cannot_be_had_leaves_nothing(small, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="domains is empty; name at least one"):
+        read_adapters_training(None, ["method=adapters"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "routed"
+    words = ["method=adapters", f"model={small}", f"out={out}", "domains={a: {data: nobody/nothing}}", "seq_len=64"]
+    recipe = read_adapters_training(None, words)
+    with pytest.raises(UserError, match="nobody/nothing"):
+        train_adapters(recipe, lambda _: None)
+    assert not out.exists()
+    assert not (tmp_path / "routed-parts").exists()
 
 
 def test_bad_training(small, texts, tmp_path):

@@ -31,7 +31,7 @@ def run(
     if to in (AUTO, *TARGETS) and (step is not None or (source / "config.yaml").is_file()):
         with console.status(f"reading the checkpoint of {source}"):
             folder = materialise(source, step)
-    measured = [*reports_beside(*{source, folder}), *(one(folder) for one in measure)]
+    measured = [*reports_beside(*dict.fromkeys((source, folder))), *(one(folder) for one in measure)]
     with console.status(f"writing {out}" + (" and comparing it with its source" if check else "")):
         report = export(folder, to, out, overwrite=overwrite, check=check, measured=measured, **options)
     seconds = time.perf_counter() - began

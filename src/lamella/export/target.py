@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lamella.architecture.moe import Mode
 from lamella.checkpoint.plan import MAX_SHARD_BYTES, OutputTensor, WritePlan
+from lamella.checkpoint.sizes import bytes_of
 from lamella.checkpoint.source import SIDECARS
 from lamella.checkpoint.spelling import both_spellings
 from lamella.checkpoint.tensors import ITEM_BYTES
@@ -29,7 +30,6 @@ Check = Callable[[Path, Path, Mode, int | None], "Checked | None"]
 STOCK_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Routing decides by small differences: these are never narrowed.
 _ROUTERS = (".gate.weight", "e_score_correction_bias")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Options:
 
 def parse_size(text: str) -> int:
     """'2GB', '500MB' or '1.5GiB' in bytes; UserError for what is no size, or none that a file could have."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    size = bytes_of(text) if re.search(r"[KMG]I?B\s*$", text.upper()) else None  # of a few bytes no file can be
     if not size:
         raise UserError(f"the largest size of a file is {text!r}; write a size such as 2GB or 500MB")
     return size

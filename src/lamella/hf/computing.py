@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
+
 from lamella.architecture.moe import ExpertPath, Mode, MoEConfig, RoutingKind
 from lamella.moe.routing import with_top_k
 
@@ -53,3 +55,11 @@ class Computing:
             yield
         finally:
             vars(self).update(before)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices of bfloat16 faster than those of float32: GPUs, and CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    return bool(capabilities.get("amx_bf16"))

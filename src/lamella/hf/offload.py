@@ -6,7 +6,6 @@ The rest of the model is loaded as always. Experts are found in the folder's own
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from lamella.architecture.model import sizes_of
 from lamella.architecture.moe import MoEConfig
 from lamella.architecture.moe_tensors import DOWN, GATE_UP, KINDS, expert_name
 from lamella.checkpoint.dtypes import DTYPES
+from lamella.checkpoint.sizes import bytes_of
 from lamella.checkpoint.source import read_config, read_folder
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError, check_choice
@@ -34,15 +34,13 @@ from lamella.moe.routing import route
 
 PLACES = ("disk", "cpu")
 SLICES = ("stored", "int8")
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
 def parse_memory(text: str) -> int:
     """'2GiB', '800MB' or '1.5G' in bytes; UserError for what is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS:
+    if (size := bytes_of(text)) is None:
         raise UserError(f"the memory for experts is {text!r}; write a size such as 2GiB or 800MB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def load_offloaded(

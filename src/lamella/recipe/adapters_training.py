@@ -77,7 +77,7 @@ class AdaptersTraining(Strict):
     out: str = "artifacts/routed"
     """The model with routers is written to this folder, and what it is made of to the folder `out`-parts, from which a
     second call goes on."""
-    domains: dict[str, Domain]
+    domains: dict[str, Domain] = Field(default_factory=dict)
     """Each domain by its name, which its adapter gets."""
     adapters: Learning = Learning()
     """The adapters are learned like this."""
@@ -100,7 +100,7 @@ class AdaptersTraining(Strict):
             if not name or "/" in name or name.startswith(".")
         ]
         if len(self.domains) < 1:
-            problems.append("domains is empty; name at least one")
+            problems.append("domains is empty; name at least one, such as domains={code: {data: stdlib-code}}")
         sources = [domain.data for domain in self.domains.values()]
         if len(set(sources)) < len(sources):
             problems.append("two domains have the same data; give each its own")

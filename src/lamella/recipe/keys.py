@@ -63,7 +63,8 @@ def keys(kind: str, method: str | None = None) -> list[Key]:
         UserError: a kind or a method that there is not.
     """
     check_choice("the kind of recipe", kind, get_args(Kind))
-    if kind == "train" and method == ADAPTERS:
+    if kind == "train" and method is not None:
+        check_choice("the method of a training", method, (ADAPTERS,))
         return list(_keys(AdaptersTraining))
     if kind == "train":
         return [*_keys(Recipe), *_keys(Stage)]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Select, func, insert, select, update
 
 from lamella.jsons import Json
 from lamella.service.schema import attempts, hosts, runs
@@ -63,15 +63,19 @@ def claim(store: Store, host: str, capacity: Capacity, executor: str = "local") 
 
 def active(store: Store, host: str) -> list[tuple[Run, Attempt]]:
     """The runs that may have processes, of which this host's scheduler looks after the attempt."""
-    query = select(runs).where(runs.c.state.in_(ACTIVE)).order_by(runs.c.seq)
+    joined = runs.join(attempts, (attempts.c.run == runs.c.id) & (attempts.c.number == runs.c.attempt))
+    query = select(attempts.c.id).select_from(joined).where(runs.c.state.in_(ACTIVE), attempts.c.host == host)
+    return _with_runs(store, query.order_by(runs.c.seq))
+
+
+def _with_runs(store: Store, query: Select[tuple[int]]) -> list[tuple[Run, Attempt]]:
+    """The attempts whose numbers the query finds, each with its run."""
     with store.database.reading() as connection:
-        found = [as_run(row) for row in connection.execute(query).mappings()]
         pairs = []
-        for run in found:
-            condition = (attempts.c.run == run.id, attempts.c.number == run.attempt, attempts.c.host == host)
-            row = connection.execute(select(attempts).where(*condition)).mappings().first()
-            if row is not None:
-                pairs.append((run, Attempt(**dict(row))))
+        for number in connection.execute(query).scalars():
+            row = connection.execute(select(attempts).where(attempts.c.id == number)).mappings().one()
+            run = connection.execute(select(runs).where(runs.c.id == row["run"])).mappings().one()
+            pairs.append((as_run(run), Attempt(**dict(row))))
     return pairs
 
 
@@ -89,14 +93,7 @@ def of_silent_hosts(store: Store, host: str, silent_s: float) -> list[tuple[Run,
     joined = runs.join(attempts, (attempts.c.run == runs.c.id) & (attempts.c.number == runs.c.attempt))
     joined = joined.outerjoin(hosts, hosts.c.host == attempts.c.host)
     query = select(attempts.c.id).select_from(joined).where(runs.c.state.in_(ACTIVE), attempts.c.host != host)
-    query = query.where(func.coalesce(hosts.c.looked, attempts.c.started) < now - silent_s)
-    with store.database.reading() as connection:
-        pairs = []
-        for number in connection.execute(query).scalars():
-            row = connection.execute(select(attempts).where(attempts.c.id == number)).mappings().one()
-            run = connection.execute(select(runs).where(runs.c.id == row["run"])).mappings().one()
-            pairs.append((as_run(run), Attempt(**dict(row))))
-    return pairs
+    return _with_runs(store, query.where(func.coalesce(hosts.c.looked, attempts.c.started) < now - silent_s))
 
 
 def adopt(store: Store, attempt: Attempt, host: str) -> bool:
@@ -110,14 +107,7 @@ def left_over(store: Store, host: str) -> list[tuple[Run, Attempt]]:
     """Attempts of this host that nobody has ended, of runs that others have ended or started again meanwhile."""
     joined = runs.join(attempts, attempts.c.run == runs.c.id)
     query = select(attempts.c.id).select_from(joined).where(attempts.c.host == host, attempts.c.ended.is_(None))
-    query = query.where(runs.c.state.in_(TERMINAL) | (attempts.c.number < runs.c.attempt))
-    with store.database.reading() as connection:
-        pairs = []
-        for number in connection.execute(query).scalars():
-            row = connection.execute(select(attempts).where(attempts.c.id == number)).mappings().one()
-            run = connection.execute(select(runs).where(runs.c.id == row["run"])).mappings().one()
-            pairs.append((as_run(run), Attempt(**dict(row))))
-    return pairs
+    return _with_runs(store, query.where(runs.c.state.in_(TERMINAL) | (attempts.c.number < runs.c.attempt)))
 
 
 def in_state(store: Store, state: str, limit: int = 500) -> list[Run]:

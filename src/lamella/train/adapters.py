@@ -30,10 +30,11 @@ from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import copy_sidecars, read_config, read_folder
 from lamella.checkpoint.write import appearing_folder, check_output, write_json, write_tensors
 from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
+from lamella.data.sources import open_source
 from lamella.errors import UserError, check_choice
 from lamella.evaluate.checkpoints import model_path, open_checkpoint, parse_dtype, without_weights
 from lamella.hf.adapters import AdapterBlock, AdapterFFN, AttentionAdapters, adapter_blocks, install_adapters
-from lamella.hf.computing import Computing
+from lamella.hf.computing import Computing, computes_bfloat16
 from lamella.moe.balancing import auxiliary_loss
 from lamella.recipe.methods.adapters import takes_adapters
 
@@ -131,8 +132,7 @@ def training_dtype(dtype: str, device: str) -> torch.dtype | None:
     """
     if isinstance(parsed := parse_dtype(dtype), torch.dtype):
         return parsed
-    fast = device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if fast else None
+    return torch.bfloat16 if computes_bfloat16(torch.device(device)) else None
 
 
 def _train_in_float32(model: PreTrainedModel, dense_dtype: torch.dtype | None, device: str) -> None:
@@ -258,7 +258,9 @@ def _additions(
 
 
 def _samples(source: str, model: str, pace: Pace) -> PackedSamples:
-    return PackedSamples(token_file(source, "train", model_path(model)), pace.seq_len, pace.seed)
+    """Of a streamed source, as much as all steps could read."""
+    limit = pace.steps * pace.samples_per_step * pace.seq_len + 1 if open_source(source).is_streamed else None
+    return PackedSamples(token_file(source, "train", model_path(model), max_tokens=limit), pace.seq_len, pace.seed)
 
 
 def _steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,12 @@ def train_adapters(recipe: AdaptersTraining, say: Callable[[str], None] = print)
     check_output(out, False)
     _check(recipe)
     _begin(recipe, parts)
-    folders = {name: _adapter(recipe, name, parts, say) for name in recipe.domains}
+    try:
+        folders = {name: _adapter(recipe, name, parts, say) for name in recipe.domains}
+    except UserError:
+        if [path.name for path in parts.iterdir()] == [RECIPE]:  # nothing was made yet
+            shutil.rmtree(parts)
+        raise
     mix = parts / "mix"
     if not (mix / "config.json").is_file():
         model = None if recipe.model == "embedded" else model_path(recipe.model)

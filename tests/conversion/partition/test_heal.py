@@ -70,6 +70,15 @@ def test_a_healed_model_is_nearer_to_the_dense_one(tmp_path: Path, family: str) 
     assert not (tmp_path / "healed.calibration").exists()
 
 
+def test_a_split_by_weights_alone_is_healed_too_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    dense = dense_model(tmp_path / "dense")
+    words = ["neurons=contiguous", "router=random", "output=plain", "balance=null"]
+    partition(dense, tmp_path / "plain", *words)
+    partition(dense, tmp_path / "healed", HEAL, *words)
+    assert distance(dense, tmp_path / "healed") < 0.8 * distance(dense, tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "healed", "plain"]
+
+
 def test_healing_changes_the_ffn_alone(tmp_path: Path) -> None:
     dense = dense_model(tmp_path / "dense")
     partition(dense, tmp_path / "plain")

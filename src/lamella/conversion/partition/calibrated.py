@@ -65,7 +65,9 @@ def _decide(source: Checkpoint, options: PartitionOptions, sizes: MoEConfig, wor
     if options.heal is not None and decisions:
         decisions, matrices, notes["heal"] = _healed(source, options, options.heal, decided, decisions, work)
     plan = decided_plan(source, options, sizes, decisions, matrices)
-    return dataclasses.replace(plan, notes=notes, scratch=work.folder if options.needs_sample else None)
+    return dataclasses.replace(
+        plan, notes=notes, scratch=work.folder if options.needs_sample or options.heal is not None else None
+    )
 
 
 class Decided(NamedTuple):

@@ -103,10 +103,7 @@ def layer_config(
 
 def layer_weights(ffn: FFN, decision: Decision) -> MoEWeights:
     """The converted layer's tensors, gathered from the dense ones."""
-    ids_Ef, shared_n = decision.experts_Ef, decision.shared_n
-    down_DF = ffn.down_DF if decision.down_DF is None else decision.down_DF
-    if decision.row_scale_D is not None:
-        down_DF = down_DF * decision.row_scale_D[:, None]
+    ids_Ef, shared_n, down_DF = decision.experts_Ef, decision.shared_n, converted_ffn(ffn, decision).down_DF
     experts: AnyExperts
     shared: SharedExpert | TwoMatrixShared
     down_EDf, down_Dn = down_DF[:, ids_Ef].transpose(0, 1).contiguous(), down_DF[:, shared_n].contiguous()

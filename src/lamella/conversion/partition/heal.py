@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lamella.calibrate.sample import FFN, hidden, output
 from lamella.errors import UserError
 from lamella.hf.blocks import decoder_layers, ffn_modules, replace_ffn
+from lamella.hf.computing import computes_bfloat16
 from lamella.recipe.methods.partition import Heal
 
 Counts = Callable[[Tensor], Tensor]
@@ -177,11 +178,3 @@ def teach(blocks: Mapping[int, _Healed], teaches: bool) -> None:
 def _summed_kl(given_tV: Tensor, wanted_tV: Tensor) -> Tensor:
     given_tV, wanted_tV = (x.float().log_softmax(dim=-1) for x in (given_tV, wanted_tV))
     return functional.kl_div(given_tV, wanted_tV, reduction="sum", log_target=True)
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 faster than those of float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
