@@ -200,6 +200,9 @@ def verify(
 
     sizes: dict[str, Any] = {"tokens": tokens, "bf16_tokens": bf16_tokens, "seq_len": seq_len}
     if not run(dense, moe, data=data, **sizes, ratios=ratios, device=device, json_path=json):
+        from lamella.run.failure import tell
+
+        tell("numerics", False, f"the logits of {moe or 'artifacts/moe'} are not the dense model's")
         raise typer.Exit(1)
 
 

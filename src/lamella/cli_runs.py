@@ -44,15 +44,16 @@ def _runs() -> None:
 
 
 @runs_app.command(
-    epilog="An evaluation or an export has no recipe file: say key=value alone, such as folder=artifacts/moe, or "
-    "source=artifacts/run to=auto out=artifacts/exported."
+    epilog="A verification, an evaluation or an export has no recipe file: say key=value alone, such as "
+    "moe=artifacts/moe, folder=artifacts/moe, or source=artifacts/run to=auto out=artifacts/exported."
 )
 def submit(
     words: Words = None,
     kind: Annotated[
         str,
         typer.Option(
-            help="The job: train, convert, evaluate or export.", show_default="convert where the recipe has a method"
+            help="The job: train, convert, verify, evaluate or export.",
+            show_default="convert where the recipe has a method",
         ),
     ] = "",
     ranks: Annotated[
@@ -287,7 +288,7 @@ def job_of(words: list[str], kind: str, ranks: int | None) -> Json:
     from lamella.recipe.stages import DEMO_RECIPE
 
     path, settings = arguments(words)
-    if kind in ("evaluate", "export"):
+    if kind in ("verify", "evaluate", "export"):
         return {"kind": kind} | _settings(settings)
     chosen = Path(path) if path is not None else DEMO_RECIPE if kind in ("", "train") else None
     values = {} if chosen is None else parse_yaml(read_recipe_text(chosen), str(chosen))

@@ -17,6 +17,7 @@ from lamella.service import keys
 from lamella.service.app import make_app
 from lamella.service.context import Service
 from lamella.service.database import Database
+from lamella.service.listing import Wanted
 from lamella.service.paths import Roots
 from lamella.service.serve import Settings, is_loopback, serve
 from support.service import evaluation, problem
@@ -181,7 +182,7 @@ def test_keys(service: Service, client: TestClient, caplog: pytest.LogCaptureFix
     assert call("ada", "POST", "/v1/jobs", json=evaluation("a")) == 201
     assert call("ada", "POST", f"/v1/jobs/{mine}/cancel") == 403  # another user's
     assert call("root", "POST", f"/v1/jobs/{mine}/cancel") == 200
-    other = service.store.runs(user="ada")[0].id
+    other = service.store.runs(wanted=Wanted(user="ada"))[0].id
     assert call("one", "GET", f"/v1/jobs/{mine}") == 200
     assert call("one", "GET", f"/v1/jobs/{other}") == 403
     assert call("one", "GET", f"/v1/jobs/{other}/logs") == 403

@@ -65,7 +65,8 @@ def transformers_loss(model: torch.nn.Module, runs: Path, tokenizer: Path) -> fl
     """The held-out loss by transformers: nats per token over the same samples."""
     samples = open_samples([Portion(source=str(runs / "text.md"))], "heldout", tokenizer, 32, None, 0, VOCAB)
     total = count = 0.0
-    for sample in spread(samples, 8):
+    (chosen,) = spread(samples, 8).values()
+    for sample in chosen:
         logits = model(
             input_ids=sample.input_ids_L[None], position_ids=sample.positions_L[None], use_cache=False
         ).logits

@@ -98,9 +98,9 @@ def test_exhaustion_follows_the_policy():
 
 
 def test_spread_takes_part_of_each_source():
-    assert indices(spread(mixed(), 4)) == [0, 3, 100, 102]
-    assert indices(spread(mixed(weights=[0.25, 0.75]), 4)) == [0, 100, 101, 103]
-    assert len(spread(mixed(), 100)) == 12
+    assert indices(chosen(spread(mixed(), 4))) == [0, 3, 100, 102]
+    assert indices(chosen(spread(mixed(weights=[0.25, 0.75]), 4))) == [0, 100, 101, 103]
+    assert len(chosen(spread(mixed(), 100))) == 12
 
 
 @pytest.mark.faults
@@ -111,7 +111,7 @@ def test_bad_data_are_skipped_on_the_held_out_side_too(tmp_path):
                 raise BadData("block 0")
             return super().sample(index)
 
-    assert indices(spread(MixedSamples([Damaged(0, 9)], on_bad_data="skip"), 3)) == [1, 3, 6]
+    assert indices(chosen(spread(MixedSamples([Damaged(0, 9)], on_bad_data="skip"), 3))) == [1, 3, 6]
     with pytest.raises(BadData):
         spread(MixedSamples([Damaged(0, 9)]), 3)
     trainable_moe(tmp_path / "model")
@@ -143,14 +143,21 @@ def test_loader_gives_the_same_global_batch_on_any_number_of_ranks():
     assert global_batches(3, 2, 1, first=6)[0] == global_batches(1, 6, 1, first=6)[0] != one
 
 
+def chosen(of_sources):
+    return [sample for samples in of_sources.values() for sample in samples]
+
+
 def test_heldout_shares_are_padded_with_blanks():
-    parts = [
-        HeldOut(indices_samples, rank, 3, 2, None) for rank in range(3) for indices_samples in [spread(mixed(), 7)]
-    ]
-    assert {len(p.batches) for p in parts} == {2}
-    labels = [x for p in parts for _, y in p.batches for x in y.flatten().tolist()]
-    assert labels.count(-100) == 3 * 4 - 7
-    assert sorted(x for x in labels if x != -100) == sorted(indices(spread(mixed(), 7)))
+    parts = [HeldOut(spread(mixed(), 7), rank, 3, 2, None) for rank in range(3)]
+    by_source = {
+        name: [x for p in parts for _, y in p.batches[name] for x in y.flatten().tolist()] for name in ("low", "high")
+    }
+    assert {len(batches) for p in parts for batches in p.batches.values()} == {1}  # as many forwards on every rank
+    assert {name: labels.count(-100) for name, labels in by_source.items()} == {
+        name: 3 * 2 - len(samples) for name, samples in spread(mixed(), 7).items()
+    }
+    for name, samples in spread(mixed(), 7).items():
+        assert sorted(x for x in by_source[name] if x != -100) == sorted(indices(samples))
 
 
 def test_what_trains():

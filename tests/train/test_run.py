@@ -139,7 +139,8 @@ def transformers_loss(folder: Path, text: Path, mode: str) -> float:
     model.set_mode(mode)
     samples = open_samples([Portion(source=str(text))], "heldout", folder, 32, None, 0, 257)
     total = count = 0.0
-    for sample in spread(samples, 8):
+    (chosen,) = spread(samples, 8).values()
+    for sample in chosen:
         inputs = {"input_ids": sample.input_ids_L[None], "position_ids": sample.positions_L[None]}
         logits = model(**inputs, attention_mask=document_mask(sample.positions_L[None]), use_cache=False).logits[0]
         total += float(torch.nn.functional.cross_entropy(logits, sample.labels_L, reduction="sum"))

@@ -51,6 +51,12 @@ _ALWAYS_TRAINED = (".experts.trainable_", ".moe.shared.", f".moe.{OUTPUT_BIAS}")
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
+def layer_number(name: str) -> int | None:
+    """The layer that a parameter of this name belongs to; None: it is of none."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[0])
+
+
 def titan_name(hf_name: str) -> str:
     """'model.layers.3.mlp.router.weight' -> 'layers.3.moe.router.weight'; UserError for a name without a place."""
     return _translate(hf_name, _TO_TITAN)

@@ -98,11 +98,16 @@ def reported() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if file := os.environ.get(FAILURE_FILE):
-            values: Json = {"failure": classify(error), "retryable": is_retryable(error), "reason": reason_of(error)}
-            with suppress(OSError):
-                write_atomic(Path(file), json.dumps(values | {"time": time.time()}) + "\n")
+        tell(classify(error), is_retryable(error), reason_of(error))
         raise
+
+
+def tell(kind: FailureClass, retryable: bool, reason: str) -> None:
+    """Write why a command fails to the file that the environment names, if it names one."""
+    if file := os.environ.get(FAILURE_FILE):
+        values: Json = {"failure": kind, "retryable": retryable, "reason": reason, "time": time.time()}
+        with suppress(OSError):
+            write_atomic(Path(file), json.dumps(values) + "\n")
 
 
 def failure_file(run: RunDir, rank: int) -> Path:

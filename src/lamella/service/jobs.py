@@ -129,6 +129,46 @@ class EvaluateJob(Strict):
         return None
 
 
+class VerifyJob(Strict):
+    """Compare a converted model's logits with the dense model's: `lamella verify`."""
+
+    kind: Literal["verify"]
+    moe: Word
+    """The folder of the converted model."""
+    dense: Word | None = None
+    """The dense model that it was made of; null: the embedded one."""
+    data: Word = "python-docs"
+    """They are compared on the held-out part of this text."""
+    tokens: Annotated[int, Field(ge=64, le=10**9)] = 512
+    """So many tokens are compared in float32."""
+    bf16_tokens: Annotated[int, Field(ge=64, le=10**9)] = 256
+    """So many tokens are compared in bfloat16, too."""
+    seq_len: Annotated[int, Field(ge=64, le=10**8)] = 256
+    """The text is cut into windows of this many tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The models are computed there."""
+    ratios: bool = True
+    """What random routing does to the perplexity is measured, too."""
+
+    def check(self) -> None:
+        """UserError where no whole window is compared."""
+        if min(self.tokens, self.bf16_tokens) < self.seq_len:
+            raise UserError(f"seq_len: windows of {self.seq_len} tokens need as many tokens and bf16_tokens, or more")
+
+    def files(self) -> dict[str, str]:
+        """It reads none."""
+        return {}
+
+    def words(self, folder: Path, ranks: int) -> list[str]:
+        """The command's words after `lamella`."""
+        words = ["verify", f"--json={folder / 'result.json'}", *_options(self, ("kind", "ratios"))]
+        return words if self.ratios else [*words, "--no-ratios"]
+
+    def out(self) -> str | None:
+        """It writes nothing but its figures."""
+        return None
+
+
 class ExportJob(Strict):
     """Write a model for other tools: `lamella export`."""
 
@@ -167,10 +207,8 @@ class ExportJob(Strict):
         return self.out_folder
 
 
-Job: TypeAlias = Annotated[TrainJob | ConvertJob | EvaluateJob | ExportJob, Field(discriminator="kind")]
-KINDS: dict[str, type[TrainJob | ConvertJob | EvaluateJob | ExportJob]] = {
-    "train": TrainJob, "convert": ConvertJob, "evaluate": EvaluateJob, "export": ExportJob,
-}  # fmt: skip
+Job: TypeAlias = Annotated[TrainJob | ConvertJob | VerifyJob | EvaluateJob | ExportJob, Field(discriminator="kind")]
+Kind = Literal["train", "convert", "verify", "evaluate", "export"]
 
 
 class Cluster(Strict):

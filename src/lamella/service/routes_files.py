@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +12,16 @@ from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.run.folder import RunDir
 from lamella.service.context import Ctx, Reader, Service, run_for
+from lamella.service.conversions import bytes_of, checks_of, conversion_of, read_json
 from lamella.service.executors.executor import submission_of
+from lamella.service.listing import Wanted
 from lamella.service.problems import ALWAYS, Refused
 from lamella.service.progress import present, run_dirs
 from lamella.service.routes_jobs import ONE, Id
 from lamella.service.store import NotFound, Run
 from lamella.service.streams import finite as finite_line
 from lamella.service.streams import follow, read_log, respond
-from lamella.service.views import CheckpointView, Events, EventView, Log, Metrics, ModelView
+from lamella.service.views import CheckpointView, CheckView, ConversionView, Events, EventView, Log, Metrics, ModelView
 
 router = APIRouter(prefix="/v1", tags=["files"], responses=ALWAYS)
 Number = Annotated[int, Query(ge=0, le=2**62)]
@@ -206,12 +207,20 @@ def _checkpoint(directory: RunDir, step: int, verify: bool) -> CheckpointView:
 
 @router.get("/jobs/{run_id}/result", responses=ONE)
 def result(run_id: Id, service: Ctx, who: Reader) -> Json:
-    """The figures of an evaluation that has ended; empty before, and for other jobs."""
+    """The figures of a verification or an evaluation that has ended; empty before, and for other jobs."""
+    return read_json(service.place.folder(run_for(service, who, run_id).id) / "result.json")
+
+
+@router.get("/jobs/{run_id}/conversion", responses=ONE)
+def conversion(run_id: Id, service: Ctx, who: Reader) -> ConversionView:
+    """What a conversion made (tensors, layers, sizes, what calibration found), and the jobs that have checked it."""
     run = run_for(service, who, run_id)
-    file = service.place.folder(run.id) / "result.json"
-    if not file.is_file():
-        return {}
-    return finite_line(json.dumps(json.loads(file.read_text()))) or {}
+    if run.kind != "convert" or run.out is None:
+        raise NotFound(f"{run.id} is no conversion")
+    folder = Path(run.out)
+    checks = [CheckView(**check) for check in checks_of(service.store, service.place, folder)]
+    seen = checks if who.run is None else []  # a key for one run sees no other
+    return ConversionView(path=run.out, found=conversion_of(folder), checks=seen)
 
 
 @router.get("/models")
@@ -219,11 +228,14 @@ def models(service: Ctx, who: Reader) -> list[ModelView]:
     """The folders that conversions, trainings and exports have made, the newest first."""
     if who.run is not None:
         raise Refused(403, "the key is for one run")
-    found = [run for run in service.store.runs(limit=MODELS, states=["succeeded"]) if run.out is not None]
+    made = [run for run in service.store.runs(limit=MODELS, wanted=Wanted(["succeeded"])) if run.out is not None]
+    checks: dict[str, list[CheckView]] = {}
+    for check in checks_of(service.store, service.place):
+        checks.setdefault(check["folder"], []).append(CheckView(**check))
     return [
         ModelView(
             run=run.id, kind=run.kind, name=run.name, path=run.out or "", exists=Path(run.out or "").exists(),
-            ended=run.ended,
+            ended=run.ended, bytes=bytes_of(Path(run.out or "")), checks=checks.get(run.out or "", []),
         )
-        for run in found
+        for run in made
     ]  # fmt: skip

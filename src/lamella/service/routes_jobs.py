@@ -13,20 +13,22 @@ from lamella.jsons import Json
 from lamella.recipe.result import result_folder
 from lamella.service.context import Ctx, Reader, Service, Submitter, run_for
 from lamella.service.executors.executor import submission_of
-from lamella.service.jobs import Submission, TrainJob
+from lamella.service.jobs import Kind, Submission, TrainJob
 from lamella.service.keys import Identity
+from lamella.service.listing import Sort, Wanted
 from lamella.service.planning import new_run, plan_of
 from lamella.service.problems import ALWAYS, Refused, documented
 from lamella.service.progress import run_dirs
 from lamella.service.states import Desired, State
 from lamella.service.store import Conflict, Quota, Run
-from lamella.service.views import AttemptView, ForkRequest, PlanRequest, PlanView, RunDetail, Runs, RunView
+from lamella.service.views import AttemptView, ForkRequest, PlanRequest, PlanView, RunDetail, Runs, RunView, Used
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=ALWAYS)
 Id = Annotated[str, InPath(pattern=r"^run-[0-9a-f]{12}$")]
 IdempotencyKey = Annotated[str | None, Header(max_length=200, pattern=r"^[\x21-\x7e]+$")]
 ONE = documented(404)
 CHANGED = documented(404, 409)
+NOTHING: Used = (0.0, None)
 
 
 @router.post("/plans", response_model=PlanView)
@@ -49,7 +51,11 @@ def submit(
     run, made = accept(service, submission, who, idempotency_key)
     if not made:
         response.status_code = 200
-    return RunDetail.of(run)
+    return _detail(service, run)
+
+
+def _detail(service: Service, run: Run) -> RunDetail:
+    return RunDetail.of(run, service.store.used([run.id]).get(run.id, NOTHING))
 
 
 def accept(
@@ -81,25 +87,32 @@ def list_runs(
     after: Annotated[str | None, Query(pattern=r"^run-[0-9a-f]{12}$")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     state: Annotated[list[State] | None, Query(max_length=20)] = None,
-    kind: Annotated[str | None, Query(pattern=r"^(train|convert|evaluate|export)$")] = None,
+    kind: Kind | None = None,
     user: Annotated[str | None, Query(max_length=100)] = None,
     search: Annotated[str | None, Query(max_length=200)] = None,
+    sort: Sort = "submitted",
+    ascending: bool = False,
+    count: bool = False,
 ) -> Runs:
-    """The newest runs first, a page at a time."""
+    """The newest runs first, or in another order, a page at a time; with `count` how many there are on all pages."""
     if who.run is not None:
-        return Runs(data=[RunView.of(service.store.get(who.run))], after=None)
-    query: Json = {"states": state or (), "kind": kind, "user": user, "text": search}
-    found = service.store.runs(after, limit + 1, **query)
-    more = len(found) > limit
+        used = service.store.used([who.run])
+        run = service.store.get(who.run)
+        return Runs(data=[RunView.of(run, used.get(run.id, NOTHING))], after=None, total=1 if count else None)
+    wanted = Wanted(state or (), kind, user, search, sort, ascending)
+    found = service.store.runs(after, limit + 1, wanted)
+    used = service.store.used([run.id for run in found[:limit]])
     return Runs.model_construct(
-        data=[RunView.of(run) for run in found[:limit]], after=found[limit - 1].id if more else None
+        data=[RunView.of(run, used.get(run.id, NOTHING)) for run in found[:limit]],
+        after=found[limit - 1].id if len(found) > limit else None,
+        total=service.store.count(wanted) if count else None,
     )
 
 
 @router.get("/jobs/{run_id}", responses=ONE)
 def show(run_id: Id, service: Ctx, who: Reader) -> RunDetail:
     """A run, with what was submitted."""
-    return RunDetail.of(run_for(service, who, run_id))
+    return _detail(service, run_for(service, who, run_id))
 
 
 @router.get("/jobs/{run_id}/attempts", responses=ONE)
@@ -114,7 +127,7 @@ def _wish(service: Service, who: Identity, run_id: str, desired: Desired) -> Run
     run = service.store.wish(run_id, desired, who.user)
     service.store.record(who.user, desired, run_id, who.key)
     service.scheduler.wake()
-    return RunDetail.of(run)
+    return _detail(service, run)
 
 
 @router.post("/jobs/{run_id}/cancel", responses=CHANGED)
@@ -142,14 +155,14 @@ def retry(run_id: Id, service: Ctx, who: Submitter) -> RunDetail:
     run = service.store.retry(run_id, who.user)
     service.store.record(who.user, "retry", run_id, who.key)
     service.scheduler.wake()
-    return RunDetail.of(run)
+    return _detail(service, run)
 
 
 @router.post("/jobs/{run_id}/fork", status_code=201, responses=CHANGED)
 def fork(run_id: Id, request: ForkRequest, service: Ctx, who: Submitter) -> RunDetail:
     """A new training run with the weights of a checkpoint, or with changes of the recipe from the same model."""
     run, _ = accept(service, forked(run_for(service, who, run_id), request), who, parent=run_id)
-    return RunDetail.of(run)
+    return _detail(service, run)
 
 
 def forked(run: Run, request: ForkRequest) -> Submission:

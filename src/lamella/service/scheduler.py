@@ -259,7 +259,8 @@ class Scheduler:
             old = self.store.offset(run.id, str(file))
             lines, new = progress.new_events(file, old)
             if new != old:
-                self.store.take_over(run.id, str(file), old, new, lines)
+                stage = {"stage": file.parent.name} if len(files) > 1 else {}
+                self.store.take_over(run.id, str(file), old, new, [line | stage for line in lines])
 
     def _note_progress(self, run: Run, values: Json) -> None:
         if values and run.progress != values:

@@ -19,10 +19,12 @@ from sqlalchemy.exc import IntegrityError
 from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.service.database import Database
+from lamella.service.listing import Wanted, used
 from lamella.service.schema import attempts, audit, events, idempotency, read_events, runs
 from lamella.service.states import ACTIVE, NEXT, TERMINAL, Desired, State
 
 KEEP_IDEMPOTENCY_S = 7 * 24 * 3600.0
+ALL = Wanted()
 
 
 class Conflict(UserError):
@@ -177,41 +179,24 @@ class Store:
             return self._get(connection, run_id)
 
     def _get(self, connection: Connection, run_id: str) -> Run:
+        return as_run(self._row(connection, run_id))
+
+    def _row(self, connection: Connection, run_id: str) -> RowMapping:
         row = connection.execute(select(runs).where(runs.c.id == run_id)).mappings().first()
         if row is None:
             raise NotFound(f"there is no run {run_id}")
-        return as_run(row)
+        return row
 
-    def runs(
-        self,
-        after: str | None = None,
-        limit: int = 50,
-        states: Sequence[str] = (),
-        kind: str | None = None,
-        user: str | None = None,
-        text: str | None = None,
-    ) -> list[Run]:
-        """The newest runs first.
-
-        Args:
-            after: only those older than this run.
-            states, kind, user: only those; nothing said: all.
-            text: only those whose name has it.
-
-        Raises:
-            NotFound: no run `after`.
-        """
-        query = select(runs).order_by(runs.c.seq.desc()).limit(limit)
+    def runs(self, after: str | None = None, limit: int = 50, wanted: Wanted = ALL) -> list[Run]:
+        """Those that come after the run `after`; NotFound where there is none."""
         with self.database.reading() as connection:
-            if after is not None:
-                query = query.where(runs.c.seq < self._get(connection, after).seq)
-            if states:
-                query = query.where(runs.c.state.in_(states))
-            for column, value in ((runs.c.kind, kind), (runs.c.user, user)):
-                query = query if value is None else query.where(column == value)
-            if text:
-                query = query.where(runs.c.name.contains(text, autoescape=True))
-            return [as_run(row) for row in connection.execute(query).mappings()]
+            last = None if after is None else self._row(connection, after)
+            return [as_run(row) for row in connection.execute(wanted.page(limit, last)).mappings()]
+
+    def count(self, wanted: Wanted = ALL) -> int:
+        """How many runs `runs` gives, on all pages."""
+        with self.database.reading() as connection:
+            return connection.execute(wanted.count()).scalar() or 0
 
     def counts(self) -> dict[str, int]:
         """State -> number of runs; states without a run are left out."""
@@ -224,6 +209,11 @@ class Store:
         query = select(attempts).where(attempts.c.run == run_id).order_by(attempts.c.number)
         with self.database.reading() as connection:
             return [Attempt(**cast(Json, dict(row))) for row in connection.execute(query).mappings()]
+
+    def used(self, run_ids: Sequence[str]) -> dict[str, tuple[float, float | None]]:
+        """Run -> (seconds that its attempts took, since when one is at work, or None); of runs that were started."""
+        with self.database.reading() as connection:
+            return {str(run): (float(took or 0.0), since) for run, took, since in connection.execute(used(run_ids))}
 
     def events(self, after: int = 0, run_id: str | None = None, limit: int = 500) -> list[Event]:
         """Those after an id, the oldest first."""

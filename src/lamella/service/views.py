@@ -11,6 +11,8 @@ from lamella.service.jobs import Submission
 from lamella.service.states import Desired, State
 from lamella.service.store import Run
 
+Used = tuple[float, float | None]
+"""See `Store.used`."""
 RunId = Annotated[str, Field(pattern=r"^run-[0-9a-f]{12}$")]
 
 
@@ -41,12 +43,16 @@ class RunView(BaseModel):
     progress: Json
     """progressPercentage, estimatedRemainingSeconds, step, steps, metrics, lastUpdatedTime."""
     parent: str | None
+    used_s: float
+    """What its attempts that have ended took; waiting and pauses do not count."""
+    working_since: float | None
+    """When the attempt that is at work began."""
 
     @classmethod
-    def of(cls, run: Run) -> RunView:
+    def of(cls, run: Run, used: Used) -> RunView:
         """The view of a run."""
         values = {name: value for name, value in vars(run).items() if name not in ("seq", "spec")}
-        return cls.model_construct(**values)
+        return cls.model_construct(**values, used_s=used[0], working_since=None if run.is_over else used[1])
 
 
 class RunDetail(RunView):
@@ -55,9 +61,10 @@ class RunDetail(RunView):
     spec: Json
 
     @classmethod
-    def of(cls, run: Run) -> RunDetail:
+    def of(cls, run: Run, used: Used) -> RunDetail:
         """The view of a run."""
-        return cls.model_construct(**{name: value for name, value in vars(run).items() if name != "seq"})
+        values = {name: value for name, value in vars(run).items() if name != "seq"}
+        return cls.model_construct(**values, used_s=used[0], working_since=None if run.is_over else used[1])
 
 
 class Runs(BaseModel):
@@ -66,6 +73,8 @@ class Runs(BaseModel):
     data: list[RunView]
     after: str | None
     """Give it as `after` to get the next page; null: this is the last."""
+    total: int | None = None
+    """Runs on all pages, where it was asked for."""
 
 
 class EventView(BaseModel):
@@ -135,6 +144,27 @@ class CheckpointView(BaseModel):
     problems: list[str] = []
 
 
+class CheckView(BaseModel):
+    """A job that has measured a model: its logits against the dense model's, or the perplexity of a text."""
+
+    run: str
+    kind: str
+    state: State
+    ended: float | None
+    folder: str
+    summary: Json
+    """verify: passed, checks, failed, worst (the logit difference nearest its bound); evaluate: model, dense."""
+
+
+class ConversionView(BaseModel):
+    """What a conversion made, and what has checked it."""
+
+    path: str
+    found: Json
+    """source, recipe, parameters, bytes, tensors, layers, notes; empty where the folder has no manifest."""
+    checks: list[CheckView]
+
+
 class ModelView(BaseModel):
     """A folder that a job has made, for others to start from."""
 
@@ -144,6 +174,9 @@ class ModelView(BaseModel):
     path: str
     exists: bool
     ended: float | None
+    bytes: int | None
+    """Of its weights; null: they are not here."""
+    checks: list[CheckView]
 
 
 class PlanRequest(BaseModel, extra="forbid"):

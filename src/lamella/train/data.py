@@ -276,12 +276,16 @@ def _has_readable_label(source: Samples, position: int) -> bool:
         return True  # the policy on bad data decides
 
 
-def spread(samples: MixedSamples, count: int) -> list[Sample]:
-    """`count` samples (or all, if there are fewer): of each source its share, at even distances; by policy, where one
-    is damaged, another."""
+def spread(samples: MixedSamples, count: int) -> dict[str, list[Sample]]:
+    """Name of source -> its share of `count` samples (or of all, if there are fewer), at even distances; by policy,
+    where one is damaged, another. A source without a share is left out."""
     shares = samples.interleaving.counts(min(count, len(samples)))
     parts = [(s, len(source), min(shares[s], len(source))) for s, source in samples.sized.items()]
-    return [samples.readable(s, i * size // share) for s, size, share in parts for i in range(share)]
+    found: dict[str, list[Sample]] = {}
+    for s, size, share in parts:
+        if share:
+            found.setdefault(samples.names[s], []).extend(samples.readable(s, i * size // share) for i in range(share))
+    return found
 
 
 def collate(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor]:

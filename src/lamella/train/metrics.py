@@ -131,10 +131,12 @@ class LamellaMetrics(MetricsProcessor):
         names = [group_name(group["param_names"]) for optimizer in self.optimizers for group in optimizer.param_groups]
         return dict(zip(names, (v for key, v in extra.items() if key.startswith("lr/")), strict=True))
 
-    def finish_step(self, step: int, heldout_loss: float | None) -> None:
-        """Write the line of this step on rank 0; without `heldout_loss`, nothing is written where `log` had no turn."""
-        if heldout_loss is not None:
-            self.line["heldout_loss"] = heldout_loss
+    def finish_step(self, step: int, heldout: tuple[float, dict[str, float]] | None) -> None:
+        """Write the line of this step on rank 0; without `heldout` (the loss in all, and of each source), nothing is
+        written where `log` had no turn."""
+        if heldout is not None:
+            self.line["heldout_loss"], of_sources = heldout
+            self.line |= {"heldout_losses": of_sources} if len(of_sources) > 1 else {}
         if self.line and self.is_rank0:
             line = {"step": step, "time": time.time(), "heldout_loss": None} | self.line
             with self.run.metrics_file.open("a") as file:

@@ -149,7 +149,7 @@ class LamellaTrainer(Trainer):
             return None
         rank, size = self.batch_place
         chosen = spread(samples, self.recipe.heldout_samples)
-        if not any(has_label(sample) for sample in chosen):
+        if not any(has_label(sample) for of_source in chosen.values() for sample in of_source):
             self.notes.append("the held-out samples have nothing to predict, so no held-out loss is measured")
             return None
         return HeldOut(chosen, rank, size, self.recipe.samples_per_micro_batch, self.mesh, self.stages)
@@ -331,8 +331,9 @@ class LamellaTrainer(Trainer):
         """Whether the held-out loss is measured after this step."""
         return self.step % self.recipe.heldout_every_steps == 0 or self.step == self.recipe.steps
 
-    def heldout_loss(self) -> float | None:
-        """The held-out loss in nats per token, or None without held-out samples; its time counts in no rate."""
+    def heldout_loss(self) -> tuple[float, dict[str, float]] | None:
+        """The held-out loss in nats per token, in all and of each source, or None without held-out samples; its time
+        counts in no rate."""
         if self.heldout is None:
             return None
         self.enter("held-out loss")

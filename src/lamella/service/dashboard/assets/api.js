@@ -91,10 +91,13 @@ export function bytes(count) {
 
 export const moment = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString() : "");
 
+// Seconds that a run's attempts have taken; of those at work until now.
+export const used = (run) => (run.used_s ?? 0) + (run.working_since ? Math.max(0, Date.now() / 1000 - run.working_since) : 0);
+
 // What a run has used: GPU hours, or core hours where it has no GPU.
 export function cost(run) {
   if (!run.started) return "";
-  const hours = ((run.ended ?? Date.now() / 1000) - run.started) / 3600;
+  const hours = used(run) / 3600;
   return run.gpus ? `${(run.gpus * hours).toFixed(2)} GPU h` : `${(run.cores * hours).toFixed(2)} core h`;
 }
 

@@ -1,13 +1,15 @@
-// One run: curves, experts, plan, checkpoints, events, log; and what can be done with it.
-import { api, byId, debounced, bytes, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
-import { curves, heatMap } from "/assets/charts.js";
+// One run: what can be done with it, what it has used, checkpoints, events, log; training and conversion have scripts
+// of their own.
+import { api, byId, debounced, bytes, cost, duration, el, follow, moment, progressOf, say, used } from "/assets/api.js";
+import { showConversion, showResult } from "/assets/conversion.js";
+import { training } from "/assets/training.js";
 
 const id = byId("run").dataset.run;
 const base = `/v1/jobs/${id}`;
 const OVER = ["succeeded", "failed", "cancelled"];
-const lines = [];
-const marks = [];
-let run = null, offset = 0, stage = null, planned = null, endLog = null;
+const MOST_EVENTS = 1000;
+const curves = training(base);
+let run = null, endLog = null;
 
 const ACTIONS = [
   ["pause", "Pause", () => !OVER.includes(run.state) && run.desired !== "paused" && run.desired !== "cancelled"],
@@ -71,67 +73,7 @@ async function show() {
   byId("spec").textContent = JSON.stringify(run.spec, null, 2);
   buttons();
   facts();
-}
-
-async function metrics() {
-  if (run.kind !== "train") return;
-  const first = offset === 0;
-  const query = new URLSearchParams({ offset, ...(first ? { points: 2000 } : {}), ...(stage ? { stage } : {}) });
-  const page = await api(`${base}/metrics?${query}`);
-  if (page.stages.length > 1 && byId("stagelabel").hidden) {
-    byId("stagelabel").hidden = false;
-    byId("stage").replaceChildren(...page.stages.map((name) => el("option", { selected: name === page.stage }, name)));
-  }
-  stage = page.stage || stage;
-  offset = page.offset;
-  lines.push(...page.data);
-  if (page.data.length && window.Plotly) draw();
-}
-
-const column = (name) => ({ x: lines.map((line) => line.step), y: lines.map((line) => line[name] ?? null) });
-const matrix = (name) => {
-  const with_ = lines.filter((line) => Array.isArray(line[name]) && line[name].length);
-  return [with_.map((line) => line.step), with_.length ? with_[0][name].map((_, layer) => with_.map((line) => line[name][layer])) : []];
-};
-
-function draw() {
-  byId("curves").hidden = false;
-  const heldout = new Set(lines.flatMap((line) => Object.keys(line).filter((name) => name.startsWith("heldout_loss") && typeof line[name] === "number")));
-  const perSource = lines.flatMap((line) => Object.entries(line)).filter(([name, value]) => name.startsWith("heldout") && value && typeof value === "object" && !Array.isArray(value));
-  const sources = new Map();
-  for (const [name, value] of perSource) for (const source of Object.keys(value)) sources.set(`${name}: ${source}`, [name, source]);
-  curves("loss", "Loss", "nats per token", [
-    { name: "loss", ...column("loss") },
-    ...[...heldout].map((name) => ({ name: name.replaceAll("_", " "), ...column(name) })),
-    ...[...sources].map(([label, [name, source]]) => ({ name: label, x: lines.map((l) => l.step), y: lines.map((l) => l[name]?.[source] ?? null) })),
-  ], marks);
-  curves("rate", "Learning rate", "", ["lr", "router_lr", "rest_lr", "lora_lr"].map((name) => ({ name, ...column(name) })));
-  curves("speed", "Speed", "tokens per second", [{ name: "tokens/s", ...column("tokens_per_s") }], marks);
-  curves("mfu", "Model FLOPs utilisation", "share of the peak", [{ name: "MFU", ...column("mfu") }]);
-  heatMap("twins", "Share of rows that the twins compute", ...matrix("twin_share"), [0, 1]);
-  heatMap("load", "Busiest expert over the mean, minus 1", ...matrix("max_vio"));
-  actual();
-}
-
-async function plan() {
-  if (run.kind !== "train" || planned) return;
-  planned = await api("/v1/plans", { method: "POST", body: { submission: run.spec } }).catch(() => null);
-  actual();
-}
-
-function actual() {
-  const stages = Object.values(planned?.training ?? {});
-  const values = stages[0];
-  if (!values) return;
-  const newest = lines.at(-1) ?? {};
-  const rows = [
-    ["Memory of a rank", values.memory_per_rank?.peak_bytes, newest.peak_gib === undefined ? null : newest.peak_gib * 1024 ** 3, bytes],
-    ["Tokens per second", values.time?.tokens_per_s, newest.tokens_per_s, (n) => Math.round(n).toLocaleString()],
-    ["Time", values.time?.seconds, run.started ? (run.ended ?? Date.now() / 1000) - run.started : null, duration],
-  ].filter(([, a, b]) => typeof a === "number" || typeof b === "number");
-  const cell = (value, how) => el("td", {}, typeof value === "number" ? how(value) : "not known");
-  byId("plan").replaceChildren(el("thead", {}, el("tr", {}, ...["", "planned", "actual"].map((t) => el("th", { scope: "col" }, t)))), el("tbody", {}, ...rows.map(([name, a, b, how]) => el("tr", {}, el("th", { scope: "row" }, name), cell(a, how), cell(b, how)))));
-  byId("planned").hidden = rows.length === 0;
+  if (run.kind === "train") curves.compare(run, used(run));
 }
 
 async function checkpoints() {
@@ -170,8 +112,9 @@ async function forkFrom(step) {
 function heard(event) {
   const text = Object.entries(event.data ?? {}).filter(([, v]) => v !== null && v !== "").map(([k, v]) => `${k} ${typeof v === "object" ? JSON.stringify(v) : v}`).join(", ");
   byId("events").append(el("li", {}, `${moment(event.time)}  ${event.event}${event.state ? ` ${event.state}` : ""}${text ? `: ${text}` : ""}`));
-  const bad = ["fault", "restart", "failure"].some((word) => event.event.includes(word)) || event.state === "failed";
-  if (typeof event.data?.step === "number" && (bad || event.event === "save")) marks.push({ x: event.data.step, text: event.event, bad });
+  while (byId("events").childElementCount > MOST_EVENTS) byId("events").firstElementChild.remove();
+  curves.heard(event);
+  if (event.event === "save") keptSoon();
   soon();
 }
 
@@ -193,28 +136,23 @@ async function logs(source) {
 }
 
 async function result() {
-  if (run.kind !== "evaluate" || !run.ended) return;
-  const values = await api(`${base}/result`);
-  byId("figures").hidden = Object.keys(values).length === 0;
-  byId("result").textContent = JSON.stringify(values, null, 2);
+  if (run.kind === "convert" && run.state === "succeeded") await showConversion(base, run);
+  if (["verify", "evaluate"].includes(run.kind) && run.ended) showResult(await api(`${base}/result`));
 }
 
 async function all() {
   try {
     await show();
-    await Promise.all([metrics(), checkpoints(), result()]);
+    await Promise.all([run.kind === "train" ? curves.read() : null, result()]);
   } catch (error) {
     say(error.message);
   }
 }
 const soon = debounced(all, 700);
+const keptSoon = debounced(() => checkpoints().catch((error) => say(error.message)), 1500);
 
 byId("source").addEventListener("change", (event) => logs(event.target.value));
-byId("stage").addEventListener("change", (event) => {
-  [stage, offset, lines.length] = [event.target.value, 0, 0];
-  metrics();
-});
-await all();
-await Promise.all([plan(), logs(null)]).catch((error) => say(error.message));
 follow(`${base}/events/stream`, heard);
+await all();
+await Promise.all([logs(null), checkpoints(), run?.kind === "train" ? curves.plan(run) : null]).catch((error) => say(error.message));
 setInterval(() => document.hidden || OVER.includes(run?.state) || all(), 3000);
