@@ -36,12 +36,13 @@ from lamella.evaluate.checkpoints import model_path, open_checkpoint, parse_dtyp
 from lamella.hf.adapters import AdapterBlock, AdapterFFN, AttentionAdapters, adapter_blocks, install_adapters
 from lamella.hf.computing import Computing, computes_bfloat16
 from lamella.moe.balancing import auxiliary_loss
+from lamella.moe.learning import rate_at
 from lamella.recipe.methods.adapters import takes_adapters
 
 Target = Literal["router", "mlp", "attention", "router_mlp"]
 PART: dict[type[AdapterBlock], Block] = {AdapterFFN: "mlp", AttentionAdapters: "attention"}
-WARMUP = 0.1
-"""Of the steps: the rate rises over this share of them, then falls along a cosine to a tenth."""
+LEAST_RATE = 0.1
+"""Of the largest rate: the cosine falls to this."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,7 @@ class Pace:
 
     def factor(self, step: int) -> float:
         """The share of `lr` at a step, from 0."""
-        warmup = max(1, round(WARMUP * self.steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        return rate_at(step, self.steps, LEAST_RATE)
 
 
 def learn_adapter(

@@ -1,6 +1,6 @@
 """Learning from a dense teacher: the loss, and the teachers.
 
-Shapes: B batch, L sequence, N = B*L tokens, C tokens of a chunk, V vocabulary.
+Shapes: B batch, L sequence, N = B*L tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -21,31 +19,11 @@ from torchtitan.tools.utils import device_type
 
 from lamella.architecture import names
 from lamella.data.packing import IGNORE_INDEX
+from lamella.moe.learning import summed_kl
 from lamella.recipe.sections import Distil
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.parallelise import parallelize
 from lamella.titan.state_dict import RowsReader
-
-TOKENS_PER_CHUNK = 1024
-
-
-def summed_kl(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, temperature: float) -> Tensor:
-    """Sum over the tokens with a label of temperature^2 * KL(teacher || student), both softened by the temperature.
-
-    A chunk of tokens at a time, whose float32 probabilities the backward pass computes again: of whole samples they
-    would take several times the memory of the logits.
-    """
-    total = student_NV.new_zeros((), dtype=torch.float32)
-    chunks = zip(*(t.split(TOKENS_PER_CHUNK) for t in (student_NV, teacher_NV, labels_N)), strict=True)
-    for student_CV, teacher_CV, labels_C in chunks:
-        total = total + checkpoint(_kl, student_CV, teacher_CV, labels_C, temperature, use_reentrant=False)
-    return temperature**2 * total
-
-
-def _kl(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float) -> Tensor:
-    student_CV, teacher_CV = ((x.float() / temperature).log_softmax(dim=-1) for x in (student_CV, teacher_CV))
-    kl_C = F.kl_div(student_CV, teacher_CV, reduction="none", log_target=True).sum(dim=-1)
-    return (kl_C * (labels_C != IGNORE_INDEX)).sum()
 
 
 class Lesson(NamedTuple):
@@ -81,7 +59,8 @@ class DistilLoss(CrossEntropyLoss):
             return super().__call__(pred, labels, global_valid_tokens, **kwargs)
         labels, teacher_BLV = labels
         loss, metrics = super().__call__(pred, labels, global_valid_tokens, **kwargs)
-        kl = summed_kl(pred.flatten(0, 1), teacher_BLV.flatten(0, 1), labels.flatten(), self.distil.temperature)
+        kept_N = labels.flatten() != IGNORE_INDEX
+        kl = summed_kl(pred.flatten(0, 1), teacher_BLV.flatten(0, 1), self.distil.temperature, kept_N)
         if global_valid_tokens is not None:
             kl = kl / global_valid_tokens
         return self.distil.weight * kl + (1 - self.distil.weight) * loss, metrics

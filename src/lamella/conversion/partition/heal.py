@@ -13,28 +13,22 @@ Shapes: N windows of L tokens, B windows of a step, t tokens, D model width, F n
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lamella.calibrate.sample import FFN, hidden, output
 from lamella.errors import UserError
 from lamella.hf.blocks import decoder_layers, ffn_modules, replace_ffn
 from lamella.hf.computing import computes_bfloat16
+from lamella.moe.learning import rate_at, summed_kl
 from lamella.recipe.methods.partition import Heal
 
 Counts = Callable[[Tensor], Tensor]
 """x [t, D] -> how often each neuron of the FFN is computed, [t, F], or [F] where that is the same for all tokens."""
-TOKENS_AT_A_TIME = 512
-"""Tokens whose distributions are compared at a time."""
-WARMUP = 0.1
-"""Of the steps: the rate rises over this share of them, then falls to nothing along a cosine."""
 LARGEST_GRADIENT = 1.0
 """A gradient of all parameters that is longer is cut to this norm."""
 
@@ -133,7 +127,7 @@ def _train(
     for number, ids_BL in enumerate(batches, 1):
         begun = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * _rate(number, len(batches))
+            group["lr"] = options.lr * rate_at(number - 1, len(batches))
         kl = _kl_of(model, blocks, ids_BL.to(model.device))
         if not kl.isfinite():
             raise UserError(
@@ -147,14 +141,6 @@ def _train(
         on_step(Step(number, len(batches), kl.item(), ids_BL.numel() / wall_s, wall_s))
 
 
-def _rate(number: int, steps: int) -> float:
-    """The share of the rate at a step, from 1."""
-    warmup = max(1, round(WARMUP * steps))
-    if number <= warmup:
-        return number / warmup
-    return 0.5 * (1 + math.cos(math.pi * (number - warmup) / (steps - warmup + 1)))
-
-
 def _kl_of(model: Any, blocks: dict[int, _Healed], ids_BL: Tensor) -> Tensor:
     """The mean over the tokens of KL(dense || converted), nats."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16(model.device)):
@@ -163,18 +149,10 @@ def _kl_of(model: Any, blocks: dict[int, _Healed], ids_BL: Tensor) -> Tensor:
             wanted_tV = model(ids_BL, use_cache=False).logits.flatten(0, 1)
         teach(blocks, False)
         given_tV = model(ids_BL, use_cache=False).logits.flatten(0, 1)
-    total = given_tV.new_zeros((), dtype=torch.float32)
-    for given, wanted in zip(given_tV.split(TOKENS_AT_A_TIME), wanted_tV.split(TOKENS_AT_A_TIME), strict=True):
-        total = total + checkpoint(_summed_kl, given, wanted, use_reentrant=False)
-    return total / ids_BL.numel()
+    return summed_kl(given_tV, wanted_tV) / ids_BL.numel()
 
 
 def teach(blocks: Mapping[int, _Healed], teaches: bool) -> None:
     """Make the model the dense one, or the one that learns."""
     for block in blocks.values():
         block.teaches = teaches
-
-
-def _summed_kl(given_tV: Tensor, wanted_tV: Tensor) -> Tensor:
-    given_tV, wanted_tV = (x.float().log_softmax(dim=-1) for x in (given_tV, wanted_tV))
-    return functional.kl_div(given_tV, wanted_tV, reduction="sum", log_target=True)
