@@ -67,6 +67,7 @@ def _lifespan(service: Service, schedule: bool) -> Callable[[FastAPI], AbstractA
             thread.start()
         yield
         service.scheduler.stop()
+        service.hub.close()
         reading.cancel()
         with suppress(asyncio.CancelledError):
             await reading

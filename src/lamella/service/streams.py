@@ -39,6 +39,7 @@ class Hub:
         self._floor = 0
         """All events after this id are in the list."""
         self._news = asyncio.Event()
+        self._closed = False
 
     async def start(self) -> None:
         """Begin at the newest event."""
@@ -56,6 +57,11 @@ class Hub:
                 self._add(new)
             if len(new) < READ:
                 await asyncio.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Streams end when they have told all that there is."""
+        self._closed = True
+        self._news.set()
 
     @property
     def last(self) -> int:
@@ -90,6 +96,8 @@ class Hub:
                 for event in found:
                     yield ServerSentEvent(json.dumps(asdict(event)), event=event.event, id=str(event.id))
                 if upto == last:
+                    if self._closed:
+                        return
                     await news.wait()
                 last = upto
         finally:
