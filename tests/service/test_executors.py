@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from lamella.installation import shipped
 from lamella.recipe.files import parse_yaml, read_recipe_text
 from lamella.service.executors import EXECUTORS
 from lamella.service.executors import kubernetes as on_kubernetes
-from lamella.service.executors import skypilot as on_skypilot
 from lamella.service.executors.executor import Place
 from lamella.service.jobs import Submission
 from lamella.service.planning import draft
@@ -140,39 +138,6 @@ def test_other_jobs_on_kubernetes_pass_the_published_schema(kind: str) -> None:
 def test_states_of_kubernetes(status: dict, expected: tuple) -> None:
     seen = on_kubernetes.seen_in(status)
     assert (seen.state, seen.code) == expected
-
-
-@pytest.mark.parametrize("kind", ["train", *JOBS])
-@pytest.mark.parametrize("file", CLUSTERS)
-def test_tasks_of_skypilot(file: str, kind: str, tmp_path: Path) -> None:
-    """Loaded by SkyPilot itself where `sky` is on the PATH (in an environment of its own)."""
-    run, cluster = trained_on("skypilot", file, spot=True)
-    if kind != "train":
-        run = submission("skypilot", cluster, JOBS[kind])
-    text = rendered(run)["task.yaml"]
-    task = yaml.safe_load(text)
-    assert task["num_nodes"] == (cluster["nodes"] if kind == "train" else 1)
-    gpus = cluster["gpus_per_node"] if kind == "train" else 1
-    assert task["resources"]["accelerators"] == f"{cluster.get('gpu', 'H100')}:{gpus}"
-    assert subprocess.run(["bash", "-n"], input=task["run"], text=True, check=False).returncode == 0
-    sky = shutil.which("sky")
-    if sky is not None and kind == "train":
-        (tmp_path / "task.yaml").write_text(text)
-        code = f"import sky; print(sky.Task.from_yaml({str(tmp_path / 'task.yaml')!r}).num_nodes)"
-        python = Path(sky).resolve().with_name("python")
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == str(cluster["nodes"]), done.stderr
-
-
-def test_states_of_skypilot() -> None:
-    states = {"SUCCEEDED": ("ended", 0), "ManagedJobStatus.RUNNING": ("running", None), "RECOVERING": ("waiting", None)}
-    for status, expected in states.items():
-        seen = on_skypilot.seen_in(status)
-        assert (seen.state, seen.code) == expected
-    assert on_skypilot.seen_in("FAILED_NO_RESOURCE").failure == {
-        "failure": "infra",
-        "reason": "SkyPilot: FAILED_NO_RESOURCE",
-    }
 
 
 def test_no_word_of_a_submission_reaches_a_shell_unquoted() -> None:

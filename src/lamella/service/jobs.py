@@ -240,6 +240,10 @@ class Cluster(Strict):
     """SkyPilot: the cloud or cluster; null: whatever is cheapest."""
     spot: bool = False
     """SkyPilot: machines that may be taken away at any time."""
+    bucket: (
+        Annotated[str, Field(pattern=r"^(s3|gs|r2)://[a-z0-9][a-z0-9._-]{1,62}(/[A-Za-z0-9._-]{1,99})*$")] | None
+    ) = None
+    """SkyPilot: the bucket that is mounted as the folder in which jobs run: models, and what jobs write, lie there."""
 
     @property
     def ranks(self) -> int:
@@ -268,6 +272,23 @@ class Submission(Strict):
         if self.executor != "local" and isinstance(self.job, TrainJob):
             for stage in self.job.stages():
                 stage.check_world_size(self.cluster.ranks)
+        if self.executor == "skypilot":
+            self._check_kept()
+
+    def _check_kept(self) -> None:
+        """UserError where what the job makes would go with the machine that SkyPilot gives back."""
+        if isinstance(self.job, TrainJob):
+            folders = [stage.checkpoint_folder or "" for stage in self.job.stages()]
+            if not all("://" in folder for folder in folders):
+                raise UserError("machines of SkyPilot keep nothing: set checkpoint_folder, such as s3://bucket/run")
+            return
+        out = self.job.out()
+        if out is None or "://" in out or (self.cluster.bucket and not Path(out).is_absolute()):
+            return
+        raise UserError(
+            f"machines of SkyPilot keep nothing, {out} neither: name a bucket (--cluster bucket=s3://NAME) and a "
+            "folder in it, such as out=moe"
+        )
 
     def ranks(self, capacity: Capacity) -> int:
         """Processes of a training run."""

@@ -1,12 +1,15 @@
 """Jobs on whatever cloud SkyPilot finds, as managed jobs, by the command `sky`. Imports neither it nor torch.
 
 SkyPilot pins older libraries than the service needs, so it lives in an environment of its own with `sky` on the PATH.
-Models and run directories must be where the machines reach them: in buckets (`checkpoint_folder: s3://...`) or on hubs.
+What a job leaves on the disk of a machine goes with the machine. So the checkpoints of training are kept at a URL
+(`checkpoint_folder: s3://...`), and the bucket of the cluster's settings is mounted as the folder in which jobs run:
+models, run directories and exports lie there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,14 +29,25 @@ TASK, FETCHED = "task.yaml", "fetched.log"
 CALL_S = 600
 WAITING = frozenset({"PENDING", "SUBMITTED", "STARTING", "RECOVERING"})
 CODES = {"SUCCEEDED": 0, "CANCELLED": 143, "FAILED": 1, "FAILED_SETUP": 1}
-INFRA = frozenset({"FAILED_NO_RESOURCE", "FAILED_CONTROLLER", "FAILED_PRECHECKS"})
-RANKS = """set -e
-printf %s "$LAMELLA_RECIPE" > recipe.yaml
+FAILURES = {"FAILED_NO_RESOURCE": "infra", "FAILED_CONTROLLER": "infra", "FAILED_PRECHECKS": "user_config"}
+"""What SkyPilot knows better than an exit code; FAILED_PRECHECKS: no cloud has such machines, or none is set up."""
+NO_SERVER = (
+    "ApiServerConnectionError", "Could not connect to SkyPilot API server", "ServerTemporarilyUnavailableError",
+    "Connection refused", "Max retries exceeded", "timed out",
+)  # fmt: skip
+NO_CONTROLLER, NO_CLUSTER = "No in-progress managed jobs", "ClusterDoesNotExist"
+"""What `sky jobs queue` says while its controller is stopped, and `--refresh` before there was ever one."""
+DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+"""Scheme of a URL -> the package that fsspec needs for it."""
+COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+SHARED = "/lamella"
+"""The bucket is mounted here."""
+RANKS = """printf %s "$LAMELLA_RECIPE" > /tmp/recipe.yaml
 head_node=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
 exec torchrun --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" \\
-  --nproc-per-node="${SKYPILOT_NUM_GPUS_PER_NODE:-1}" --master-addr="$head_node" --master-port=29400 \\
+  --nproc-per-node=RANKS_PER_NODE --master-addr="$head_node" --master-port=29400 \\
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --max-restarts=0 --shutdown-timeout=280 \\
-  -m lamella.worker recipe.yaml
+  -m lamella.worker /tmp/recipe.yaml
 """
 
 
@@ -56,16 +70,21 @@ class SkyPilot:
         task = {
             "name": name_of(run, attempt), "num_nodes": cluster.nodes if trains else 1, "resources": resources,
             "envs": {"LAMELLA_RECIPE": submission.job.files().get(RECIPE, "")},
-            "setup": f"pip install --quiet lamella=={metadata.version('lamella')}\n",
-            "run": RANKS if trains else self._command(run, submission),
+            "setup": f"pip install --quiet lamella=={metadata.version('lamella')}{_drivers(submission)}\n",
+            "run": self._script(run, submission),
         }  # fmt: skip
+        if cluster.bucket:  # cached: its other mode can neither append nor write in the middle of a file
+            task["file_mounts"] = {SHARED: {"source": cluster.bucket, "mode": "MOUNT_CACHED"}}
         return {TASK: yaml.safe_dump(task, sort_keys=False)}
 
-    def _command(self, run: Run, submission: Submission) -> str:
+    def _script(self, run: Run, submission: Submission) -> str:
+        begin = "set -e\n" + (f"cd {SHARED}\n" if submission.cluster.bucket else "")
+        if isinstance(submission.job, TrainJob):
+            return begin + RANKS.replace("RANKS_PER_NODE", str(max(1, submission.cluster.gpus_per_node)))
         own = str(self.place.folder(run.id) / RECIPE)
         words = submission.job.words(self.place.folder(run.id), 1)
-        words = ["recipe.yaml" if word == own else word for word in words if not word.startswith("--json=")]
-        return f'set -e\nprintf %s "$LAMELLA_RECIPE" > recipe.yaml\nexec {shlex.join(["lamella", *words])}\n'
+        words = [f"/tmp/{RECIPE}" if word == own else word for word in words if not word.startswith("--json=")]
+        return f'{begin}printf %s "$LAMELLA_RECIPE" > /tmp/{RECIPE}\nexec {shlex.join(["lamella", *words])}\n'
 
     def submit(self, run: Run, attempt: Attempt) -> Json:
         """Launch a managed job, unless one of this name is there."""
@@ -87,11 +106,15 @@ class SkyPilot:
             return Seen("unknown", reason=str(error))
         if not jobs:
             return Seen("gone", reason="SkyPilot knows nothing of the job any more")
-        return seen_in(str(jobs[0].get("status", "")))
+        return seen_in(str(jobs[0].get("status", "")), str(jobs[0].get("failure_reason") or ""))
 
     def ask(self, run: Run, attempt: Attempt, what: Ask) -> None:
         """Cancel the managed job; training goes on later from its checkpoints in a bucket."""
-        _sky("jobs", "cancel", "--yes", f"--name={name_of(run, attempt.number)}")
+        try:
+            _sky("jobs", "cancel", "--yes", f"--name={name_of(run, attempt.number)}")
+        except UserError as error:
+            if NO_CONTROLLER not in str(error):  # else nothing runs
+                raise
 
     def fetch_log(self, run: Run, attempt: Attempt) -> None:
         """What is new in the whole log; on another machine it begins anew, which is added with a line before it."""
@@ -106,13 +129,14 @@ class SkyPilot:
         write_atomic(file, said)
 
 
-def seen_in(status: str) -> Seen:
+def seen_in(status: str, why: str = "") -> Seen:
     """How a managed job is, from its status."""
     state = status.rpartition(".")[2]
+    reason = f"SkyPilot: {state}{f', {why}' if why else ''}"
     if state in CODES:
-        return Seen("ended", CODES[state])
-    if state in INFRA:
-        return Seen("ended", 1, {"failure": "infra", "reason": f"SkyPilot: {state}"})
+        return Seen("ended", CODES[state], reason=reason)
+    if state in FAILURES:
+        return Seen("ended", 1, {"failure": FAILURES[state], "reason": reason})
     return Seen("waiting" if state in WAITING else "running")
 
 
@@ -121,17 +145,52 @@ def name_of(run: Run, attempt: int) -> str:
     return f"{run.id}-{attempt}"
 
 
+def _drivers(submission: Submission) -> str:
+    """The packages, each after a space, by which fsspec reaches the buckets that the job names."""
+    schemes = {text.partition("://")[0] for _, text in submission.strings() if "://" in text}
+    return "".join(f" {name}" for name in sorted({DRIVERS[scheme] for scheme in schemes & DRIVERS.keys()}))
+
+
 def _queue() -> list[Json]:
-    return list(json.loads(_sky("jobs", "queue", "--all", "--output", "json") or "[]"))
+    """All managed jobs of this user, also those that have ended; a controller that has stopped is started for it."""
+    words = ["jobs", "queue", "--all", "--verbose", "--output=json"]
+    try:
+        return jobs_in(_sky(*words))
+    except UserError as error:
+        if NO_CONTROLLER not in str(error):
+            raise
+    try:
+        return jobs_in(_sky(*words, "--refresh"))
+    except UserError as error:
+        if NO_CLUSTER in str(error):  # nothing was ever submitted
+            return []
+        raise
+
+
+def jobs_in(said: str) -> list[Json]:
+    """The jobs of `sky jobs queue --output=json`; lines about its own server come before them.
+
+    Raises:
+        Unreachable: there are none to be read.
+    """
+    lines = said.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
+    try:
+        return list(json.loads("\n".join(lines[begin:])))
+    except ValueError:
+        raise Unreachable(f"sky jobs queue gave no JSON, but {said[:200]!r}") from None
 
 
 def _sky(*words: str) -> str:
     if shutil.which("sky") is None:
         raise UserError("`sky` is not on this machine; install skypilot in an environment of its own, on the PATH")
     try:
-        done = subprocess.run(["sky", *words], capture_output=True, text=True, timeout=CALL_S, check=False)
+        done = subprocess.run(
+            ["sky", *words], capture_output=True, text=True, timeout=CALL_S, check=False, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         raise Unreachable(f"sky {words[1]} has not answered for {CALL_S} s") from None
     if done.returncode:
-        raise UserError(f"sky {words[0]} {words[1]}: {done.stderr.strip()[-2000:]}")
+        said = f"sky {words[0]} {words[1]}: {COLOR.sub('', done.stderr.strip() or done.stdout.strip())[-2000:]}"
+        raise Unreachable(said) if any(word in said for word in NO_SERVER) else UserError(said)
     return done.stdout
