@@ -15,7 +15,14 @@ Device = Annotated[str, typer.Option(help="The model is computed here: cpu, cuda
 SEQ_LEN = "The text is cut into windows of this many tokens."
 
 
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="The folder of a model, a run directory, or a hub name.")]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="The folder of a model, a run directory, a hub name; a GGUF file; or the address of a server that speaks "
+        "OpenAI's protocol, http://HOST:PORT/v1, with #NAME behind it where it serves several models.",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +70,14 @@ Twins = Annotated[
         show_default="as the router says",
     ),
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Of a GGUF file or a server: the folder of the model that it was made of, which tells the tokens.",
+        show_default="the folder of the file",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16, or as the file is stored (auto).")]
 
 
@@ -82,6 +97,7 @@ def evaluate(
     twins: Twins = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tokenizer: Tokenizer = None,
     json: JsonFile = None,
 ) -> None:
     """Measure the perplexity of a model on a text, or its accuracy at a task; if asked for, with others beside it."""
@@ -101,11 +117,12 @@ def evaluate(
 
         run_task(
             folder, task, dense=dense, beside=beside or [], limit=limit, mode=mode, dtype=dtype, device=device,
-            json_path=json, picture=picture,
+            tokenizer=tokenizer, json_path=json, picture=picture,
         )  # fmt: skip
         return
     from lamella.evaluate.commands import evaluate_and_print
 
     options = {"data": data or "python-docs", "dense": dense, "max_tokens": 8192 if tokens is None else tokens}
     options |= {"split": None if split == "all" else split or "heldout", "seq_len": seq_len or 1024}
+    options |= {"tokenizer": tokenizer}
     evaluate_and_print(folder, json, **options, mode=mode, top_k=top_k, twins=twins, dtype=dtype, device=device)

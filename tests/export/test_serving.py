@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,6 +17,7 @@ from lamella.export import export
 from lamella.export.apart import find_apart
 from lamella.export.serving import VLLM_PYTHON, command_for, open_served
 from support.bpe import VOCAB, save_bpe
+from support.served import free_port, served
 from support.trained_model import save_trained
 
 PROMPT = "def area(width"
@@ -32,12 +29,6 @@ needs_serving = pytest.mark.skipif(
     find_apart("openai", "LAMELLA_TRANSFORMERS_SERVING", "transformers-serving") is None,
     reason="transformers[serving] is not installed",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +46,6 @@ def expected(source: Path) -> str:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-@contextmanager
-def served(path: Path, *words: str, wait_s: float = 240) -> Iterator[str]:
-    """The server's URL while it runs."""
-    port = free_port()
-    command = [sys.executable, "-c", "from lamella.cli import main; main()", "serve-model", str(path)]
-    process = subprocess.Popen([*command, "--port", str(port), *words], stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.monotonic() + wait_s
-        while True:
-            assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
-            assert time.monotonic() < end, "it does not answer"
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def completion(url: str, model: str) -> str:

@@ -180,7 +180,10 @@ def is_run(command: str) -> bool:
         return False  # ends when somebody ends it; trains beside the tests
     if words[:2] == ["lamella", "serve-model"]:
         return False  # ends when somebody ends it, and wants a server; tests/export/test_serving.py starts them
-    if "gguf" in words:  # llama.cpp has no name for the tiny model's tokenizer of bytes; tests/export has real ones
+    if any(word.startswith("http") for word in words):
+        return False  # nobody started the server; tests/evaluate/test_served.py does
+    # llama.cpp has no name for the tiny model's tokenizer of bytes; tests/export has real ones
+    if "gguf" in words or "artifacts/llama-gguf" in words:
         return False
     return "plan" in words or not any(word.startswith("launch/recipes/llama3-8b") for word in words)
 

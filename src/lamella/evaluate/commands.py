@@ -20,6 +20,7 @@ from lamella.evaluate.checkpoints import EMBEDDED, check_json_path, model_path, 
 from lamella.evaluate.logit_match import Check, logit_match
 from lamella.evaluate.perplexity import Perplexity, evaluate, text_samples
 from lamella.evaluate.routing_controls import routing_controls
+from lamella.evaluate.served.measure import check_model
 from lamella.installation import command
 
 TWIN_RATIO_BOUND = 1.0005
@@ -72,7 +73,7 @@ def evaluate_and_print(folder: str, json_path: Path | None, **options: Any) -> N
     """See `lamella.evaluate.perplexity.evaluate`; prints a table."""
     check_json_path(json_path)
     _quiet_transformers()
-    model_path(folder)  # what is wrong with it is the only thing said
+    check_model(folder)  # what is wrong with it is the only thing said
     if data := options.get("data"):
         print(describe_source(open_source(data)), file=sys.stderr)
     with Console(stderr=True).status(f"evaluating {folder}"):

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     check_json_path,
-    model_path,
     without_weights,
     write_json,
 )
@@ -22,6 +21,8 @@ from lamella.evaluate.choice.accuracy import Accuracy
 from lamella.evaluate.choice.evaluate import TaskResult, evaluate_task, is_harness_task
 from lamella.evaluate.choice.expert_use import draw_expert_use, routed_layers
 from lamella.evaluate.choice.harness import HarnessResult, evaluate_harness_task
+from lamella.evaluate.served.measure import check_model
+from lamella.evaluate.served.names import is_served
 from lamella.jsons import Json
 
 
@@ -35,6 +36,7 @@ def run_task(
     mode: str | None,
     dtype: str,
     device: str,
+    tokenizer: str | None,
     json_path: Path | None,
     picture: Path | None,
 ) -> None:
@@ -52,16 +54,16 @@ def run_task(
         _check_picture(picture, folder)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in (folder, *([] if dense is None else [dense]), *beside):
-        model_path(name)  # what is wrong with it is the only thing said
+    names = (folder, *([] if dense is None else [dense]), *beside)
+    for name in names:
+        check_model(name)  # what is wrong with it is the only thing said
     with Console(stderr=True).status(f"evaluating {folder}") as status:
 
         def on_model(name: str) -> None:
             status.update(f"evaluating {name}")
 
         if is_harness_task(task):
-            if picture is not None or mode is not None:
-                raise UserError("--picture and --mode have no effect with a task of lm-evaluation-harness")
+            _check_harness(names, picture, mode)
             of_harness = evaluate_harness_task(
                 folder, task, dense=dense, beside=beside, limit=limit, dtype=dtype, device=device, on_model=on_model
             )
@@ -70,7 +72,7 @@ def run_task(
         else:
             results = evaluate_task(
                 folder, task, dense=dense, beside=beside, limit=limit, mode=mode, dtype=dtype, device=device,
-                on_model=on_model,
+                tokenizer=tokenizer, on_model=on_model,
             )  # fmt: skip
             tables, report = _tables(task, results), {name: _report(result) for name, result in results.items()}
             if picture is not None:
@@ -82,10 +84,18 @@ def run_task(
         write_json(json_path, {"folder": folder, "task": task, "limit": limit, "models": report})
 
 
+def _check_harness(names: Sequence[str], picture: Path | None, mode: str | None) -> None:
+    if picture is not None or mode is not None:
+        raise UserError("--picture and --mode have no effect with a task of lm-evaluation-harness")
+    for name in names:
+        if is_served(name):
+            raise UserError(f"{name} is served, and tasks of lm-evaluation-harness are for folders; take a set of ours")
+
+
 def _check_picture(picture: Path, folder: str) -> None:
     if picture.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw {picture}: its name must end with .png, .svg or .pdf")
-    if not routed_layers(without_weights(folder)):
+    if is_served(folder) or not routed_layers(without_weights(folder)):
         raise UserError(f"{folder} has no experts in its FFNs, so there is nothing to draw; leave --picture out")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -27,8 +27,10 @@ from lamella.evaluate.choice.accuracy import Accuracy, Answer, accuracy, accurac
 from lamella.evaluate.choice.continuations import continuations
 from lamella.evaluate.choice.expert_use import ExpertUse
 from lamella.evaluate.choice.questions import Question, limited, read_questions
-from lamella.evaluate.choice.scoring import ModelScorer
+from lamella.evaluate.choice.scoring import ModelScorer, Scorer
 from lamella.evaluate.choice.sets import SETS, dataset_rows, file_rows, set_questions
+from lamella.evaluate.served.measure import Served, tokenizer_of
+from lamella.evaluate.served.names import is_served, load_tokenizer
 
 EMBEDDED_SET = "continuations"
 HARNESS_PREFIX = "harness:"
@@ -100,15 +102,18 @@ def evaluate_task(
     mode: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    tokenizer: str | None = None,
     on_model: Callable[[str], None] = lambda _: None,
 ) -> dict[str, TaskResult]:
     """What each model reaches, by its name as it was given.
 
     Args:
-        folder, dense, beside: models, see `lamella.evaluate.checkpoints.model_path`.
+        folder, dense, beside: models, see `lamella.evaluate.checkpoints.model_path`; GGUF files and endpoints, too, see
+            `lamella.evaluate.served.names`.
         task: see `load_task`; or questions.
         limit: at most this many questions of each domain.
         mode: what the MoE layers of `folder` compute; None: as the model stands.
+        tokenizer: of the models that are served: the folder of the model that they were made of.
         on_model: told the name of the model that is loaded next.
 
     Raises:
@@ -118,7 +123,12 @@ def evaluate_task(
     questions = load_task(task, limit) if isinstance(task, str) else limited(list(task), limit)
     check_choice("mode", mode, (None, *get_args(Mode)))
     parse_dtype(dtype), parse_device(device)
+    served = {name: tokenizer_of(name, tokenizer, {"--mode": mode}) for name in names if is_served(name)}
+    if tokenizer is not None and not served:
+        tokenizer_of(folder, tokenizer, {})
     for name in names:  # what is wrong with any is said before the first is loaded
+        if name in served:
+            continue
         shape = without_weights(name)
         adapter_of(shape, name)
         if mode is not None and name == folder and not is_converted(shape):
@@ -126,6 +136,9 @@ def evaluate_task(
     results = {}
     for name in names:
         on_model(name)
+        if name in served:
+            results[name] = _answered(Served(name, load_tokenizer(served[name])), questions)
+            continue
         own_mode = cast("Mode | None", mode) if name == folder else None
         results[name] = _one_model(name, questions, own_mode, dtype, device)
         free_device_memory()
@@ -138,8 +151,12 @@ def _one_model(name: str, questions: list[Question], mode: Mode | None, dtype: s
         assert is_converted(model)
         model.set_mode(mode)
     use = ExpertUse(model, questions)
+    result = _answered(ModelScorer(model, tokenizer, use if use.layers else None), questions)
+    return replace(result, expert_use=use.shares()) if use.layers else result
+
+
+def _answered(scorer: Scorer, questions: list[Question]) -> TaskResult:
     began = time.perf_counter()
-    answers = answer_questions(ModelScorer(model, tokenizer, use if use.layers else None), questions)
+    answers = answer_questions(scorer, questions)
     wall_s = time.perf_counter() - began
-    shares = use.shares() if use.layers else {}
-    return TaskResult(accuracy(answers), accuracy_by_domain(answers), answers, shares, wall_s)
+    return TaskResult(accuracy(answers), accuracy_by_domain(answers), answers, {}, wall_s)
