@@ -132,7 +132,8 @@ def _from_code(seen: Seen) -> Ending:
         return Ending("preempted", True, f"signal {number} ended the command")
     if seen.code == 2:
         return Ending("user_config", False, "the command refused its input; see the job's log")
-    return Ending("infra", False, f"the command ended with exit code {seen.code}; see the job's log")
+    why = f" ({seen.reason.strip(': ')})" if seen.reason.strip(": ") else ""
+    return Ending("infra", False, f"the command ended with exit code {seen.code}{why}; see the job's log")
 
 
 def num_faults_in_a_row(runs: list[RunDir]) -> int:

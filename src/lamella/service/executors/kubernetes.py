@@ -142,6 +142,7 @@ class Kubernetes:
         last: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
         words = [f"--namespace={namespace}", f"--selector={PODS_OF[kind]}={name_of(run, attempt.number)}"]
         words += ["--all-containers", "--prefix", "--timestamps", "--tail=-1", f"--max-log-requests={MOST_PODS}"]
+        words.append("--ignore-errors")  # else a pod that has not started withholds the lines of all others
         if last:
             words.append(f"--since-time={min(last.values())[:19]}Z")
         text, new = lines_after(_kubectl("logs", *words), last)
