@@ -45,19 +45,23 @@ def learn(
         list[str] | None,
         typer.Option(help="Change the FFNs (mlp) or attention; may be repeated.", show_default="mlp"),
     ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Begin with the adapter of this folder.", show_default="a new one")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a low-rank adapter (LoRA) of a dense model on a text."""
-    from lamella.train.adapters import Pace, learn_adapter
+    from lamella.train.adapter_steps import Pace
+    from lamella.train.adapters import learn_adapter
     from lamella.train.adapters_command import progress
 
     pace = Pace(steps, lr, samples_per_step, seq_len, seed)
     with progress(steps, device) as (on_step, place):
         learn_adapter(
-            model, data, out, rank=rank, alpha=alpha, blocks=block or ["mlp"], pace=pace, dtype=dtype, device=place,
-            overwrite=overwrite, on_step=on_step,
+            model, data, out, rank=rank, alpha=alpha, blocks=block or ["mlp"], pace=pace, start=start, dtype=dtype,
+            device=place, overwrite=overwrite, on_step=on_step,
         )  # fmt: skip
     print(f"Made {out}. Next: lamella convert method=adapters model={model} 'adapters=[{out}, ...]' out=DIR")
 
@@ -91,7 +95,8 @@ def route(
     overwrite: Overwrite = False,
 ) -> None:
     """Teach the routers of a model with adapters which of them a token needs."""
-    from lamella.train.adapters import Pace, train_routers
+    from lamella.train.adapter_steps import Pace
+    from lamella.train.adapters import train_routers
     from lamella.train.adapters_command import progress
 
     sources: dict[str, str | None] = {}

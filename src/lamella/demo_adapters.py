@@ -110,7 +110,8 @@ def learn(demo: AdaptersDemo) -> None:
     The one of all reads all texts in each of its steps, so that it has as many steps as the others have, and those of
     the routers.
     """
-    from lamella.train.adapters import Pace, learn_adapter
+    from lamella.train.adapter_steps import Pace
+    from lamella.train.adapters import learn_adapter
 
     sources = _sources(demo)
     for name, source in sources.items():
@@ -129,7 +130,8 @@ def make_experts(demo: AdaptersDemo) -> None:
     from lamella.checkpoint.embedded import embedded_model
     from lamella.conversion import convert
     from lamella.recipe.methods.adapters import AdaptersOptions
-    from lamella.train.adapters import Pace, train_routers
+    from lamella.train.adapter_steps import Pace
+    from lamella.train.adapters import train_routers
 
     with demo.stage("make experts of the adapters; compare with the dense model, bit for bit"):
         folders = tuple(str(demo.out / name) for name in DOMAINS)

@@ -1,7 +1,12 @@
 """Training adapters and the routers that choose among them."""
 
 import json
+import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -17,7 +22,9 @@ from lamella.hf.adapters import adapter_layers
 from lamella.hf.models import load
 from lamella.recipe.adapters_training import read_adapters_training
 from lamella.recipe.methods.adapters import AdaptersOptions
-from lamella.train.adapters import Pace, learn_adapter, train_routers
+from lamella.run.folder import RunDir
+from lamella.train.adapter_steps import Pace
+from lamella.train.adapters import learn_adapter, train_routers
 from lamella.train.adapters_recipe import train_adapters
 from support.adapters import IDS, VARIANTS, logits, save_adapter
 from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
@@ -157,6 +164,85 @@ def test_a_recipe_learns_adapters_and_then_routers(small, texts, tmp_path, monke
     assert "was made by another recipe" in error
 
 
+KILLED = """
+method: adapters
+model: {model}
+out: {out}
+domains:
+  digits: {{data: {texts}/digits.jsonl}}
+  letters: {{data: {texts}/letters.jsonl}}
+adapters: {{rank: 4, alpha: 8, common_steps: 4, steps: 40, lr: 5.0e-3}}
+routers: {{target: router_mlp, steps: 4}}
+seq_len: 64
+samples_per_step: 2
+save_every_steps: 3
+"""
+
+
+def lamella(*words):
+    return subprocess.Popen([sys.executable, "-m", "lamella.cli", *map(str, words)], stderr=subprocess.PIPE, text=True)
+
+
+def ended_by(number, run, step, *words):
+    """The exit code of a command that gets a signal once its run has logged a step."""
+    process = lamella(*words)
+    while process.poll() is None and max((line["step"] for line in run.all_metrics()), default=0) < step:
+        time.sleep(0.005)
+    process.send_signal(number)
+    process.communicate()
+    return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_recipe_that_is_killed_goes_on_and_ends_with_the_same_bits(small, texts, tmp_path, monkeypatch, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "killed"
+    recipe.write_text(KILLED.format(model=small, out=out, texts=texts))
+    run = RunDir(tmp_path / "killed-parts")
+    assert ended_by(signal.SIGKILL, run, 12, "train", recipe) == -signal.SIGKILL
+    assert (run.path / "digits.resume").is_file()
+    assert ended_by(signal.SIGTERM, run, 60, "train", recipe) == 128 + signal.SIGTERM
+    status = run.status()
+    assert (status["state"], status["steps"]) == ("preempted", 88)
+    assert 60 <= status["step"] < 88
+    stopped_at = status["step"]
+    train_adapters(read_adapters_training(str(recipe), []), lambda _: None)
+    assert run.status()["state"] == "finished"
+    lines = list(run.metrics())
+    assert [line["step"] for line in lines] == list(range(1, 89))
+    assert {line["training"] for line in lines} == {"common", "digits", "letters", "routers"}
+    assert all(math.isfinite(line["loss"]) and line["tokens_per_s"] > 0 for line in lines)
+    again = [line["step"] for line in run.all_metrics()]
+    assert again.count(stopped_at) == 1  # a signal that is heard loses no step
+    assert len(run.events("start")) == 3
+    assert not list(run.path.glob("*.resume"))
+    whole = read_adapters_training(str(recipe), [f"out={tmp_path / 'whole'}"])
+    train_adapters(whole, lambda _: None)
+    for name in ("common/" + WEIGHTS, "digits/" + WEIGHTS, "letters/" + WEIGHTS):
+        assert (run.path / name).read_bytes() == (tmp_path / "whole-parts" / name).read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+    def runs(*words):
+        monkeypatch.setattr("sys.argv", ["lamella", "runs", *map(str, words), "--home", str(tmp_path / "home")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, capsys.readouterr()
+
+    code, said = runs("show", run.path)
+    assert code == 0, said.err
+    assert "succeeded" in said.out
+    assert "step 88 of 88" in said.out
+    assert "method: adapters" in said.out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").symlink_to(tmp_path)
+    code, said = runs("ls")
+    assert code == 0, said.err
+    assert "killed-parts" in said.out
+    code, said = runs("fork", run.path, "--out", tmp_path / "fork")
+    assert code == 2
+    assert "holds a training of adapters" in said.err
+
+
 def test_a_recipe_without_domains_or_with_a_text_that_cannot_be_had_leaves_nothing(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="domains is empty; name at least one"):
         read_adapters_training(None, ["method=adapters"])
@@ -185,6 +271,14 @@ def test_bad_training(small, texts, tmp_path):
         learn_adapter(small, [digits], tmp_path / "out", rank=0)
     with pytest.raises(UserError, match="steps is 0"):
         Pace(steps=0)
+    with pytest.raises(UserError, match="has rank 4, and what begins with it 2; raise rank"):
+        learn_adapter(dense, [digits], tmp_path / "out", rank=2, start=adapter)
+    with pytest.raises(UserError, match="changes mlp as well"):
+        learn_adapter(dense, [digits], tmp_path / "out", rank=4, blocks=["attention"], start=adapter)
+    with pytest.raises(UserError, match="a domain cannot be called 'common'"):
+        read_adapters_training(None, ["method=adapters", "domains={common: {data: python-docs}}"])
+    with pytest.raises(UserError, match="the training failed at step 2: the loss is nan; lower lr"):
+        learn_adapter(small, [digits], tmp_path / "out", pace=Pace(4, 1e30, 1, 64))
     save_tokenizer(mix)
     with pytest.raises(UserError, match="send every token to the zero expert; train them first"):
         train_routers(folder, {digits: "plain"}, tmp_path / "out", target="mlp", pace=Pace(1, 1e-2, 1, 64))

@@ -6,6 +6,7 @@ The maths is in `lamella.moe.adapters`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -82,9 +83,13 @@ class AdapterBlock(nn.Module):
         """The routing of the latest forward, without its graph, for reports."""
         self.last_logits_TE: Tensor | None = None
         """The router's logits of the latest forward that trains it, with their graph."""
+        self.watch: Callable[[Tensor], None] | None = None
+        """Is shown what the router is given, whoever chooses."""
 
     def choose(self, x_TD: Tensor) -> int | Routing | Tensor:
         """The expert that `computing.adapter` names, or what the router chooses; where it trains, weights [T, E]."""
+        if self.watch is not None:
+            self.watch(x_TD)
         index = self.computing.adapter
         if index is not None:
             ids_TK = torch.full((len(x_TD), 1), index, dtype=torch.int64, device=x_TD.device)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, PositiveInt, model_validator
 
 from lamella.architecture.adapters import Block
@@ -22,6 +23,10 @@ from lamella.recipe.check import Problems, Strict, checked, refuse
 from lamella.recipe.files import parse_yaml, read_recipe_text, set_by_word
 
 METHOD: Literal["adapters"] = "adapters"
+COMMON, ROUTERS = "common", "routers"
+"""The trainings beside those of the domains."""
+RESERVED = frozenset({COMMON, ROUTERS, "mix", "model", "log", "hf", "checkpoints", "tensorboard"})
+"""What the run directory calls otherwise than a domain."""
 
 
 class Domain(Strict):
@@ -42,8 +47,10 @@ class Learning(Strict):
     """Their product is scaled by alpha / rank."""
     blocks: list[Block] = Field(default=["mlp"])
     """The FFNs (mlp), attention, or both are changed."""
+    common_steps: int = Field(default=0, ge=0)
+    """One adapter learns the texts of all these domains for so many steps first, and theirs begin as it."""
     steps: PositiveInt = 60
-    """Each adapter has this many optimizer steps."""
+    """Each adapter has this many optimizer steps of its own."""
     lr: float = Field(default=1e-3, gt=0)
     """This is the largest learning rate."""
 
@@ -75,8 +82,8 @@ class AdaptersTraining(Strict):
     model: str = "embedded"
     """The dense model: a folder, a hub name, or 'embedded'."""
     out: str = "artifacts/routed"
-    """The model with routers is written to this folder, and what it is made of to the folder `out`-parts, from which a
-    second call goes on."""
+    """The model with routers is written to this folder, and what it is made of to the folder `out`-parts, which is the
+    run directory; a second call goes on from it."""
     domains: dict[str, Domain] = Field(default_factory=dict)
     """Each domain by its name, which its adapter gets."""
     adapters: Learning = Learning()
@@ -87,6 +94,8 @@ class AdaptersTraining(Strict):
     """Samples are windows of this many tokens."""
     samples_per_step: PositiveInt = 4
     """A step reads this many samples."""
+    save_every_steps: PositiveInt = 20
+    """What a training goes on from is written after so many steps."""
     seed: int = Field(default=0, ge=0)
     """Samples and first weights are drawn from this seed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -99,6 +108,7 @@ class AdaptersTraining(Strict):
             for name in self.domains
             if not name or "/" in name or name.startswith(".")
         ]
+        problems += [f"a domain cannot be called {name!r}; rename it" for name in self.domains if name in RESERVED]
         if len(self.domains) < 1:
             problems.append("domains is empty; name at least one, such as domains={code: {data: stdlib-code}}")
         sources = [domain.data for domain in self.domains.values()]
@@ -107,6 +117,44 @@ class AdaptersTraining(Strict):
         if problems:
             raise Problems(problems)
         return self
+
+    @property
+    def parts(self) -> Path:
+        """The run directory."""
+        return Path(f"{self.out}-parts")
+
+    @property
+    def steps_of(self) -> dict[str, int]:
+        """The trainings in their order, and how many steps each has."""
+        learned = [name for name, domain in self.domains.items() if domain.adapter is None]
+        common = {COMMON: self.adapters.common_steps} if learned and self.adapters.common_steps else {}
+        return common | dict.fromkeys(learned, self.adapters.steps) | {ROUTERS: self.routers.steps}
+
+    def samples_read_before(self, training: str) -> int:
+        """Samples of a text that the trainings before this one have read."""
+        learned = [name for name, domain in self.domains.items() if domain.adapter is None]
+        common = -(-self.steps_of.get(COMMON, 0) * self.samples_per_step // max(1, len(learned)))
+        return {COMMON: 0, ROUTERS: common + self.adapters.steps * self.samples_per_step}.get(training, common)
+
+    def making_parts(self) -> dict[str, Any]:
+        """What the parts depend on."""
+        others = {"routers", "device", "out", "save_every_steps"}
+        return self.model_dump(mode="json", exclude=others) | {"top_k": self.routers.top_k}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def make_adapters_training(values: dict[str, Any]) -> AdaptersTraining:
+    """The recipe of these keys.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    recipe, lines = checked(AdaptersTraining, values)
+    refuse(lines)
+    assert recipe is not None
+    return recipe
 
 
 def read_adapters_training(path: str | None, settings: Sequence[str]) -> AdaptersTraining | None:
@@ -120,6 +168,4 @@ def read_adapters_training(path: str | None, settings: Sequence[str]) -> Adapter
         return None
     for word in settings:
         set_by_word(values, word)
-    recipe, lines = checked(AdaptersTraining, values)
-    refuse(lines)
-    return recipe
+    return make_adapters_training(values)

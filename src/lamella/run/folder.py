@@ -27,6 +27,7 @@ import xxhash
 from lamella.architecture.tokenizer_files import template_fingerprint, tokenizer_hash
 from lamella.errors import UserError
 from lamella.jsons import Json, json_object
+from lamella.recipe.adapters_training import METHOD, make_adapters_training
 from lamella.recipe.files import parse_yaml, read_recipe_text
 from lamella.recipe.result import CONFIG, MODEL, result_folder, result_of
 from lamella.recipe.training import HARMLESS, Recipe, differences, make_recipe
@@ -81,14 +82,31 @@ class RunDir:
         return self.config.is_file()
 
     def recipe(self) -> Recipe:
-        """The recipe with which the run was begun."""
+        """The recipe with which the run was begun; UserError for a training of adapters."""
+        values = self._values()
+        if values.get("method") == METHOD:
+            raise UserError(
+                f"{self.path} holds a training of adapters, whose result is {values.get('out')}; "
+                f"`lamella train {self.config}` goes on with it"
+            )
+        return make_recipe(values)
+
+    def keys(self) -> Json:
+        """What the recipe says beside its defaults, of a training of adapters, too."""
+        values = self._values()
+        recipe = make_adapters_training(values) if values.get("method") == METHOD else make_recipe(values)
+        keys = recipe.model_dump(mode="json", exclude_defaults=True)
+        return {"method": METHOD} | keys if values.get("method") == METHOD else keys
+
+    def _values(self) -> Json:
         if not self.exists():
             raise UserError(f"{self.path} is no run directory: it holds no config.yaml")
-        return make_recipe(parse_yaml(read_recipe_text(self.config), str(self.config)))
+        return parse_yaml(read_recipe_text(self.config), str(self.config))
 
     def store(self) -> CheckpointStore:
         """The store of this run's checkpoints."""
-        elsewhere = self.recipe().checkpoint_folder if self.exists() else None
+        own = not self.exists() or self._values().get("method") == METHOD
+        elsewhere = None if own else self.recipe().checkpoint_folder
         return CheckpointStore(absolute(elsewhere or str(self.checkpoints)))
 
     def steps(self) -> list[int]:

@@ -90,7 +90,7 @@ class Folders:
     def show(self, run: str) -> Json:
         """A run, with its recipe."""
         directory = _run(run)
-        recipe = directory.recipe().model_dump(mode="json", exclude_defaults=True)
+        recipe = directory.keys()
         return _view(directory) | {"spec": {"job": {"kind": "train", "recipe": recipe}}}
 
     def change(self, run: str, what: str) -> Json:
@@ -195,16 +195,17 @@ def _view(directory: RunDir) -> Json:
 
 
 def _supervisor(directory: RunDir) -> psutil.Process | None:
-    """The `lamella train` whose ranks beat in the folder: their torchrun's parent; None where nothing runs."""
+    """The `lamella train` whose ranks beat in the folder: their torchrun's parent, or, of adapters, what beats itself;
+    None where nothing runs."""
     for beat in read_beats(directory):
         try:
             rank = psutil.Process(beat.pid)
             if time.time() - beat.time > BEAT_S or rank.create_time() > beat.time:
                 continue  # another process has the id by now
-            parents = rank.parents()
+            processes = [rank, *rank.parents()]
         except psutil.Error:
             continue
-        for process in parents:
+        for process in processes:
             try:
                 words = process.cmdline()
             except psutil.Error:

@@ -1,16 +1,11 @@
 """Adapters in the transformers home: learn one on a text, then teach routers which of them a token needs.
 
-The dense weights stay as they are, so a step is a forward pass and a backward pass for activations alone, in one
-process. Samples are packed windows of text; what a step reads depends on the seed and its number alone.
-
-Shapes: B samples, L tokens of each, V vocabulary, T = B*L tokens, E experts.
+Shapes: B samples, T tokens of all of them, E experts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -23,48 +18,25 @@ from transformers import PreTrainedModel
 from lamella.architecture.adapters import ADAPTERS_IN_HF, MODULES, AdaptersConfig, Block
 from lamella.architecture.converted import REMOTE_CODE
 from lamella.architecture.model import sizes_of
-from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config
+from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config, read_peft
 from lamella.architecture.rows import names_of
 from lamella.checkpoint.pieces import Array, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
 from lamella.checkpoint.source import copy_sidecars, read_config, read_folder
 from lamella.checkpoint.write import appearing_folder, check_output, write_json, write_tensors
-from lamella.data.packing import IGNORE_INDEX, PackedSamples, token_file
-from lamella.data.sources import open_source
+from lamella.conversion.adapters import read_low_rank
 from lamella.errors import UserError, check_choice
 from lamella.evaluate.checkpoints import model_path, open_checkpoint, parse_dtype, without_weights
 from lamella.hf.adapters import AdapterBlock, AdapterFFN, AttentionAdapters, adapter_blocks, install_adapters
 from lamella.hf.computing import Computing, computes_bfloat16
+from lamella.jsons import Json
 from lamella.moe.balancing import auxiliary_loss
-from lamella.moe.learning import rate_at
 from lamella.recipe.methods.adapters import takes_adapters
+from lamella.train.adapter_routers import start_routers
+from lamella.train.adapter_steps import Groups, Kept, Pace, samples_of, take_steps
 
 Target = Literal["router", "mlp", "attention", "router_mlp"]
 PART: dict[type[AdapterBlock], Block] = {AdapterFFN: "mlp", AttentionAdapters: "attention"}
-LEAST_RATE = 0.1
-"""Of the largest rate: the cosine falls to this."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long and how fast to train."""
-
-    steps: int = 60
-    lr: float = 1e-3
-    samples_per_step: int = 4
-    seq_len: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "samples_per_step", "seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"lr is {self.lr}; it must be a positive number")
-
-    def factor(self, step: int) -> float:
-        """The share of `lr` at a step, from 0."""
-        return rate_at(step, self.steps, LEAST_RATE)
 
 
 def learn_adapter(
@@ -76,9 +48,11 @@ def learn_adapter(
     alpha: float = 32.0,
     blocks: Sequence[str] = ("mlp",),
     pace: Pace | None = None,
+    start: str | Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     overwrite: bool = False,
+    kept: Kept | None = None,
     on_step: Callable[[int, float], None] = lambda *_: None,
 ) -> list[float]:
     """Train LoRA of a dense model, and write it as the library peft does; the loss of each step.
@@ -87,11 +61,15 @@ def learn_adapter(
         data: sources of text, whose training parts are read in turn.
         alpha: the low-rank products are scaled by alpha / rank.
         blocks: what is changed, "mlp" (the FFNs), "attention" or both.
+        start: the folder of an adapter to begin with, of this rank or a smaller one.
         dtype: of the dense model while it computes, see `training_dtype`; adapters train in float32.
+        kept: where to go on from; None: an interrupted training begins anew.
         on_step: told the step's number, from 1, and its loss in nats per token.
 
     Raises:
-        UserError: no such model or data; a model that cannot take adapters; an output that cannot be written.
+        UserError: no such model or data; a model that cannot take adapters; a start that does not fit; an output that
+            cannot be written.
+        StopAskedError: see `Kept`.
     """
     pace, out = pace or Pace(), Path(out)
     if rank < 1 or not alpha > 0:
@@ -102,15 +80,15 @@ def learn_adapter(
         raise UserError(f"{config['model_type']} cannot learn adapters; {', '.join(names_of(takes_adapters))} can")
     layers = tuple(range(sizes_of(config).num_layers))
     adapters = AdaptersConfig(("new",), layers, rank, blocks=tuple(cast("Sequence[Block]", blocks)))
-    samples = [_samples(source, model, pace) for source in data]
+    given = None if start is None else _fitting(start, config, adapters)
+    texts = [samples_of(source, model, pace, len(data)) for source in data]
     base = open_checkpoint(model, device=device)
     install_adapters(base, adapters, Computing(adapter=0))
     _train_in_float32(base, training_dtype(dtype, device), device)
     groups = _start(base, pace, alpha / rank)
-    losses = []
-    for step, losses_of_step in enumerate(_steps(base, samples, pace, groups, lambda *_: None), 1):
-        losses.append(losses_of_step)
-        on_step(step, losses_of_step)
+    if given is not None:
+        _take_over(base, given)
+    losses = take_steps(base, texts, pace, groups, kept=kept, on_step=on_step)
     write_adapter(out, base, rank, alpha, base_name=model_path(model), overwrite=overwrite)
     return losses
 
@@ -141,7 +119,7 @@ def _train_in_float32(model: PreTrainedModel, dense_dtype: torch.dtype | None, d
             parameter.data = parameter.data.to(device, dtype)
 
 
-def _start(model: PreTrainedModel, pace: Pace, scale: float) -> list[dict[str, object]]:
+def _start(model: PreTrainedModel, pace: Pace, scale: float) -> Groups:
     """A is drawn as peft draws it, B stays 0. The scale is in B, so B's rate has it, too."""
     generator = torch.Generator().manual_seed(pace.seed)
     halves: dict[str, list[nn.Parameter]] = {"a": [], "b": []}
@@ -154,6 +132,26 @@ def _start(model: PreTrainedModel, pace: Pace, scale: float) -> list[dict[str, o
                 drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
                 parameter.data.copy_(drawn)
     return [{"params": halves["a"], "lr": pace.lr}, {"params": halves["b"], "lr": pace.lr * scale}]
+
+
+def _fitting(start: str | Path, config: Json, adapters: AdaptersConfig) -> PeftAdapter:
+    """The adapter of a folder; UserError where the new one cannot hold it."""
+    given = read_peft(start, sizes_of(config))
+    if (largest := max(given.ranks.values())) > adapters.rank:
+        raise UserError(f"the adapter {start} has rank {largest}, and what begins with it {adapters.rank}; raise rank")
+    if outside := sorted({place.block for place in given.ranks} - set(adapters.blocks)):
+        raise UserError(f"the adapter {start} changes {', '.join(outside)} as well; learn an adapter of that, too")
+    return given
+
+
+def _take_over(model: PreTrainedModel, given: PeftAdapter) -> None:
+    """Begin with an adapter. Of a rank that it lacks A is drawn and B is 0, as in any other beginning."""
+    for layer, block in _numbered(model):
+        for module in MODULES[PART[type(block)]]:
+            if (place := Place(layer, module)) in given.ranks:
+                low, rank = block.adapters.low_rank(module), given.ranks[place]
+                low.a.data[0, :rank] = read_low_rank(given, place, "a").to(low.a.device)
+                low.b.data[0, :, :rank] = read_low_rank(given, place, "b").to(low.b.device)
 
 
 def train_routers(
@@ -169,9 +167,12 @@ def train_routers(
     dtype: str = "auto",
     device: str = "cpu",
     overwrite: bool = False,
+    kept: Kept | None = None,
     on_step: Callable[[int, float], None] = lambda *_: None,
 ) -> list[float]:
     """Train the routers of a model with adapters, its adapters, or both; the loss of each step without the additions.
+
+    Routers that were never trained start where `lamella.train.adapter_routers` says.
 
     Args:
         mix: a folder that `lamella convert method=adapters` made.
@@ -181,41 +182,49 @@ def train_routers(
         domain_loss: the weight of the routers' cross-entropy on the text's own adapter.
         adapter_lr: the adapters' largest learning rate; None: a tenth of the routers', as adapters have learned before.
         dtype: of the dense model while it computes, see `training_dtype`; what trains is held in float32.
+        kept: where to go on from; None: an interrupted training begins anew.
 
     Raises:
         UserError: no such model, adapter or data; adapters that no router would choose; an unknown target.
+        StopAskedError: see `Kept`.
     """
     pace, out = pace or Pace(lr=5e-3), Path(out)
     check_choice("target", target, get_args(Target))
     check_output(out, overwrite)
     adapters = _adapters_of(mix)
+    _check_task(adapters, target, data)
     names = [*adapters.names, None]
-    for block in {"mlp": ["mlp"], "attention": ["attention"], "router_mlp": ["mlp"]}.get(target, []):
-        if block not in adapters.blocks:
-            raise UserError(f"target is {target!r}, but the model's adapters are of {', '.join(adapters.blocks)} alone")
-    for source, name in data.items():
-        if name not in names:
-            known = ", ".join(str(n) for n in names[:-1])
-            raise UserError(f"{source} is for the adapter {name!r}, which the model lacks; it has {known}")
-    samples = [_samples(source, mix, pace) for source in data]
+    texts = [samples_of(source, mix, pace, len(data)) for source in data]
     model = open_checkpoint(mix, device=device)
     _train_in_float32(model, training_dtype(dtype, device), device)
     layers = adapter_blocks(model)
     if "router" not in target and all(layer.router.selection_bias[-1] > 0 for layer in layers):
         raise UserError("the routers send every token to the zero expert; train them first, with target router")
+    experts = [names.index(name) for name in data.values()]
+    if "router" in target and not any(layer.router.weight.any() for layer in layers):
+        start_routers(model, texts, experts)
     groups = _unfrozen(layers, target, pace.lr, pace.lr / 10 if adapter_lr is None else adapter_lr)
-    experts = torch.tensor([names.index(name) for name in data.values()], device=device)
+    of_text = torch.tensor(experts, device=device)
 
-    def additions(sources_B: Tensor) -> Tensor:
-        return _additions(layers, experts[sources_B], pace.seq_len, balance, domain_loss)
+    def additions(texts_B: Tensor) -> Tensor | None:
+        if "router" not in target:
+            return None
+        return _additions(layers, of_text[texts_B], pace.seq_len, balance, domain_loss)
 
-    losses = []
-    extra = additions if "router" in target else lambda _: None
-    for step, loss in enumerate(_steps(model, samples, pace, groups, extra), 1):
-        losses.append(loss)
-        on_step(step, loss)
+    losses = take_steps(model, texts, pace, groups, additions, kept, on_step)
     _write_mix(mix, out, model, overwrite)
     return losses
+
+
+def _check_task(adapters: AdaptersConfig, target: str, data: Mapping[str, str | None]) -> None:
+    """UserError for a target or an adapter that the model lacks."""
+    for block in {"mlp": ["mlp"], "attention": ["attention"], "router_mlp": ["mlp"]}.get(target, []):
+        if block not in adapters.blocks:
+            raise UserError(f"target is {target!r}, but the model's adapters are of {', '.join(adapters.blocks)} alone")
+    for source, name in data.items():
+        if name is not None and name not in adapters.names:
+            known = ", ".join(adapters.names)
+            raise UserError(f"{source} is for the adapter {name!r}, which the model lacks; it has {known}")
 
 
 def _adapters_of(mix: str) -> AdaptersConfig:
@@ -225,11 +234,11 @@ def _adapters_of(mix: str) -> AdaptersConfig:
     return AdaptersConfig.from_dict(config["adapters"])
 
 
-def _unfrozen(layers: Sequence[AdapterBlock], target: str, lr: float, adapter_lr: float) -> list[dict[str, object]]:
+def _unfrozen(layers: Sequence[AdapterBlock], target: str, lr: float, adapter_lr: float) -> Groups:
     """What the target names, with its rates. Routers that train choose freely from now on."""
     routers = [layer.router for layer in layers if "router" in target]
     adapters = [layer.adapters for layer in layers if PART[type(layer)] in target.split("_")]
-    groups: list[dict[str, object]] = []
+    groups: Groups = []
     for modules, rate in ((routers, lr), (adapters, adapter_lr)):
         if modules:
             groups.append({"params": [p for m in modules for p in m.requires_grad_(True).parameters()], "lr": rate})
@@ -253,42 +262,6 @@ def _additions(
             probs_TE = layer.last_logits_TE.softmax(-1)
             total = total + balance * auxiliary_loss(probs_TE, layer.last_routing.expert_ids_TK)
     return total / len(layers)
-
-
-def _samples(source: str, model: str, pace: Pace) -> PackedSamples:
-    """Of a streamed source, as much as all steps could read."""
-    limit = pace.steps * pace.samples_per_step * pace.seq_len + 1 if open_source(source).is_streamed else None
-    return PackedSamples(token_file(source, "train", model_path(model), max_tokens=limit), pace.seq_len, pace.seed)
-
-
-def _steps(
-    model: PreTrainedModel,
-    sources: Sequence[PackedSamples],
-    pace: Pace,
-    groups: list[dict[str, object]],
-    additions: Callable[[Tensor], Tensor | None],
-) -> Iterator[float]:
-    """Train; after each step its mean loss, nats per token."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in range(pace.steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * pace.factor(step)
-        first = step * pace.samples_per_step
-        numbers = range(first, first + pace.samples_per_step)
-        sources_B = torch.tensor([number % len(sources) for number in numbers], device=model.device)
-        drawn = [sources[number % len(sources)].sample(number // len(sources)) for number in numbers]
-        ids_BL = torch.stack([sample.input_ids_L for sample in drawn]).to(model.device)
-        labels_BL = torch.stack([sample.labels_L for sample in drawn]).to(model.device)
-        logits_BLV = model(ids_BL, use_cache=False).logits
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
-        more = additions(sources_B)
-        (loss if more is None else loss + more).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield loss.item()
 
 
 def write_adapter(
