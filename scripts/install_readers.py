@@ -1,9 +1,10 @@
-"""Run: uv run --no-sync scripts/install_readers.py
+"""Run: uv run --no-sync scripts/install_readers.py [NAME ...]
 
 This script fetches what reads exports beside the project's own transformers, each into a folder of its own in lamella's
 cache (or where $LAMELLA_TRANSFORMERS_4 and $LAMELLA_XLLAMACPP say), out of the way of the project's versions:
-transformers 4.57 with what it needs in other versions (135 MB), and xllamacpp, llama.cpp ready to run (102 MB). And
-mergekit (3 MB), the peer of method "merge", which runs on the project's own torch and transformers.
+transformers 4.57 with what it needs in other versions (135 MB), xllamacpp, llama.cpp ready to run (102 MB), and what
+transformers' own server needs beside the rest (12 MB). And mergekit (3 MB), the peer of method "merge", which runs on
+the project's own torch and transformers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ READERS = {
         "LAMELLA_TRANSFORMERS_4",
         ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"],
     ),
+    "transformers-serving": ("LAMELLA_TRANSFORMERS_SERVING", ["openai==2.54.0", "jiter==0.19.0"]),
     "mergekit": ("LAMELLA_MERGEKIT", ["mergekit==0.1.5", "immutables==0.21"]),
     "xllamacpp": ("LAMELLA_XLLAMACPP", ["xllamacpp==2026.10.11549"]),
 }
@@ -39,9 +41,13 @@ def install(target: Path, packages: list[str]) -> None:
         made.rename(target)
 
 
-def main() -> None:
-    """Fetch what is not there."""
+def main(names: list[str]) -> None:
+    """Fetch what is not there, of all rows or of the named ones."""
+    if unknown := set(names) - set(READERS):
+        sys.exit(f"error: no reader {', '.join(sorted(unknown))}; there are {', '.join(READERS)}")
     for name, (variable, packages) in READERS.items():
+        if names and name not in names:
+            continue
         target = Path(os.environ.get(variable) or cache_dir() / name)
         if not target.is_dir():
             install(target, packages)
@@ -49,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
