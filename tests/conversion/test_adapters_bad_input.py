@@ -95,6 +95,12 @@ COMMANDS = {
     "rank": (("learn", "{dense}", "--data", "{text}", "--rank", "0"), "both must be positive"),
     "lr": (("learn", "{dense}", "--data", "{text}", "--lr", "nan"), "it must be a positive number"),
     "no text": (("learn", "{dense}", "--data", "./no.txt"), "no such data"),
+    "start": (("learn", "{dense}", "--data", "{text}", "--start", "{mix}"), "it holds no adapter_config.json"),
+    "start's rank": (
+        ("learn", "{dense}", "--data", "{text}", "--rank", "2", "--start", "{good}"),
+        "has rank 4, and what begins with it 2; raise rank",
+    ),
+    "start's base": (("learn", "{wider}", "--data", "{text}", "--start", "{good}"), "made for "),
     "no such mix": (("export", "{dense}", "--to", "peft"), "has no adapters as experts"),
 }
 
@@ -104,7 +110,7 @@ def test_commands(case, base, tmp_path, capsys, monkeypatch):
     words, message = COMMANDS[case]
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     text.write_text("".join(json.dumps({"text": "abc " * 40}) + "\n" for _ in range(40)))
-    names = {"mix": base / "mix", "dense": base / "dense", "text": text}
+    names = {name: base / name for name in ("mix", "dense", "good", "wider")} | {"text": text}
     save_tokenizer(base / "mix")
     words = ["adapters", *(word.format(**names) for word in words), "--out", str(out)]
     refused(words, message, capsys, monkeypatch, [out])
@@ -126,3 +132,28 @@ def test_questions(case, base, tmp_path, capsys, monkeypatch):
     task.write_text(json.dumps(GOOD | changes))
     words = ["evaluate", str(base / "dense"), "--task", str(task), "--json", str(report)]
     refused(words, message, capsys, monkeypatch, [report])
+
+
+FILES = {
+    "no answer": (json.dumps({key: value for key, value in GOOD.items() if key != "answer"}), "has no 'answer'"),
+    "no choices": (json.dumps({key: value for key, value in GOOD.items() if key != "choices"}), "has no 'choices'"),
+    "broken": (json.dumps(GOOD) + "\n{", "line 2"),
+    "empty": ("", "no question"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_of_questions(case, base, tmp_path, capsys, monkeypatch):
+    text, message = FILES[case]
+    task, report = tmp_path / "task.jsonl", tmp_path / "report.json"
+    task.write_text(text)
+    words = ["evaluate", str(base / "dense"), "--task", str(task), "--json", str(report)]
+    refused(words, message, capsys, monkeypatch, [report])
+
+
+def test_a_recipe_with_an_adapter_of_another_base(base, tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    text.write_text(json.dumps({"text": "abc " * 40}) + "\n")
+    domains = f"domains={{a: {{data: {text}, adapter: {base / 'good'}}}}}"
+    words = ["train", "method=adapters", f"model={base / 'wider'}", domains, f"out={out}"]
+    refused(words, "cannot be used: lora_", capsys, monkeypatch, [out, tmp_path / "out-parts"])
