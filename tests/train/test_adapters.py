@@ -23,6 +23,7 @@ from lamella.hf.models import load
 from lamella.recipe.adapters_training import read_adapters_training
 from lamella.recipe.methods.adapters import AdaptersOptions
 from lamella.run.folder import RunDir
+from lamella.service.folders import Folders
 from lamella.train.adapter_steps import Pace
 from lamella.train.adapters import learn_adapter, train_routers
 from lamella.train.adapters_recipe import train_adapters
@@ -183,12 +184,12 @@ def lamella(*words):
     return subprocess.Popen([sys.executable, "-m", "lamella.cli", *map(str, words)], stderr=subprocess.PIPE, text=True)
 
 
-def ended_by(number, run, step, *words):
-    """The exit code of a command that gets a signal once its run has logged a step."""
+def ended_by(end, run, step, *words):
+    """The exit code of a command that something is done to once its run has logged a step."""
     process = lamella(*words)
     while process.poll() is None and max((line["step"] for line in run.all_metrics()), default=0) < step:
         time.sleep(0.005)
-    process.send_signal(number)
+    end(process)
     process.communicate()
     return process.returncode
 
@@ -199,9 +200,16 @@ def test_a_recipe_that_is_killed_goes_on_and_ends_with_the_same_bits(small, text
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     recipe.write_text(KILLED.format(model=small, out=out, texts=texts))
     run = RunDir(tmp_path / "killed-parts")
-    assert ended_by(signal.SIGKILL, run, 12, "train", recipe) == -signal.SIGKILL
+    assert ended_by(lambda process: process.kill(), run, 12, "train", recipe) == -signal.SIGKILL
     assert (run.path / "digits.resume").is_file()
-    assert ended_by(signal.SIGTERM, run, 60, "train", recipe) == 128 + signal.SIGTERM
+    folders, seen = Folders(tmp_path, home=tmp_path / "home"), []
+    assert folders.show(str(run.path))["state"] == "lost"
+
+    def pause(_):
+        seen.append(folders.change(str(run.path), "pause")["state"])
+
+    assert ended_by(pause, run, 60, "train", recipe) == 128 + signal.SIGTERM
+    assert seen == ["running"]
     status = run.status()
     assert (status["state"], status["steps"]) == ("preempted", 88)
     assert 60 <= status["step"] < 88
