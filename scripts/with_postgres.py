@@ -1,4 +1,5 @@
-"""Run a command beside a real PostgreSQL, which lives as long as the command: LAMELLA_TEST_STORE is its URL.
+"""Run a command beside a real PostgreSQL, which lives as long as the command: LAMELLA_TEST_STORE is its URL, and
+LAMELLA_TEST_STORE_CONTROL the words that kill and start it, as JSON.
 
 Run: scripts/with_postgres.py pytest tests/service/test_store.py
 
@@ -7,6 +8,7 @@ Needs PostgreSQL's server programs; listens on 127.0.0.1 alone. Exit code: the c
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -45,10 +47,15 @@ def main(command: list[str]) -> int:
         subprocess.run([*as_user, *initdb], check=True, **quiet)
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
         control = [*as_user, found / "pg_ctl", "-D", data]
-        subprocess.run([*control, "-w", "-l", folder / "log", "-o", options, "start"], check=True, **quiet)
+        start = [*control, "-w", "-l", folder / "log", "-o", options, "start"]
+        subprocess.run(start, check=True, **quiet)
         try:
-            url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-            return subprocess.run(command, env=os.environ | {"LAMELLA_TEST_STORE": url}, check=False).returncode
+            words = {"kill": [*control, "-w", "-m", "immediate", "stop"], "start": start}
+            environment = os.environ | {
+                "LAMELLA_TEST_STORE": f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres",
+                "LAMELLA_TEST_STORE_CONTROL": json.dumps({name: [*map(str, said)] for name, said in words.items()}),
+            }
+            return subprocess.run(command, env=environment, check=False).returncode
         finally:
             subprocess.run([*control, "-m", "fast", "stop"], check=False, **quiet)
 

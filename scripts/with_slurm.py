@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def wait_until_idle() -> None:
     raise TimeoutError(f"Slurm did not come up in {START_S} s: {shown.stdout}{shown.stderr}")
 
 
+def end_other_controller(folder: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    """The command may have killed the controller, and started another one."""
+    try:
+        pid = int((folder / "slurmctld.pid").read_text())
+    except (OSError, ValueError):
+        return
+    name = Path(f"/proc/{pid}/comm")
+    is_own = pid in [process.pid for process in started]
+    if not is_own and name.is_file() and name.read_text().strip() == "slurmctld":
+        os.kill(pid, signal.SIGTERM)
+
+
 def main(command: list[str]) -> int:
     """The exit code of the command."""
     missing = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
@@ -134,6 +147,7 @@ def main(command: list[str]) -> int:
             wait_until_idle()
             return subprocess.run(command, env=os.environ | {"LAMELLA_TEST_SLURM": "1"}, check=False).returncode
         finally:
+            end_other_controller(Path(name), started)
             for process in reversed(started):
                 process.terminate()
             for process in started:

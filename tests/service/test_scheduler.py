@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -358,3 +359,34 @@ def test_a_cluster_that_does_not_answer_is_waited_for(service: Service) -> None:
     run = until(service.store, run_id, lambda run: run.is_over, 60, service.scheduler.tick)
     assert (run.state, run.attempt) == ("succeeded", 1)
     check_one_after_the_other(service, run_id, 60)
+
+
+def test_two_homes_on_one_machine_do_not_start_each_others_runs(service: Service, tmp_path: Path) -> None:
+    """They share a store: what one has started, the other one cannot see, and so must leave alone."""
+    run_id = submit(service, steps=40)
+    at_step(service, run_id, 2)
+    elsewhere = service_in(tmp_path / "elsewhere", store=service.store.database.url).scheduler
+    assert elsewhere.host != service.scheduler.host
+    for _ in range(3):
+        look_now(elsewhere)
+    assert service.store.get(run_id).state == "running"
+    silence(service, service.scheduler.host)
+    look_now(elsewhere)
+    assert service.store.get(run_id).state == "lost"
+    assert settle(service, run_id).state == "succeeded"
+    check_one_after_the_other(service, run_id, 40)
+    assert len(service.store.attempts(run_id)) == 1
+
+
+def test_what_a_version_started_that_named_no_home_is_found_again(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = submit(service, steps=40)
+    new_name, service.scheduler.host = service.scheduler.host, socket.gethostname()
+    at_step(service, run_id, 2)
+    service.scheduler.host = new_name
+    silence(service, socket.gethostname())
+    look_now(service.scheduler)
+    assert settle(service, run_id).state == "succeeded"
+    assert events(service, run_id).count("adopted") == 1
+    check_one_after_the_other(service, run_id, 40)

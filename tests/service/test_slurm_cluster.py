@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
 
 from lamella.run.folder import RunDir
+from lamella.service import progress
 from lamella.service.context import Service
 from lamella.service.jobs import Submission
 from lamella.service.planning import new_run as from_submission
@@ -82,3 +86,70 @@ def test_what_waits_in_the_queue_is_cancelled(service: Service, folder: Path) ->
     finally:
         subprocess.run(["scontrol", "update", "PartitionName=main", "State=UP"], check=True)
     assert not (folder / "other" / "config.yaml").exists()
+
+
+def controller() -> int:
+    """The process id of slurmctld."""
+    return int((Path(os.environ["SLURM_CONF"]).parent / "slurmctld.pid").read_text())
+
+
+def start_controller() -> None:
+    """In the background; scripts/with_slurm.py ends it."""
+    program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin")
+    subprocess.run([str(program), "-f", os.environ["SLURM_CONF"]], check=True)
+    deadline = time.monotonic() + 60
+    while subprocess.run(["scontrol", "ping"], capture_output=True, check=False).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def jobs_named(run_id: str) -> int:
+    """How many jobs Slurm has had for a run."""
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job"], capture_output=True, text=True, check=True).stdout
+    return sum(f"JobName={run_id}-" in line for line in shown.splitlines())
+
+
+def test_a_controller_that_is_down_loses_and_doubles_nothing(
+    service: Service, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on meanwhile; what is asked and submitted meanwhile is done when it is back."""
+    monkeypatch.setattr(progress, "STALE_S", 20.0)
+    job = training(folder / "model", folder / "text.md", folder / "down", steps=100_000, save_every_steps=50_000)
+    run_id = submit(service, job)
+    directory, tick = RunDir(folder / "down"), service.scheduler.tick
+    until(service.store, run_id, lambda run: run.state == "running", 300, tick)
+    os.kill(controller(), signal.SIGKILL)
+    step = directory.status()["step"]
+    other = submit(service, evaluation("missing/model"))
+    until(service.store, run_id, lambda run: run.state == "lost", 120, tick)
+    assert "slurm controller" in service.store.get(run_id).reason
+    until(service.store, other, lambda run: run.state == "starting", 60, tick)
+    service.store.wish(run_id, "paused")
+    until(service.store, run_id, lambda _: directory.all_metrics()[-1]["step"] > step + 5, 120, tick)
+    assert not directory.steps()  # nobody could ask it to save
+    start_controller()
+    run = until(service.store, run_id, lambda run: run.state in ("paused", "failed"), 300, tick)
+    assert run.state == "paused", (run, service.place.log(run_id).read_text())
+    assert len(directory.steps()) == 1
+    assert settle(service, other, 200).state == "failed"
+    assert (jobs_named(run_id), jobs_named(other)) == (1, 1)
+    assert [line["step"] for line in directory.all_metrics()] == list(range(1, directory.steps()[0] + 1))
+    service.store.wish(run_id, "cancelled")
+
+
+def test_a_controller_that_hangs_is_waited_for(service: Service, folder: Path) -> None:
+    """Its commands end with a timeout after a while."""
+    run_id = submit(service, evaluation("missing/model"))
+    frozen = controller()
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        until(service.store, run_id, lambda run: run.state == "starting", 60, service.scheduler.tick)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            service.scheduler.tick()
+            time.sleep(1)
+        assert service.store.get(run_id).state == "starting"
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert settle(service, run_id, 300).failure == "user_config"
+    assert jobs_named(run_id) == 1

@@ -228,6 +228,19 @@ def test_a_locked_store_is_waited_for_and_then_not_available(tmp_path: Path) -> 
     other.close()
 
 
+@pytest.mark.parametrize("kind", URLS[1:])
+def test_a_writer_that_hangs_holds_up_no_other_for_ever(kind: str, tmp_path: Path) -> None:
+    """Case 29, on PostgreSQL: a server that was stopped in the middle of a transaction."""
+    database = open_database(kind, tmp_path)
+    database.migrate()
+    store = Store(Database(str(database.url), busy_s=0.5))
+    with database.writing():
+        assert store.runs() == []  # readers wait for nobody
+        with pytest.raises(Unavailable, match="lock timeout"):
+            store.create(new_run())
+    assert store.create(new_run())[1]
+
+
 def test_a_full_disk_is_not_available_and_loses_nothing(tmp_path: Path) -> None:
     """Case 29: SQLite is told to take no page more."""
     database = Database(str(tmp_path / "s.db"))

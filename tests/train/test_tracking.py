@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,10 @@ from lamella.errors import UserError
 from lamella.run.folder import RunDir
 from lamella.train.tracking import Tracker, Trackers, check_trackers
 from support.models import trainable_moe
+from support.scripts import script_module
 
 pytestmark = pytest.mark.slow
+check_trackers_script = script_module("check_trackers")  # it does so for all three, where they are installed
 
 
 def train(folder: Path, tracker: Tracker, **values: object) -> subprocess.CompletedProcess:
@@ -38,44 +39,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def records(raw: bytes) -> Iterator[bytes]:
-    """Of a .wandb file: LevelDB's log format (blocks of 32 KiB; checksum, length, kind) behind 7 bytes of its own."""
-    at, parts = 7, b""
-    while at + 7 <= len(raw):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
-        parts += raw[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
-
 def test_a_resumed_run_is_one_run_of_the_tracker(folder: Path) -> None:
     pytest.importorskip("wandb")
     for more in ({"stop_at_step": 2}, {}):
         done = train(folder, "wandb", **more)
         assert done.returncode == 0, done.stderr
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    kept: dict[int, dict[str, float]] = {}
-    ids = set()
-    for file in sorted((folder / "run" / "wandb").glob("offline-run-*/*.wandb")):
-        for data in records(file.read_bytes()):
-            record = Record.FromString(data)
-            if record.WhichOneof("record_type") == "run":
-                ids.add(record.run.run_id)
-            if record.WhichOneof("record_type") == "history":
-                items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-                kept[int(items["_step"])] = {name: json.loads(value) for name, value in items.items()}
+    run = RunDir(folder / "run")
+    ids, kept = check_trackers_script.in_wandb(run)
+    wanted = check_trackers_script.expected(run)
     assert len(ids) == 1
-    lines = {line["step"]: line for line in RunDir(folder / "run").metrics()}
-    assert set(kept) == set(lines) == {0, 1, 2, 3, 4}
-    for step in (1, 2, 3, 4):
-        assert kept[step]["loss"] == lines[step]["loss"]
-        assert kept[step]["routing/twin_share"] == pytest.approx(sum(lines[step]["twin_share"]) / 2)
+    assert set(wanted) == {0, 1, 2, 3, 4}
+    assert {"loss", "routing/twin_share"} <= kept[4].keys()
+    assert check_trackers_script.differences("wandb", ids, kept, wanted) == []
+    kept[4]["loss"] += 1e-6
+    assert len(check_trackers_script.differences("wandb", ids | {"another"}, kept, wanted)) == 2
 
 
 def test_a_tracker_that_fails_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from lamella.errors import UserError
 from lamella.service.schema import HEAD
 
 BUSY_S = 10.0
+CONNECT_S, SILENT_S = 5, 15
+"""A PostgreSQL that has not answered for so long is gone."""
 WRITER = 7_142_536_214  # the number of the advisory lock, for all who write to one database
 
 
@@ -52,8 +54,13 @@ class Database:
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite and (file := self.url.removeprefix("sqlite:///")):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-        options = {"connect_args": {"timeout": busy_s}} if self.is_sqlite else {"pool_pre_ping": True}
-        self.engine: Engine = create_engine(self.url, pool_size=20, max_overflow=30, **options)
+        connect: dict[str, object] = {"timeout": busy_s}
+        if not self.is_sqlite:
+            limits = f"-c lock_timeout={int(busy_s * 1000)}"  # a writer that hangs holds up no other for ever
+            connect = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * SILENT_S, "options": limits}
+        self.engine: Engine = create_engine(
+            self.url, pool_size=20, max_overflow=30, pool_pre_ping=not self.is_sqlite, connect_args=connect
+        )
         if self.is_sqlite:
             event.listen(self.engine, "connect", _set_up_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)

@@ -35,6 +35,7 @@ STOP_S, KEEP_S = 120.0, 900.0
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 300.0
 ATTEMPTS_WITHOUT_PROGRESS = 3
 """So many attempts may end without a new checkpoint, before the run counts as failed."""
+LONGEST_HOST = 255
 AT_WORK_S = 10.0
 """A host says this often that its scheduler is at work."""
 HERE = "local"
@@ -51,7 +52,8 @@ class Scheduler:
 
     def __init__(self, store: Store, place: Place, backoff_s: float = FIRST_BACKOFF_S, host: str | None = None):
         self.store, self.place, self.backoff_s = store, place, backoff_s
-        self.host = host or socket.gethostname()
+        self.host = (host or f"{socket.gethostname()}:{place.home}")[-LONGEST_HOST:]
+        """Another home on this machine counts as another host: the processes of its runs are not seen from here."""
         self.executors: dict[str, Executor] = {name: make(place) for name, make in EXECUTORS.items()}
         self.ticked = 0.0
         """When it last looked at everything."""
@@ -128,7 +130,8 @@ class Scheduler:
         """Runs of hosts that are silent: whatever runs on a cluster is looked after from here on; of what runs on the
         host itself nobody knows. And what was ended by others while this host was silent is ended here."""
         for run, attempt in queue.of_silent_hosts(self.store, self.host, progress.STALE_S):
-            if run.executor != HERE:
+            of_older_version = attempt.host == socket.gethostname() and self.place.folder(run.id).is_dir()
+            if run.executor != HERE or of_older_version:  # which did not name the home
                 if queue.adopt(self.store, attempt, self.host):
                     self.store.note(run.id, "adopted", {"by": self.host, "of": attempt.host})
                 continue

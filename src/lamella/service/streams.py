@@ -22,7 +22,7 @@ from lamella.service.store import Event, Store
 
 log = logging.getLogger("lamella.service")
 KEEP = 2_000
-POLL_S = 0.3
+POLL_S, RETRY_S = 0.3, 2.0
 READ, BATCH = 500, 200
 PING_S, SEND_TIMEOUT_S = 15, 30
 CHUNK_BYTES = 65_536
@@ -53,6 +53,7 @@ class Hub:
             except Unavailable as error:
                 log.warning("%s", error)
                 new = []
+                await asyncio.sleep(RETRY_S)
             if new:
                 self._add(new)
             if len(new) < READ:
