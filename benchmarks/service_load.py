@@ -1,8 +1,9 @@
-"""Run: uv run benchmarks/service_load.py [--runs 10000] [--streams 200] [--seconds 20] [--out FILE.json]
+"""Run: uv run benchmarks/service_load.py [--runs 10000] [--streams 200] [--seconds 20] [--no-trainer] [--out FILE.json]
 
 A server with many runs in its store and many clients that listen to events, some of which do not read; and one client
-that lists, shows and searches meanwhile, while events come. Prints the times of its answers, how long a stream waits
-for an event, and the server's memory and CPU.
+that lists, sorts, shows and searches meanwhile, while events come. Beside it stands a real training run, whose ranks
+are stopped (SIGSTOP) once they train: an idle trainer that the scheduler looks after. Prints the times of the answers,
+how long a stream waits for an event, and the server's memory and CPU.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ STATES = ("succeeded", "succeeded", "succeeded", "failed", "cancelled")
 PATHS = (
     "/v1/jobs?limit=50", "/v1/jobs?limit=200", "/v1/jobs?state=failed", "/v1/jobs?search=run%2077", "/v1/jobs/{run}",
     "/v1/jobs/{run}/events", "/v1/service", "/v1/jobs?limit=50&after={run}",
+    "/v1/jobs?limit=50&sort=name&ascending=true&count=true", "/v1/jobs?limit=50&sort=state&after={run}",
 )  # fmt: skip
 DEAD_SHARE = 0.25
 """So many of the streams never read what they get."""
@@ -41,6 +43,7 @@ START_S = 60
 
 def fill(home: Path, count: int) -> list[str]:
     """A store with so many runs that have ended, four events each; the ids."""
+    home.mkdir()
     database = Database(str(home / "lamella.db"))
     database.migrate()
     ids = [f"run-{i:012x}" for i in range(count)]
@@ -68,10 +71,10 @@ def fill(home: Path, count: int) -> list[str]:
 
 
 def start(home: Path) -> tuple[subprocess.Popen[bytes], str, float]:
-    """(the server, its address, seconds until it listened)."""
+    """(the server, its address, seconds until it listened). Jobs may use the folder that holds its home."""
     began = time.monotonic()
     command = [sys.executable, "-m", "lamella.cli", "serve", "--home", str(home), "--port", "0", "--rate", "100000"]
-    server = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, cwd=home.parent, stdout=subprocess.DEVNULL)
     while not (home / "address").is_file():
         assert server.poll() is None
         assert time.monotonic() - began < START_S
@@ -80,6 +83,49 @@ def start(home: Path) -> tuple[subprocess.Popen[bytes], str, float]:
     while httpx.get(f"{address}/healthz").status_code != 200:
         time.sleep(0.02)
     return server, address, time.monotonic() - began
+
+
+class IdleTrainer:
+    """A training run of the embedded model whose ranks stand still."""
+
+    def __init__(self, folder: Path, address: str):
+        command = [sys.executable, "-m", "lamella.cli", "convert", "layers=every:15", "--out", str(folder / "moe")]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        recipe = {
+            "model": str(folder / "moe"), "out": str(folder / "trained"), "data": ["python-docs"], "seq_len": 32,
+            "samples_per_step": 1, "steps": 100_000, "heldout_samples": 0, "tensorboard": False,
+        }  # fmt: skip
+        job: Json = {"job": {"kind": "train", "recipe": recipe, "ranks": 1}, "cores": 1}
+        self.url = f"{address}/v1/jobs/{httpx.post(f'{address}/v1/jobs', json=job).raise_for_status().json()['id']}"
+        while httpx.get(self.url).json()["progress"].get("step", 0) < 1:
+            assert self.state() not in ("failed", "lost")
+            time.sleep(0.5)
+        run = self.url.rpartition("/")[2]
+        found = [(process, words(process)) for process in psutil.process_iter()]
+        self.ranks = [p for p, said in found if "lamella.worker" in said and any(run in word for word in said)]
+        assert self.ranks
+        for rank in self.ranks:
+            rank.suspend()
+
+    def state(self) -> str:
+        """The state of the run."""
+        return str(httpx.get(self.url).json()["state"])
+
+    def end(self) -> None:
+        """Let the ranks save and end."""
+        for rank in self.ranks:
+            rank.resume()
+        httpx.post(f"{self.url}/cancel").raise_for_status()
+        while self.state() not in ("cancelled", "failed"):
+            time.sleep(0.5)
+
+
+def words(process: psutil.Process) -> list[str]:
+    """The command of a process; none of one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 class Listeners:
@@ -153,6 +199,7 @@ def measure(home: Path, args: argparse.Namespace) -> Json:
     process, stop = psutil.Process(server.pid), threading.Event()
     store = Store(Database(str(home / "lamella.db")))
     try:
+        trainer = IdleTrainer(home.parent, address) if args.trainer else None
         before_mib = process.memory_info().rss / 2**20
         listeners = Listeners(address, args.streams)
         writer = threading.Thread(target=write_events, args=(store, ids, stop, 0.2), daemon=True)
@@ -164,13 +211,16 @@ def measure(home: Path, args: argparse.Namespace) -> Json:
         gauge = httpx.get(f"{address}/metrics").text
         stop.set()
         writer.join()
+        if trainer is not None:
+            trainer.end()
     finally:
         server.terminate()
         server.wait(30)
     everything = [seconds for path in took.values() for seconds in path]
     connected = next(line for line in gauge.splitlines() if line.startswith("lamella_event_streams "))
     return {
-        "runs": args.runs, "streams": args.streams, "streams_connected": float(connected.split()[1]),
+        "runs": args.runs, "idle_trainer": args.trainer, "streams": args.streams,
+        "streams_connected": float(connected.split()[1]),
         "streams_that_do_not_read": int(args.streams * DEAD_SHARE), "requests": len(everything),
         "p50_ms": percentile(everything, 0.5), "p95_ms": percentile(everything, 0.95),
         "p99_ms": percentile(everything, 0.99),
@@ -188,10 +238,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--trainer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="load.") as name:
-        report = measure(Path(name), args)
+        report = measure(Path(name) / "home", args)
     print(json.dumps(report, indent=1))
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -316,3 +316,23 @@ def test_the_service_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
     heavy, seconds = done.stdout.rsplit(" ", 1)
     assert heavy == "[]"
     assert float(seconds) < 4
+
+
+def test_a_check_says_what_is_wrong_and_what_would_be_done(client: TestClient) -> None:
+    good = client.post("/v1/checks", json=evaluation()).json()
+    assert (good["problem"], good["errors"]) == ("", [])
+    assert "lamella evaluate" in good["plan"]["command"]
+    for submission, keys_of in (
+        ({"job": {"kind": "evaluate"}}, {"job.evaluate.folder"}),
+        ({"job": {"kind": "train", "recipe": {"steps": "many", "lr": -1}}}, {"steps", "lr"}),
+        (evaluation() | {"executor": "slurm", "cluster": {"nodes": 0}}, {"cluster.nodes"}),
+        (evaluation("/etc/passwd"), {"folder"}),
+        ({}, {"job"}),
+    ):
+        answer = client.post("/v1/checks", json=submission)
+        assert answer.status_code == 200
+        wrong = answer.json()
+        assert {error["key"] for error in wrong["errors"]} == keys_of
+        assert wrong["problem"]
+        assert wrong["plan"] is None
+    assert client.get("/v1/jobs").json()["data"] == []

@@ -14,9 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
-from support.models import trainable_moe
+from lamella.run.folder import RunDir
+from support.models import save_llama, trainable_moe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
@@ -33,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dashboard")
     trainable_moe(folder / "moe")
     (folder / "text.txt").write_text("".join(f"Line {i} of a text about slices.\n" for i in range(2000)))
+    (folder / "more.txt").write_text("".join(f"Of another text this is line {i}.\n" for i in range(1500)))
     return folder
 
 
@@ -100,17 +104,20 @@ def finished(browser: Browser, address: str, folder: Path) -> str:
     page = browser.new_page()
     page.goto(f"{address}/new")
     values = {
-        "model": folder / "moe", "out": folder / "run", "data": f'["{folder / "text.txt"}"]', "steps": 6,
-        "seq_len": 32, "samples_per_step": 2,
+        "model": folder / "moe", "out": folder / "run", "data": f"[{folder / 'text.txt'}, {folder / 'more.txt'}]",
+        "steps": 6, "seq_len": 32, "samples_per_step": 2,
     }  # fmt: skip
     page.get_by_label("Name").fill("from the form")
     page.get_by_label("Processes").fill("1")
-    page.locator("summary").click()
-    for key, value in (values | {"heldout_samples": 2, "save_every_steps": 3, "tensorboard": "false"}).items():
+    page.locator("#rest summary").click()
+    for key, value in (values | {"heldout_samples": 6, "save_every_steps": 3}).items():
         page.locator(f'[name="key:{key}"]').fill(str(value))
+    page.locator('[name="key:tensorboard"]').select_option("false")
     page.locator('[name="key:steps"]').fill("many")
     page.locator("#problem", has_text="steps").wait_for(timeout=30_000)
     assert page.get_by_role("button", name="Submit").is_disabled()
+    assert page.locator('[name="key:steps"]').get_attribute("aria-invalid") == "true"
+    assert page.locator('[id="wrong-key:steps"]').inner_text() != ""
     page.locator('[name="key:steps"]').fill("6")
     page.locator("#plan", has_text="lamella train").wait_for(timeout=60_000)
     shoot(page, "new")
@@ -125,7 +132,7 @@ def finished(browser: Browser, address: str, folder: Path) -> str:
 
 def test_a_run_shows_its_curves_experts_checkpoints_events_and_log(open_page: Pages, finished: str) -> None:
     page = open_page(f"/runs/{finished}")
-    for chart in ("loss", "rate", "speed", "twins", "load"):
+    for chart in ("loss", "heldout", "rate", "speed", "twins", "load", "entropy"):
         page.locator(f"#{chart} .main-svg").first.wait_for(timeout=30_000)
     assert page.locator("#checkpoints tr").count() >= 1
     page.get_by_role("button", name="Verify step 6").click()
@@ -135,6 +142,109 @@ def test_a_run_shows_its_curves_experts_checkpoints_events_and_log(open_page: Pa
     assert page.get_by_role("button", name="Export").is_visible()
     shoot(page, "run")
     check_accessible(page)
+
+
+def test_the_curves_are_those_of_the_files_and_events_stand_on_them(
+    open_page: Pages, finished: str, folder: Path
+) -> None:
+    page = open_page(f"/runs/{finished}")
+    page.locator("#loss .main-svg").first.wait_for(timeout=30_000)
+    run = RunDir(folder / "run")
+    lines = list(run.metrics())
+    read = "place => document.getElementById(place).data.map(({name, x, y, z, text}) => ({name, x, y, z, text}))"
+
+    def drawn(place: str) -> dict[str, dict]:
+        return {trace.get("name"): trace for trace in page.evaluate(read, place)}
+
+    loss = drawn("loss")
+    assert loss["loss"]["y"] == [line.get("loss") for line in lines]
+    assert loss["heldout loss"]["y"] == [line["heldout_loss"] for line in lines]
+    assert loss["loss"]["x"] == [line["step"] for line in lines]
+    assert loss["saves"]["x"] == [event["step"] for event in run.events("save")] == [3, 6]
+    assert loss["starts and resumes"]["text"] == ["step 0: started, 1 rank"]
+    sources = drawn("heldout")
+    for path in ("text.txt", "more.txt"):
+        (name,) = [name for name in sources if name and name.endswith(path)]
+        assert sources[name]["y"] == [line.get("heldout_losses", {}).get(name) for line in lines]
+    trained = [line for line in lines if "twin_share" in line]
+    for place, name in (("twins", "twin_share"), ("load", "max_vio"), ("entropy", "router_entropy")):
+        (heat,) = page.evaluate(read, place)
+        assert heat["z"] == [list(layer) for layer in zip(*(line[name] for line in trained), strict=True)]
+        assert heat["x"] == [line["step"] for line in trained]
+    assert "6 points" in page.locator("#speed").get_attribute("aria-label")
+    rows = page.locator("#marks tr")
+    assert [rows.nth(i).locator("td").first.inner_text() for i in range(rows.count())] == ["0", "3", "6"]
+    page.get_by_label("Axis").select_option("time")
+    page.wait_for_timeout(500)
+    saves = "() => document.getElementById('loss').data.find(({name}) => name === 'saves').x.map(Number)"
+    times = page.evaluate(saves)
+    assert times == pytest.approx([1000 * event["time"] for event in run.events("save")], abs=2)
+
+
+def test_a_conversion_is_verified_from_its_page(open_page: Pages, address: str, folder: Path) -> None:
+    save_llama(folder / "dense")
+    recipe = {"model": str(folder / "dense"), "out": str(folder / "sliced"), "method": "slice", "slices": 4}
+    job = {"kind": "convert", "recipe": recipe}
+    run = httpx.post(f"{address}/v1/jobs", json={"job": job, "name": "slices"}).raise_for_status().json()["id"]
+    page = open_page(f"/runs/{run}")
+    page.get_by_text("Nothing yet.").wait_for(timeout=120_000)
+    assert page.locator("#made").inner_text().count("slice") >= 1
+    page.get_by_text("Layer by layer", exact=True).click()
+    assert page.locator("#layers tbody tr").count() == 2
+    page.get_by_role("button", name="Verify").click()
+    page.wait_for_url(lambda url: not url.endswith(run))
+    page.locator("#state", has_text=re.compile("^(succeeded|failed)")).wait_for(timeout=240_000)
+    assert page.locator("#state").inner_text() == "succeeded", page.locator("#log").inner_text()
+    page.locator("#result", has_text="matches").wait_for()
+    result = httpx.get(f"{address}/v1/jobs/{page.url.rsplit('/', 1)[1]}/result").json()
+    verdicts = page.locator("#result tbody tr td:nth-child(6)").all_inner_texts()
+    assert verdicts == ["" if check["bound"] is None else "pass" for check in result["checks"]]
+    shoot(page, "verify")
+    check_accessible(page)
+    page = open_page(f"/runs/{run}")
+    page.locator("#checked", has_text="checks pass").wait_for(timeout=30_000)
+    shoot(page, "conversion")
+    check_accessible(page)
+    page = open_page("/models")
+    row = page.locator("#models tr", has_text="slices")
+    assert "checks pass" in row.inner_text()
+
+
+def test_values_are_read_as_yaml_reads_them(open_page: Pages) -> None:
+    page = open_page("/new")
+    texts = (
+        "7", "-3", "1.5", "1.0e-4", "2_000", "true", "null", "word", "every:3", "two words", "[a, b]", "[]", "{}",
+        "[1, [2, x], {a: 1}]", "{source: new text, weight: 0.75}", "'quoted: [x]'", '"a \\"b\\" c"', "/a/b-c.txt",
+        "[/a/b.txt, python-docs]", "s3://bucket/model",
+    )  # fmt: skip
+    read = "async text => (await import('/assets/values.js')).parsed(text)"
+    assert [page.evaluate(read, text) for text in texts] == [yaml.safe_load(text) for text in texts]
+    for wrong in ("[a", "{a b}", "'open", "[a] b", "{a: 1"):
+        with pytest.raises(PlaywrightError, match=r"missing|left over"):
+            page.evaluate(read, wrong)
+
+
+def test_long_lists_are_paged_and_sorted(open_page: Pages, address: str, finished: str) -> None:
+    for i in range(60):
+        job = {"kind": "evaluate", "folder": f"missing/{i}"}
+        body = {"job": job, "name": f"paged {i:02d}", "priority": -5}
+        run = httpx.post(f"{address}/v1/jobs", json=body).raise_for_status().json()["id"]
+        httpx.post(f"{address}/v1/jobs/{run}/cancel").raise_for_status()
+    page = open_page("/?search=paged")
+    names = page.locator("#runs a")
+    page.get_by_text("1 to 50 of 60").wait_for()
+    assert names.first.inner_text() == "paged 59"
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator("#runs tr:first-child a", has_text="paged 00").wait_for()
+    assert page.locator("th[aria-sort=ascending]").inner_text().startswith("Run")
+    page.get_by_role("button", name="Next").click()
+    page.get_by_text("51 to 60 of 60").wait_for()
+    assert names.all_inner_texts() == [f"paged {i}" for i in range(50, 60)]
+    assert page.get_by_role("button", name="Next").is_disabled()
+    page.get_by_role("button", name="Previous").click()
+    page.get_by_text("1 to 50 of 60").wait_for()
+    page.reload()
+    page.locator("#runs tr:first-child a", has_text="paged 00").wait_for()  # the address keeps what was asked for
 
 
 @pytest.mark.parametrize("path", ["/", "/new", "/models", "/compare?runs=RUN,RUN", "/runs/RUN", "/login"])
@@ -157,7 +267,7 @@ def test_the_list_is_searched_and_opened_by_keyboard(open_page: Pages, finished:
     assert page.evaluate("document.activeElement.className") == "skip"
     page.get_by_label("Search").focus()
     page.keyboard.type("no run is called so")
-    page.get_by_text("No run yet").wait_for()
+    page.get_by_text("No run is like that").wait_for()
     page.get_by_label("Search").fill("form")
     link = page.get_by_role("link", name="from the form")
     link.wait_for()

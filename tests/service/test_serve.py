@@ -23,7 +23,9 @@ from lamella.cli import app
 from lamella.errors import UserError
 from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
+from lamella.service import keys
 from lamella.service.client import Client, NoServer
+from lamella.service.serve import open_store
 from lamella.service.states import TERMINAL
 from support.models import save_llama, trainable_moe
 from support.service import training
@@ -250,3 +252,29 @@ def test_a_job_submitted_without_a_server_runs_beside_it(tmp_path: Path, monkeyp
 def test_no_server() -> None:
     with pytest.raises(NoServer, match="lamella serve"):
         Client(home=Path("/nonexistent"))
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ("nonsense://x", "cannot be read"),
+        ("mysql://x/y", "mysql is not supported"),
+        ("postgresql+psycopg://u:secret@127.0.0.1:1/db", "does not answer"),
+        ("sqlite:////proc/nope/x.db", "cannot be made"),
+        ("damaged.db", "damaged"),
+    ],
+)
+def test_a_store_that_cannot_be_is_told(store: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.db").write_text("no database")
+    with pytest.raises(UserError, match=said) as refused:
+        open_store(tmp_path / "home", store)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("days", [0.0, -1.0, 1e9, float("nan"), float("inf")])
+def test_a_key_without_a_time_is_refused(days: float, tmp_path: Path) -> None:
+    store = open_store(tmp_path, None)
+    with pytest.raises(UserError, match="days"):
+        keys.create(store, "ada", ["read"], days=days)
+    assert not keys.are_needed(store)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from lamella.errors import UserError
@@ -47,10 +47,14 @@ class Database:
     Args:
         url: of SQLAlchemy (`postgresql+psycopg://user@host/name`), or the path of a SQLite file.
         busy_s: a transaction waits so long for another one's end.
+
+    Raises:
+        UserError: a URL of another kind of database, or none at all.
     """
 
     def __init__(self, url: str, busy_s: float = BUSY_S):
         self.url = url if "://" in url else f"sqlite:///{url}"
+        _check_url(self.url)
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite and (file := self.url.removeprefix("sqlite:///")):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +123,17 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _check_url(url: str) -> None:
+    """UserError where the store cannot be there; the URL may hold a password, and is not repeated."""
+    try:
+        kind = make_url(url).get_backend_name()
+        make_url(url).get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise UserError("the store's URL cannot be read; write postgresql+psycopg://USER@HOST/NAME") from None
+    if kind not in ("sqlite", "postgresql"):
+        raise UserError(f"a store in {kind} is not supported; take a file, or postgresql+psycopg://USER@HOST/NAME")
 
 
 @contextmanager

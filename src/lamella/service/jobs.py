@@ -25,6 +25,10 @@ RANKS_PER_CORE = 4
 """More ranks than this on each core of a machine without GPUs are a mistake."""
 Word = Annotated[str, Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(max_length=200)]
+Stored = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M",
+    "Q6_K", "IQ4_NL", "IQ4_XS",
+]  # fmt: skip
 DEFAULT_CONVERSION = "artifacts/moe"
 
 
@@ -175,12 +179,16 @@ class ExportJob(Strict):
     kind: Literal["export"]
     source: Word
     """A run directory, or the folder of a converted model."""
-    to: Literal["auto", "glm4-moe", "mixtral", "gguf", "dense"]
+    to: Literal["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense"]
     """It becomes this."""
     out_folder: Word = Field(alias="out")
     """The exported model is written to this folder."""
-    dtype: Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"] | None = None
-    """The weights of a GGUF file are stored so; null: as they are."""
+    dtype: Stored | None = None
+    """The weights are stored so, the quantised ones in a GGUF file alone; null: as they are."""
+    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]?i?B$")] | None = None
+    """The weights are cut into files of at most this size, such as 2GB; null: 5GB."""
+    mode: Literal["dense"] | None = None
+    """With `to: dense`, of a trained model: its trained copies and routers are left out."""
     tokenizer: Word | None = None
     """A GGUF file gets the tokenizer of this GGUF file."""
     step: Annotated[int, Field(ge=0, le=10**12)] | None = None

@@ -66,13 +66,16 @@ def are_needed(store: Store) -> bool:
         return bool(connection.execute(select(func.count()).select_from(api_keys)).scalar())
 
 
+MOST_DAYS = 36_500
+
+
 def create(
     store: Store, user: str, scopes: list[str], run: str | None = None, days: float | None = None
 ) -> tuple[str, Key]:
     """(the key, shown this once; what is kept of it).
 
     Raises:
-        UserError: no name, or a scope that there is not.
+        UserError: no name, a scope that there is not, or no time in which it is valid.
         NotFound: no such run.
     """
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,100}", user):
@@ -81,6 +84,8 @@ def create(
         check_choice("a key's scope", scope, SCOPES)
     if not scopes:
         raise UserError(f"a key needs a scope: {', '.join(SCOPES)}")
+    if days is not None and not 0 < days <= MOST_DAYS:
+        raise UserError(f"a key is valid for more than 0 and at most {MOST_DAYS} days, not {days:g}")
     if run is not None:
         store.get(run)
     key_id, secret, now = secrets.token_hex(6), secrets.token_urlsafe(32), time.time()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -86,10 +88,23 @@ def _refused(_: Request, error: Exception) -> Response:
 def _user_error(_: Request, error: Exception) -> Response:
     kinds = {NotFound: 404, Conflict: 409, Quota: 403}
     status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 422)
+    return problem(status, str(error), listed(error) if status == 422 else [])
+
+
+def listed(error: Exception) -> list[Json]:
+    """[{"key", "problem"}] of an error that lists what is wrong line by line below its first one."""
     lines = [line.strip() for line in str(error).splitlines()]
-    listed = lines[1:] if status == 422 and len(lines) > 1 else []
-    errors = [{"key": _key_of(line), "problem": line} for line in listed]
-    return problem(status, str(error), errors)
+    return [{"key": _key_of(line), "problem": line} for line in lines[1:]]
+
+
+def found_wrong(found: Iterable[Mapping[str, Any]], skipped: int = 0) -> tuple[str, list[Json]]:
+    """(all in a line, [{"key", "problem"}]) of pydantic's errors; so many parts of their places are not the user's."""
+    errors = []
+    for one in found:
+        key = ".".join(str(part) for part in one["loc"][skipped:])
+        errors.append({"key": key, "problem": str(one["msg"])})
+    what = "; ".join(f"{e['key']}: {e['problem']}" if e["key"] else e["problem"] for e in errors)
+    return what[:4000], errors
 
 
 def _key_of(line: str) -> str:
@@ -106,12 +121,8 @@ def _unavailable(_: Request, error: Exception) -> Response:
 
 def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = []
-    for found in error.errors():
-        key = ".".join(str(part) for part in found["loc"][1:])
-        errors.append({"key": key, "problem": str(found["msg"])})
-    what = "; ".join(f"{e['key']}: {e['problem']}" if e["key"] else e["problem"] for e in errors)
-    return problem(422, what[:4000], errors)
+    what, errors = found_wrong(error.errors(), skipped=1)
+    return problem(422, what, errors)
 
 
 def _http(_: Request, error: Exception) -> Response:

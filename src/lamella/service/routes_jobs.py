@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi import Path as InPath
 from pydantic import ValidationError
 
+from lamella.errors import UserError
 from lamella.jsons import Json
 from lamella.recipe.result import result_folder
 from lamella.service.context import Ctx, Reader, Service, Submitter, run_for
@@ -17,11 +18,21 @@ from lamella.service.jobs import Kind, Submission, TrainJob
 from lamella.service.keys import Identity
 from lamella.service.listing import Sort, Wanted
 from lamella.service.planning import new_run, plan_of
-from lamella.service.problems import ALWAYS, Refused, documented
+from lamella.service.problems import ALWAYS, Refused, documented, found_wrong, listed
 from lamella.service.progress import run_dirs
 from lamella.service.states import Desired, State
 from lamella.service.store import Conflict, Quota, Run
-from lamella.service.views import AttemptView, ForkRequest, PlanRequest, PlanView, RunDetail, Runs, RunView, Used
+from lamella.service.views import (
+    AttemptView,
+    CheckedView,
+    ForkRequest,
+    PlanRequest,
+    PlanView,
+    RunDetail,
+    Runs,
+    RunView,
+    Used,
+)
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=ALWAYS)
 Id = Annotated[str, InPath(pattern=r"^run-[0-9a-f]{12}$")]
@@ -37,6 +48,20 @@ def make_plan(request: PlanRequest, service: Ctx, _: Reader) -> Json:
     service.roots.check(request.submission.strings())
     figures: Json = {"price_per_hour": request.price_per_hour, "tokens_per_second": request.tokens_per_second}
     return plan_of(request.submission, service.place, request.gpu, **figures)
+
+
+@router.post("/checks", response_model=CheckedView)
+def check(submission: Json, service: Ctx, _: Reader) -> Json:
+    """Whether a submission would be taken, and what it would do: for forms, where mistakes are no failure."""
+    try:
+        checked = Submission.model_validate(submission)
+        service.roots.check(checked.strings())
+        return {"problem": "", "errors": [], "plan": plan_of(checked, service.place)}
+    except ValidationError as error:
+        what, errors = found_wrong(error.errors())
+    except UserError as error:
+        what, errors = str(error), listed(error)
+    return {"problem": what, "errors": errors, "plan": None}
 
 
 @router.post("/jobs", status_code=201, responses=documented(409) | {200: {"model": RunDetail}})

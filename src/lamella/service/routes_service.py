@@ -22,6 +22,7 @@ from lamella.service.states import STATES
 from lamella.service.views import Capacities, KeyRequest, KeyView, Me, NewKey
 
 router = APIRouter(responses=ALWAYS)
+Method = Literal["slice", "partition", "upcycle", "merge", "adapters", "attention"]
 SCHEDULER_LATE_S = 30.0
 
 
@@ -102,9 +103,7 @@ def schema_of_training(_: Reader) -> Json:
 
 
 @router.get("/v1/schemas/convert", tags=["service"], responses=documented(422))
-def schema_of_conversion(
-    _: Reader, method: Annotated[Literal["slice", "partition", "upcycle", "attention"] | None, Query()] = None
-) -> Json:
+def schema_of_conversion(_: Reader, method: Annotated[Method | None, Query()] = None) -> Json:
     """Every key of a conversion recipe, with type, default and text."""
     return {"keys": [key._asdict() for key in recipe_keys("convert", method)]}
 

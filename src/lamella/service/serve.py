@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from sqlalchemy.exc import DatabaseError
 
 from lamella.errors import UserError
 from lamella.run.gpus import visible_gpus
 from lamella.service import keys
 from lamella.service.app import RATE, make_app
 from lamella.service.context import Limits, Service
-from lamella.service.database import Database
+from lamella.service.database import Database, Unavailable
 from lamella.service.executors.executor import Place
 from lamella.service.guard import LOOPBACK
 from lamella.service.paths import ADDRESS, HOME, Roots
@@ -51,10 +52,23 @@ class Settings:
 
 
 def open_store(home: Path, url: str | None) -> Store:
-    """The store, with the newest schema; UserError where a newer version has written it."""
-    home.mkdir(parents=True, exist_ok=True)
-    database = Database(url or str(home / STORE))
-    database.migrate()
+    """The store, with the newest schema.
+
+    Raises:
+        UserError: a newer version has written it, it is damaged, or it cannot be reached.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        database = Database(url or str(home / STORE))
+        database.migrate()
+    except Unavailable as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"the store's folder cannot be made: {error}") from None
+    except DatabaseError as error:
+        where = "the database" if url else home / STORE
+        hint = "put a copy back with `lamella restore FILE`, or take another one"
+        raise UserError(f"{where} is no store of lamella, or is damaged: {error.orig}; {hint}") from None
     return Store(database)
 
 

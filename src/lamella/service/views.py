@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from lamella.jsons import Json
 from lamella.service.jobs import Submission
+from lamella.service.problems import WrongKey
 from lamella.service.states import Desired, State
 from lamella.service.store import Run
 
@@ -205,6 +206,16 @@ class PlanView(BaseModel):
     """Why training cannot be planned, mostly that its model is not here yet."""
     files: dict[str, str]
     """What would be handed to the executor."""
+
+
+class CheckedView(BaseModel):
+    """Whether a submission would be taken."""
+
+    problem: str
+    """What is wrong; empty: nothing."""
+    errors: list[WrongKey]
+    plan: PlanView | None
+    """What it would do, where nothing is wrong."""
 
 
 class ForkRequest(BaseModel, extra="forbid"):

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
+from lamella.recipe.methods import METHODS
 from lamella.service import keys
 from lamella.service.context import COOKIE, Ctx
 from lamella.service.guard import POLICY
@@ -37,7 +38,7 @@ def _templates() -> Environment:
     return Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=True)
 
 
-def _page(name: str, *, charts: bool = False, **values: str) -> HTMLResponse:
+def _page(name: str, *, charts: bool = False, **values: str | list[str]) -> HTMLResponse:
     html = _templates().get_template(name).render(version=metadata.version("lamella"), **values)
     return HTMLResponse(html, headers={"Content-Security-Policy": CHARTS} if charts else {})
 
@@ -57,7 +58,7 @@ def run(run_id: Annotated[str, InPath(pattern=r"^run-[0-9a-f]{12}$")]) -> HTMLRe
 @router.get("/new")
 def new() -> HTMLResponse:
     """The form for a submission, made from the recipes' keys."""
-    return _page("new.html")
+    return _page("new.html", methods=list(METHODS))
 
 
 @router.get("/compare")

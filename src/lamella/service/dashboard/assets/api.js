@@ -8,7 +8,7 @@ export async function api(path, { method = "GET", body } = {}) {
   }
   const text = await answer.text();
   const values = text ? JSON.parse(text) : null;
-  if (!answer.ok) throw new Error(values?.detail ?? `the service answered ${answer.status}`);
+  if (!answer.ok) throw Object.assign(new Error(values?.detail ?? `the service answered ${answer.status}`), { errors: values?.errors ?? [] });
   return values;
 }
 
@@ -89,7 +89,8 @@ export function bytes(count) {
   return `${(count / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
-export const moment = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString() : "");
+const clock = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" }); // made once: it is slow to make
+export const moment = (seconds) => (seconds ? clock.format(seconds * 1000) : "");
 
 // Seconds that a run's attempts have taken; of those at work until now.
 export const used = (run) => (run.used_s ?? 0) + (run.working_since ? Math.max(0, Date.now() / 1000 - run.working_since) : 0);

@@ -1,4 +1,5 @@
 // Curves and heat maps by plotly, in the page's colours; what a chart shows is said in words, too.
+import { byId } from "/assets/api.js";
 import { sorts } from "/assets/marks.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -27,13 +28,26 @@ function inWords(title, lines, marks) {
   return `${title}. ${parts.join(". ")}.${marks.length ? ` ${marks.length} events, listed below.` : ""}`;
 }
 
-function show(place, title, words, traces, how) {
-  const box = document.getElementById(place);
+// The chart library is large: it comes when the first chart is drawn, and the rest of the page does not wait for it.
+let library = null;
+function plotly() {
+  library ??= new Promise((done, failed) => {
+    const script = document.createElement("script");
+    script.src = "/assets/plotly.js";
+    script.onload = () => done(window.Plotly);
+    script.onerror = () => failed(new Error("the chart library did not come"));
+    document.head.append(script);
+  });
+  return library;
+}
+
+function show(place, words, traces, how) {
+  const box = byId(place);
   box.hidden = !traces.length; // before drawing: a chart takes the width of its place
   if (!traces.length) return;
   box.setAttribute("role", "figure");
   box.setAttribute("aria-label", words);
-  window.Plotly.react(box, traces, how, OPTIONS);
+  plotly().then((Plotly) => Plotly.react(box, traces, how, OPTIONS)).catch((error) => (byId("said").textContent = error.message));
 }
 
 // lines: [{name, x, y}]; marks: [{x, sort, words}], such as saves and faults, which stand along the bottom.
@@ -51,7 +65,7 @@ export function curves(place, title, unit, lines, { marks = [], xaxis = {} } = {
     if (its.length <= MOST_LINES) for (const mark of its) shapes.push({ type: "line", xref: "x", yref: "paper", layer: "below", x0: mark.x, x1: mark.x, y0: 0, y1: 1, line: { dash: sort === "fault" ? "solid" : "dot", width: 1, color: colour(name) } });
   }
   const rest = { shapes, yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true } };
-  show(place, title, drawn.length ? inWords(title, drawn, marks) : "", traces, layout(title, unit, { xaxis, rest }));
+  show(place, drawn.length ? inWords(title, drawn, marks) : "", traces, layout(title, unit, { xaxis, rest }));
 }
 
 // z: [layer][step]
@@ -59,5 +73,5 @@ export function heatMap(place, title, x, z, { range, xaxis = {} } = {}) {
   const trace = { type: "heatmap", x, y: z.map((_, layer) => layer), z, colorscale: "Viridis", zmin: range?.[0], zmax: range?.[1], hovertemplate: "%{x}, layer %{y}: %{z:.3f}<extra></extra>" };
   const newest = z.map((values, layer) => `${layer}: ${figure(values.at(-1) ?? NaN)}`).join(", ");
   const yaxis = { tickformat: "d", dtick: z.length > 12 ? undefined : 1 };
-  show(place, title, `${title}. Newest by layer: ${newest}.`, z.length ? [trace] : [], layout(title, "MoE layer", { xaxis, yaxis }));
+  show(place, `${title}. Newest by layer: ${newest}.`, z.length ? [trace] : [], layout(title, "MoE layer", { xaxis, yaxis }));
 }

@@ -1,6 +1,7 @@
 // Losses of several runs in one picture, and the keys in which their recipes differ.
-import { api, byId, el, say } from "/assets/api.js";
+import { api, byId, cost, el, say } from "/assets/api.js";
 import { curves } from "/assets/charts.js";
+import { byStep } from "/assets/marks.js";
 
 const form = byId("choose");
 form.elements.runs.value = new URLSearchParams(location.search).get("runs") ?? "";
@@ -15,14 +16,18 @@ async function show() {
   if (!ids.length) return;
   const runs = await Promise.all(ids.map((id) => api(`/v1/jobs/${encodeURIComponent(id)}`)));
   const pages = await Promise.all(runs.map((run) => api(`/v1/jobs/${run.id}/metrics?points=2000`)));
-  const lines = (name) => pages.map((page, i) => ({ name: runs[i].name || runs[i].id, x: page.data.map((line) => line.step), y: page.data.map((line) => line[name] ?? null) }));
+  const written = pages.map((page) => byStep(page.data));
+  const lines = (name) => written.map((data, i) => ({ name: runs[i].name || runs[i].id, x: data.map((line) => line.step), y: data.map((line) => line[name] ?? null) }));
   curves("loss", "Loss", "nats per token", lines("loss"));
   curves("heldout", "Held-out loss", "nats per token", lines("heldout_loss"));
-  const recipes = runs.map((run) => new Map([["state", run.state], ...flat(run.spec.job.recipe ?? run.spec.job)]));
-  const names = [...new Set(recipes.flatMap((recipe) => [...recipe.keys()]))].filter((name) => new Set(recipes.map((recipe) => recipe.get(name))).size > 1 || name === "state");
+  const last = (data, name) => data.findLast((line) => typeof line[name] === "number")?.[name];
+  const figures = (run, data) => [["state", run.state], ["step", last(data, "step")], ["loss", last(data, "loss")?.toFixed(4)], ["held-out loss", last(data, "heldout_loss")?.toFixed(4)], ["tokens per second", last(data, "tokens_per_s")?.toFixed(0)], ["cost so far", cost(run)]];
+  const recipes = runs.map((run, i) => new Map([...figures(run, written[i]), ...flat(run.spec.job.recipe ?? run.spec.job)]));
+  const always = new Set(figures(runs[0], written[0]).map(([name]) => name));
+  const names = [...new Set(recipes.flatMap((recipe) => [...recipe.keys()]))].filter((name) => always.has(name) || new Set(recipes.map((recipe) => recipe.get(name))).size > 1);
   const head = el("tr", {}, el("th", { scope: "col" }, "key"), ...runs.map((run) => el("th", { scope: "col" }, el("a", { href: `/runs/${run.id}` }, run.name || run.id))));
-  byId("keys").replaceChildren(el("thead", {}, head), el("tbody", {}, ...names.map((name) => el("tr", {}, el("th", { scope: "row" }, name), ...recipes.map((recipe) => el("td", {}, recipe.get(name) ?? ""))))));
-  say(names.length === 1 ? "The recipes are the same." : "");
+  byId("keys").replaceChildren(el("thead", {}, head), el("tbody", {}, ...names.map((name) => el("tr", {}, el("th", { scope: "row" }, name), ...recipes.map((recipe) => el("td", {}, String(recipe.get(name) ?? "")))))));
+  say(names.length === always.size ? "The recipes are the same." : "");
 }
 
 form.addEventListener("submit", (event) => {

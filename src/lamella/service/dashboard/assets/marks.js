@@ -9,13 +9,14 @@ const SORTS = {
 export const sorts = Object.entries(SORTS).map(([sort, how]) => ({ sort, ...how }));
 
 const lostRanks = (data) => (Array.isArray(data.silent) && data.silent.length ? `rank ${data.silent.join(", ")} lost` : typeof data.rank === "number" ? `rank ${data.rank}` : "");
+const ranks = (data) => (data.world_size === 1 ? "1 rank" : `${data.world_size} ranks`);
 const because = (...parts) => parts.filter((part) => part !== null && part !== undefined && part !== "").join(": ");
 
 // event name -> (data, event) -> [sort, words]; what is not here stands in the list of events alone.
 const SAY = {
   save: (data) => ["save", `saved in ${Number(data.seconds ?? 0).toFixed(1)} s`],
   // the trainer's word has a step; the service's own only a state
-  running: (data) => (data.step === undefined ? null : ["start", data.step ? `resumed after step ${data.step}, on ${data.world_size} ranks` : `started on ${data.world_size} ranks`]),
+  running: (data) => (data.step === undefined ? null : ["start", data.step ? `resumed after step ${data.step}, ${ranks(data)}` : `started, ${ranks(data)}`]),
   restart: (data) => ["start", `tried again after ${data.after_s} s`],
   retry: (data) => ["start", data.failure ? because("retry", data.failure, data.reason) : "retry"],
   found: () => ["start", "heard of again"],
@@ -56,3 +57,6 @@ export function placed(marks, lines) {
     return { ...mark, step: low ? lines[low - 1].step : 0 };
   });
 }
+
+// A resumed run computes steps again; by step the later line stands.
+export const byStep = (lines) => [...new Map(lines.map((line) => [line.step, line])).values()].sort((a, b) => a.step - b.step);

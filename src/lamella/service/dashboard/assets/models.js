@@ -10,7 +10,7 @@ try {
     const said = checks.map((check) => el("div", { className: className(check) }, el("a", { href: `/runs/${check.run}` }, inOneLine(check))));
     return el("tr", {},
       el("td", { className: "wrap" }, model.path), el("td", {}, el("a", { href: `/runs/${model.run}` }, model.name || model.run)), el("td", {}, model.kind),
-      el("td", {}, model.exists ? bytes(model.bytes) || "yes" : "no longer there"), el("td", { className: "wrap" }, ...(said.length ? said : ["not checked"])), el("td", {}, moment(model.ended)));
+      el("td", {}, model.exists ? bytes(model.bytes) || (model.kind === "train" ? "in its checkpoints" : "yes") : "no longer there"), el("td", { className: "wrap" }, ...(said.length ? said : ["not checked"])), el("td", {}, moment(model.ended)));
   }));
 } catch (error) {
   say(error.message);

@@ -8,6 +8,7 @@ const id = byId("run").dataset.run;
 const base = `/v1/jobs/${id}`;
 const OVER = ["succeeded", "failed", "cancelled"];
 const MOST_EVENTS = 1000;
+const TARGETS = ["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense"];
 const curves = training(base);
 let run = null, endLog = null;
 
@@ -36,15 +37,16 @@ function buttons() {
   });
   if (run.state === "succeeded" && ["train", "convert"].includes(run.kind)) {
     const button = el("button", { type: "button" }, "Export");
-    button.addEventListener("click", exportIt);
-    made.push(button);
+    const target = el("select", { "aria-label": "Export to" }, ...TARGETS.map((name) => el("option", {}, name)));
+    button.addEventListener("click", () => exportTo(target.value));
+    made.push(button, target);
   }
   if (byId("buttons").textContent !== made.map((button) => button.textContent).join("")) byId("buttons").replaceChildren(...made);
 }
 
-async function exportIt() {
+async function exportTo(to) {
   try {
-    const job = { kind: "export", source: run.out, to: "auto", out: `${run.out}-export` };
+    const job = { kind: "export", source: run.out, to, out: `${run.out}-${to === "auto" ? "export" : to}` };
     const made = await api("/v1/jobs", { method: "POST", body: { job, name: `export of ${run.name || id}` } });
     location.href = `/runs/${made.id}`;
   } catch (error) {

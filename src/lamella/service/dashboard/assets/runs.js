@@ -1,13 +1,20 @@
-// The list of runs: a page at a time, kept current by the stream of events.
+// The list of runs: a page at a time in any order, kept current by the stream of events.
 import { api, byId, debounced, cost, duration, el, follow, moment, progressOf, say } from "/assets/api.js";
 
 const STATES = ["validating", "queued", "starting", "running", "pausing", "paused", "preempted", "cancelling", "succeeded", "failed", "cancelled", "lost"];
 const PAGE = 50;
+const NAMES = ["search", "state", "kind"];
 const form = byId("filter");
 const chosen = new Set();
-let shown = PAGE;
+const asked = new URLSearchParams(location.search);
+let sort = "submitted", ascending = false;
+let before = []; // for each page before this one, behind which run it begins
+let from = null; // this page begins behind this run
+let turn = 0;
 
 for (const state of STATES) form.elements.state.append(el("option", {}, state));
+for (const name of NAMES) if (asked.get(name)) form.elements[name].value = asked.get(name);
+if ([...document.querySelectorAll("th button")].some((button) => button.value === asked.get("sort"))) [sort, ascending] = [asked.get("sort"), asked.get("ascending") === "true"];
 
 function row(run) {
   const percent = progressOf(run);
@@ -31,34 +38,73 @@ function row(run) {
     el("td", {}, moment(run.created)));
 }
 
+function heads() {
+  for (const button of document.querySelectorAll("th button")) {
+    const mine = button.value === sort;
+    button.closest("th").setAttribute("aria-sort", mine ? (ascending ? "ascending" : "descending") : "none");
+    button.dataset.order = mine ? (ascending ? "↑" : "↓") : "";
+  }
+}
+
 async function load() {
-  const query = new URLSearchParams({ limit: Math.min(500, shown) });
-  for (const name of ["search", "state", "kind"]) if (form.elements[name].value) query.set(name, form.elements[name].value);
+  const mine = ++turn;
+  const query = new URLSearchParams({ limit: PAGE, sort, ascending, count: true });
+  for (const name of NAMES) if (form.elements[name].value) query.set(name, form.elements[name].value);
+  if (from) query.set("after", from);
   try {
     const [page, service] = await Promise.all([api(`/v1/jobs?${query}`), api("/v1/service")]);
-    const focused = document.activeElement?.closest("tr")?.querySelector("a")?.href;
+    if (mine !== turn) return; // something else was asked for meanwhile
+    const focused = document.activeElement?.closest("tbody tr")?.querySelector("a")?.href;
     byId("runs").replaceChildren(...page.data.map(row));
     if (focused) [...byId("runs").querySelectorAll("a")].find((link) => link.href === focused)?.focus();
-    byId("more").hidden = page.after === null || shown >= 500;
-    byId("empty").hidden = page.data.length > 0;
-    byId("counts").textContent = Object.entries(service.runs).filter(([, n]) => n).map(([state, n]) => `${n} ${state}`).join(", ");
+    const first = before.length * PAGE;
+    byId("place").textContent = page.data.length ? `${(first + 1).toLocaleString()} to ${(first + page.data.length).toLocaleString()} of ${page.total.toLocaleString()}` : "";
+    byId("earlier").disabled = before.length === 0;
+    byId("later").disabled = page.after === null;
+    byId("later").value = page.after ?? "";
+    byId("pages").hidden = page.total <= PAGE;
+    const filtered = NAMES.some((name) => form.elements[name].value);
+    byId("empty").hidden = page.data.length > 0 || filtered;
+    byId("none").hidden = page.data.length > 0 || !filtered;
+    byId("counts").textContent = Object.entries(service.runs).filter(([, n]) => n).map(([state, n]) => `${n.toLocaleString()} ${state}`).join(", ");
+    document.body.dataset.shown = String(mine); // all is there, and answers
     say("");
   } catch (error) {
     say(error.message);
   }
 }
 
+// What is asked for stands in the address, so that it can be kept and sent to others.
+function anew() {
+  [before, from] = [[], null];
+  const query = new URLSearchParams(NAMES.map((name) => [name, form.elements[name].value]).filter(([, value]) => value));
+  if (sort !== "submitted" || ascending) query.set("sort", sort), query.set("ascending", ascending);
+  history.replaceState(null, "", query.size ? `?${query}` : location.pathname);
+  heads();
+  load();
+}
+
 const soon = debounced(load, 500);
+const filtered = debounced(anew, 80);
 form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("input", () => {
-  shown = PAGE;
-  soon();
+form.addEventListener("input", filtered);
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    [sort, ascending] = [button.value, button.value === sort ? !ascending : !["submitted", "updated"].includes(button.value)];
+    anew();
+  });
+}
+byId("later").addEventListener("click", () => {
+  before.push(from);
+  from = byId("later").value;
+  load();
 });
-byId("more").addEventListener("click", () => {
-  shown += PAGE;
+byId("earlier").addEventListener("click", () => {
+  from = before.pop() ?? null;
   load();
 });
 byId("compare").addEventListener("click", () => (location.href = `/compare?runs=${[...chosen].join(",")}`));
+heads();
 load();
 follow("/v1/events/stream", soon);
 setInterval(() => document.hidden || load(), 10000);

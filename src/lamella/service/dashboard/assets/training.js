@@ -1,17 +1,22 @@
 // What training has written: curves, experts, events on both, and the plan beside what came.
 import { api, byId, bytes, duration, el, moment } from "/assets/api.js";
 import { curves, heatMap } from "/assets/charts.js";
-import { markOf, placed } from "/assets/marks.js";
+import { byStep, markOf, placed } from "/assets/marks.js";
 
 const MOST_ROWS = 500;
+
+// Lines with an empty one in each long pause between two.
+function apart(lines) {
+  const gaps = lines.slice(1).map((line, i) => line.time - lines[i].time);
+  const usual = gaps.toSorted((a, b) => a - b)[gaps.length >> 1] ?? 0;
+  return lines.flatMap((line, i) => (i && gaps[i - 1] > 5 * usual ? [{ time: lines[i - 1].time + usual }, { time: line.time - usual }, line] : [line]));
+}
 
 export function training(base) {
   const lines = [];
   const marks = [];
   let offset = 0, stage = null, planned = null, actualOf = null, drawn = 0;
 
-  // A resumed run computes steps again; by step the later line stands, by time all do.
-  const byStep = () => [...new Map(lines.map((line) => [line.step, line])).values()].sort((a, b) => a.step - b.step);
   const isTime = () => byId("axis").value === "time";
 
   async function read() {
@@ -29,10 +34,9 @@ export function training(base) {
   }
 
   function draw() {
-    if (!window.Plotly) return;
     drawn = marks.length;
     byId("curves").hidden = false;
-    const shown = isTime() ? lines : byStep();
+    const shown = isTime() ? lines : byStep(lines);
     const x = (line) => (isTime() ? new Date(line.time * 1000) : line.step);
     const xaxis = isTime() ? { type: "date", title: { text: "time" } } : { type: "linear", title: { text: "step" } };
     const its = placed(marks.filter((mark) => mark.stage === null || mark.stage === stage), lines)
@@ -40,7 +44,8 @@ export function training(base) {
     const column = (name, value = (line) => line[name]) => ({ name: name.replaceAll("_", " "), x: shown.map(x), y: shown.map((line) => value(line) ?? null) });
     const matrix = (name) => {
       const with_ = shown.filter((line) => Array.isArray(line[name]) && line[name].length);
-      return [with_.map(x), with_.length ? with_[0][name].map((_, layer) => with_.map((line) => line[name][layer])) : []];
+      const columns = isTime() ? apart(with_) : with_; // where nothing ran, nothing is drawn
+      return [columns.map(x), with_.length ? with_[0][name].map((_, layer) => columns.map((line) => line[name]?.[layer] ?? null)) : []];
     };
     const sources = [...new Set(shown.flatMap((line) => Object.keys(line.heldout_losses ?? {})))];
     curves("loss", "Loss", "nats per token", [column("loss"), column("heldout_loss")], { marks: its, xaxis });
@@ -65,7 +70,7 @@ export function training(base) {
     const values = planned && (planned[stage] ?? Object.values(planned)[0]);
     if (!values || !actualOf) return;
     const { run, used } = actualOf;
-    const newest = byStep().at(-1) ?? {};
+    const newest = byStep(lines).at(-1) ?? {};
     const several = Object.keys(planned).length > 1;
     const sum = (name) => Object.values(planned).reduce((all, plan) => (typeof plan.time?.[name] === "number" && all !== null ? all + plan.time[name] : null), 0);
     const hours = (n) => `${n.toFixed(2)} h`;
