@@ -215,6 +215,7 @@ def test_a_recipe_that_is_killed_goes_on_and_ends_with_the_same_bits(small, text
     assert 60 <= status["step"] < 88
     stopped_at = status["step"]
     train_adapters(read_adapters_training(str(recipe), []), lambda _: None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
     assert run.status()["state"] == "finished"
     lines = list(run.metrics())
     assert [line["step"] for line in lines] == list(range(1, 89))

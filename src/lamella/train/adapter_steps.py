@@ -131,7 +131,7 @@ def take_steps(
         UserError: the loss stopped being a number.
         StopAskedError: see `Kept.asked`.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     done, losses = 0 if kept is None else _go_on(kept.file, parameters, optimizer), []

@@ -7,7 +7,9 @@ which the training that is at work goes on.
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +22,6 @@ from lamella.run.folder import RunDir, State
 from lamella.run.heartbeat import Heartbeat
 from lamella.run.processes import StopRequest
 from lamella.train.adapter_steps import Kept, Pace, StopAskedError
-
-SIGTERM_CODE = 128 + 15
 
 
 class AdaptersRun:
@@ -36,7 +36,9 @@ class AdaptersRun:
     @contextmanager
     def under_way(self) -> Iterator[None]:
         """Inside, the status is kept, and a signal is heard after the step that it comes in."""
-        self.stop.listen()
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other listen
+            self.stop.listen()
         self.run.log.mkdir(exist_ok=True)
         forget(self.run)
         heart = Heartbeat(self.run, 0)
@@ -46,17 +48,22 @@ class AdaptersRun:
             self._status("running")
             yield
             self._status("finished")
-        except StopAskedError:
+        except (StopAskedError, KeyboardInterrupt) as stopped:
             self._status("preempted", failure="preempted", retryable=True)
             self.run.event("preempted", step=self.done)
-            self.say(f"stopped at step {self.done} of {self.steps}; the same command goes on from there")
-            sys.exit(SIGTERM_CODE)
+            self.say(f"stopped at step {self.done} of {self.steps}; the same command goes on")
+            if isinstance(stopped, KeyboardInterrupt):
+                raise
+            sys.exit(128 + signal.SIGTERM)
         except BaseException as error:
             found = report(self.run, error, 0, 1, self.done)
             self._status("failed", found["reason"], found["failure"], found["retryable"])
             raise
         finally:
             heart.end()
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def say(self, text: str) -> None:
         """To people, and to the log."""
