@@ -129,8 +129,37 @@ def test_a_reader_that_is_killed_says_nothing_about_the_config(tmp_path, monkeyp
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(reading, "_answers", {})
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     with pytest.raises(ChildProcessError, match="signal 9"):
         reading.read_meaning({"model_type": "llama"})
     assert reading._answers == {}
+
+
+def test_an_answer_is_kept_for_as_long_as_the_libraries_stay(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    asked = []
+    run = subprocess.run
+    monkeypatch.setattr(reading.subprocess, "run", lambda *args, **kwargs: asked.append(1) or run(*args, **kwargs))
+
+    def read(config: dict) -> reading.Reading:
+        monkeypatch.setattr(reading, "_answers", {})  # as in another process
+        return reading.read_meaning(config)
+
+    first = read({"model_type": "llama"})
+    assert read({"model_type": "llama"}) == first
+    assert len(asked) == 1
+    assert read({"model_type": "llama", "hidden_size": 64}) != first
+    for file in (tmp_path / "cache/configs").iterdir():
+        file.write_text("[]")
+    assert read({"model_type": "llama"}) == first
+    assert len(asked) == 3
+    monkeypatch.setattr("lamella.architecture.kept._installed", lambda library: b"another version")
+    assert read({"model_type": "llama"}) == first
+    assert len(asked) == 4
+    for _ in range(2):
+        with pytest.raises(UserError, match="does not accept"):
+            read({"model_type": "llama", "hidden_size": "wide"})
+    assert len(asked) == 6

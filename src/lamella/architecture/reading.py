@@ -3,8 +3,8 @@
 AutoConfig decides which class a config is (Mistral with `layer_types` is Ministral), the class which fields the family
 has (a `sliding_window` in a Llama config is none), old spellings, defaults, and what follows from what.
 
-Imports no torch: transformers' config classes do, so they are asked in another process (about 1.5 s), unless
-transformers has been imported here anyway. Equal configs are asked once per process.
+Imports no torch: transformers' config classes do, so they are asked in another process (about 1 s), unless
+transformers has been imported here anyway. Equal configs are asked once, and the answers of that process are kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lamella.architecture.kept import Kept
 from lamella.errors import UserError
 
 # Names that families share whatever their own fields are called (GPT-2's `n_embd` answers to `hidden_size`). The models
@@ -82,6 +83,21 @@ def _ask(texts: list[str]) -> None:
     if "transformers" in sys.modules:
         _answers.update((text, answer(text)) for text in new)
         return
+    kept = Kept("configs", __file__, _MOST_ANSWERS)
+    _answers.update((text, found) for text in new if _is_reading(found := kept.get([text.encode()])))
+    if new := [text for text in new if text not in _answers]:
+        _ask_elsewhere(new)
+        for text in new:
+            if _is_reading(_answers[text]):
+                kept.put([text.encode()], _answers[text])
+
+
+def _is_reading(found: Any) -> bool:
+    """Whether it is an answer that says something: refusals are asked for again."""
+    return isinstance(found, dict) and isinstance(found.get("values"), dict) and "model_type" in found
+
+
+def _ask_elsewhere(new: list[str]) -> None:
     command = [sys.executable, "-m", __name__]
     done = subprocess.run(command, input=json.dumps(new), capture_output=True, text=True, timeout=_TIMEOUT_S)
     if done.returncode < 0:  # killed: it says nothing about the config
@@ -122,21 +138,23 @@ def answer(text: str) -> dict[str, Any]:
         logging.set_verbosity(verbosity)
 
 
-class _WithoutTorch:
-    """Hides torch: transformers' config classes work without it, and importing it takes several seconds."""
+# Config classes and tokenizers work without these; torch takes seconds, the others a tenth of one.
+_HIDDEN = ("torch", "torchvision", "torchaudio", "PIL", "pygments")
 
+
+class _Hiding:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] in ("torch", "torchvision", "torchaudio"):
+        if name.partition(".")[0] in _HIDDEN:
             raise ModuleNotFoundError(name)
 
 
 def hide_torch() -> None:
     """Let this process import transformers without torch: for config classes and tokenizers, in seconds less."""
     find = importlib.util.find_spec
-    sys.meta_path.insert(0, _WithoutTorch())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Hiding())  # type: ignore[arg-type]
 
     def find_spec(name: str, package: str | None = None) -> Any:
-        return None if name.partition(".")[0] in ("torch", "torchvision", "torchaudio") else find(name, package)
+        return None if name.partition(".")[0] in _HIDDEN else find(name, package)
 
     importlib.util.find_spec = find_spec
 

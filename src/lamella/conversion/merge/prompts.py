@@ -1,6 +1,7 @@
 """The prompts of the experts, and their tokens: those of the base model's tokenizer, with BOS where it has one.
 
-As a script it answers a list of texts with their tokens, without torch, which takes a third of the time.
+As a script it says what transformers makes of a folder's tokenizer, without torch, which takes a third of the time.
+What it said is kept: then only the library `tokenizers` is needed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from lamella.architecture.kept import Kept
 from lamella.architecture.reading import hide_torch
 from lamella.checkpoint.folder import write_json
 from lamella.checkpoint.source import Checkpoint
@@ -21,6 +23,8 @@ from lamella.jsons import Json
 from lamella.recipe.methods.merge import MergeOptions, Prompted
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+_MOST_TOKENIZERS = 16
+"""Kept in the cache; each has some megabytes."""
 _CHARACTERS_PER_TOKEN = 8
 """A text is cut to so many before it is tokenised; more than that are cut off again."""
 
@@ -104,22 +108,9 @@ def tokenised(source: Checkpoint, prompts: list[Prompt], max_positions: int) -> 
     Raises:
         UserError: a prompt that is empty, or longer than the model's positions.
     """
-    with tempfile.TemporaryDirectory() as name:
-        source.copy_sidecars(Path(name))
-        write_json(Path(name) / "config.json", source.config)
-        texts = [prompt.text for prompt in prompts]
-        if "transformers" in sys.modules:
-            answered = answer(name, texts)
-        else:
-            command, asked = [sys.executable, "-m", __name__, name], json.dumps(texts)
-            done = subprocess.run(command, input=asked, capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                raise UserError(f"the tokenizer of {source.name} cannot be used: {reason}")
-            answered = json.loads(done.stdout.splitlines()[-1])
+    num_bos, answered = _encoded(source, [prompt.text for prompt in prompts])
     found = []
-    for prompt, ids in zip(prompts, answered["ids"], strict=True):
-        num_bos = answered["num_bos"]
+    for prompt, ids in zip(prompts, answered, strict=True):
         ids = ids[: prompt.max_tokens and prompt.max_tokens + num_bos]
         if len(ids) <= num_bos:
             raise UserError(f"a prompt has no tokens: {prompt.text[:60]!r}; write a text")
@@ -129,8 +120,48 @@ def tokenised(source: Checkpoint, prompts: list[Prompt], max_positions: int) -> 
     return found
 
 
-def answer(folder: str, texts: list[str]) -> Json:
-    """{ids, num_bos}: each text behind BOS, without any other special token, as mergekit has it."""
+def _encoded(source: Checkpoint, texts: list[str]) -> tuple[int, list[list[int]]]:
+    """(1 if the tokenizer has BOS, else 0; each text behind it, without any other special token, as mergekit has it)"""
+    from tokenizers import Tokenizer
+
+    kept = Kept("tokenizers", __file__, _MOST_TOKENIZERS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source.copy_sidecars(folder)
+        write_json(folder / "config.json", source.config)
+        question = [part for path in _files(folder) for part in (path.name.encode(), path.read_bytes())]
+        told = kept.get(question)
+        if not isinstance(told, dict) or not told.keys() >= {"backend", "bos"}:
+            told = answer(name) if "transformers" in sys.modules else _ask_elsewhere(name, source.name)
+            kept.put(question, told)
+        marked = [told["bos"] + text for text in texts]
+        if told["backend"] is None:
+            from transformers import AutoTokenizer
+
+            ids = AutoTokenizer.from_pretrained(name)(marked, add_special_tokens=False).input_ids
+            return int(bool(told["bos"])), ids
+    tokenizer = Tokenizer.from_str(told["backend"])
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encodings = tokenizer.encode_batch(marked, add_special_tokens=False)
+    return int(bool(told["bos"])), [encoding.ids for encoding in encodings]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _ask_elsewhere(folder: str, name: str) -> Json:
+    done = subprocess.run([sys.executable, "-m", __name__, folder], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"the tokenizer of {name} cannot be used: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(folder: str) -> Json:
+    """{backend, bos}: what transformers makes of a tokenizer's files, as the library `tokenizers` has it (None for one
+    that it does not know), and the text of its BOS."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -138,13 +169,12 @@ def answer(folder: str, texts: list[str]) -> Json:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        bos = tokenizer.bos_token or ""
-        ids = tokenizer([bos + text for text in texts], add_special_tokens=False).input_ids
     finally:
         logging.set_verbosity(level)
-    return {"ids": ids, "num_bos": int(bool(bos))}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {"backend": None if backend is None else backend.to_str(), "bos": tokenizer.bos_token or ""}
 
 
 if __name__ == "__main__":
     hide_torch()
-    print(json.dumps(answer(sys.argv[1], json.load(sys.stdin))))
+    print(json.dumps(answer(sys.argv[1])))
