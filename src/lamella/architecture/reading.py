@@ -84,7 +84,9 @@ def _ask(texts: list[str]) -> None:
         _answers.update((text, answer(text)) for text in new)
         return
     kept = Kept("configs", __file__, _MOST_ANSWERS)
-    _answers.update((text, found) for text in new if _is_reading(found := kept.get([text.encode()])))
+    for text in new:
+        if _is_reading(found := kept.get([text.encode()])):
+            _answers[text] = found
     if new := [text for text in new if text not in _answers]:
         _ask_elsewhere(new)
         for text in new:

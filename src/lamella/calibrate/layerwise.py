@@ -21,6 +21,7 @@ from lamella.architecture.converted import is_converted
 from lamella.calibrate.anatomy import LayerFFN, anatomy_of, read_whole
 from lamella.calibrate.sample import FFN
 from lamella.checkpoint.source import Checkpoint
+from lamella.checkpoint.tensors import SourceTensor
 from lamella.errors import UserError
 from lamella.jsons import Json
 
@@ -53,7 +54,10 @@ class _Given(nn.Module):
 class LayerwiseModel:
     """Layers, embedding and head of a checkpoint, each read when it is asked for."""
 
-    def __init__(self, source: Checkpoint):
+    def __init__(self, source: Checkpoint, keep_bfloat16: bool = False):
+        """`keep_bfloat16`: a layer's matrices that are stored in bfloat16 stay so; its caller computes with autocast,
+        which leaves norms and residual stream in float32."""
+        self._keep_bfloat16 = keep_bfloat16
         self.anatomy, self._tensors, self._source_config = anatomy_of(source.config), source.tensors, source.config
         self.config: Any = config_of(source)
         with torch.device("meta"):
@@ -104,7 +108,7 @@ class LayerwiseModel:
         return self.config.hidden_size
 
     def layer(self, index: int) -> nn.Module:
-        """A decoder layer with its weights, float32; memory is free again when the caller lets go of it.
+        """A decoder layer with its weights; memory is free again when the caller lets go of it.
 
         One that ends with a norm ends before it here, and begins with the norm of the layer before.
         """
@@ -123,12 +127,17 @@ class LayerwiseModel:
     def _with_weights(self, module: nn.Module, prefix: str) -> nn.Module:
         """A copy of a module without storage, with the checkpoint's tensors of this prefix; UserError for damage."""
         module = copy.deepcopy(module)
-        weights = {name: read_whole(self._tensors[prefix + name]) for name in module.state_dict()}
+        weights = {name: self._weight(self._tensors[prefix + name]) for name in module.state_dict()}
         for name, weight in weights.items():
             if not weight.isfinite().all():
                 raise UserError(f"{prefix}{name} holds NaN or infinite values; the checkpoint is damaged")
         module.load_state_dict(weights, assign=True)
         return module.requires_grad_(False)
+
+    def _weight(self, tensor: SourceTensor) -> Tensor:
+        if self._keep_bfloat16 and tensor.dtype == "BF16" and len(tensor.shape) > 1:
+            return tensor.read(0, tensor.numel).view(tensor.shape)
+        return read_whole(tensor)
 
     def ffn(self, index: int) -> FFN:
         """A layer's FFN alone, float32."""

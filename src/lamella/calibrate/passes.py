@@ -21,6 +21,10 @@ _HEAD_ELEMENTS = 1 << 23
 """Logits at a time: 32 MiB, and a few times that for the softmax and its gradient."""
 
 
+class _Reached(Exception):
+    """A layer has come to its FFN, and nothing behind that is wanted."""
+
+
 class WatchedLayer:
     """A decoder layer with its weights, and what its FFN was given and gave at the latest call."""
 
@@ -29,9 +33,10 @@ class WatchedLayer:
         self.model, self.index = model, index
         self.module, ffn = model.layer(index), model.ffn_modules(index)
         self.ffn: FFN = ffn.weights(self.module)
+        self._up = ffn.up(self.module)
         # The hooks know this dict, not the layer: in a cycle the weights would outlive their use.
         self.seen: dict[str, Tensor] = {}
-        ffn.up(self.module).register_forward_pre_hook(_see(self.seen, "x_TD"))
+        self._up.register_forward_pre_hook(_see(self.seen, "x_TD"))
         self._down = ffn.down(self.module)
         self._down.register_forward_pre_hook(_see(self.seen, "h_TF"))
         if without_ffn:
@@ -43,10 +48,24 @@ class WatchedLayer:
         args, kwargs = self.model.call(self.index, positions_BL)
         return self.module(hidden_BLD, *args, **kwargs)
 
+    def up_to_ffn(self, hidden_BLD: Tensor, positions_BL: Tensor) -> None:
+        """As a call, but the FFN is not computed: only what it is given is seen."""
+        handle = self._up.register_forward_pre_hook(_reached)
+        try:
+            self(hidden_BLD, positions_BL)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+
     def replace_ffn(self, y_of_x: Callable[[Tensor], Tensor]) -> None:
         """Let this function, x [t, D] -> y [t, D], stand in the FFN's place from now on."""
         seen = self.seen
         self._down.register_forward_hook(lambda module, args, y: y_of_x(seen["x_TD"]).view_as(y))
+
+
+def _reached(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Reached
 
 
 def _keep_output(seen: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,7 +1,8 @@
 """The base model on the prompts, a layer at a time: what each layer is given, and what its router will be given.
 
-A layer is in memory at a time, in float32, and there are no logits. Prompts are packed into windows without padding
-between them, each seeing itself alone; the residual stream is on disk, and a pass that was interrupted goes on.
+A layer is in memory at a time, and there are no logits. Prompts are packed into windows without padding between them,
+each seeing itself alone; the residual stream is on disk in float32, and a pass that was interrupted goes on. Matrices
+that are stored in bfloat16 are multiplied in it where the processor does so faster, others in float32.
 
 Shapes: P prompts, N windows of L tokens, B windows of a batch, T tokens that are looked at, D model width, E experts
 (shared ones with prompts behind the others).
@@ -10,6 +11,7 @@ Shapes: P prompts, N windows of L tokens, B windows of a batch, T tokens that ar
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ from lamella.conversion.merge.parts import Merge
 from lamella.conversion.merge.prompts import Tokens
 from lamella.conversion.merge.report import notes_of
 from lamella.conversion.plan import Workspace
+from lamella.hf.computing import computes_bfloat16
 from lamella.jsons import Json
 
 MAX_ROWS = 32768
@@ -94,7 +97,8 @@ def run_base(merge: Merge, prompts: list[Tokens], work: Workspace) -> tuple[np.n
 class _Pass:
     def __init__(self, merge: Merge, prompts: list[Tokens], windows: Packed, work: Workspace):
         self.merge, self.prompts, self.windows, self.work = merge, prompts, windows, work
-        self.model, self.results = LayerwiseModel(merge.base), ResultFolder(work.folder)
+        self.in_bfloat16 = computes_bfloat16(torch.device("cpu"))
+        self.model, self.results = LayerwiseModel(merge.base, self.in_bfloat16), ResultFolder(work.folder)
         self.seen = _kept(windows.prompt_NL, prompts)
         self.stream = StreamFolder(work.folder / STREAMS, (*windows.ids_NL.shape, self.model.width))
 
@@ -127,23 +131,33 @@ class _Pass:
                 embed_pass(self.model, self.windows.ids_NL, self.windows.positions_NL, out_NLD)
 
     def _layer(self, index: int) -> None:
-        begun, seen = time.perf_counter(), self.seen
-        with self.stream.writing("hidden", index + 1) as out_NLD:
-            hidden_NLD, layer = self.stream.open("hidden", index), WatchedLayer(self.model, index)
-            x_TD = torch.empty(len(seen.prompt_T), self.model.width)
-            for part in batches(hidden_NLD.shape):
-                with torch.no_grad():
-                    out_NLD[part] = layer(hidden_NLD[part], self.windows.positions_NL[part])
-                begin = part.start * hidden_NLD.shape[1]
-                first, last = torch.searchsorted(seen.place_T, torch.tensor([begin, begin + len(layer.seen["x_TD"])]))
-                x_TD[first:last] = layer.seen["x_TD"][seen.place_T[first:last] - begin]
+        begun, is_last = time.perf_counter(), index + 1 == self.model.num_layers
+        hidden_NLD = self.stream.open("hidden", index)
+        # The next stream's file gets its name after the layer is saved: where both are there, nothing is lacking.
+        with nullcontext() if is_last else self.stream.writing("hidden", index + 1) as out_NLD:
+            x_TD = self._router_inputs(index, hidden_NLD, out_NLD)
             vectors_PD = _per_prompt(hidden_NLD, self.windows.prompt_NL, self.prompts, self.merge.options.gate_mode)
-            del layer
-            self.results.save(index, fit(Layer(x_TD, vectors_PD, self._ffns(index)), seen, self.merge.options))
+            self.results.save(index, fit(Layer(x_TD, vectors_PD, self._ffns(index)), self.seen, self.merge.options))
         self.stream.drop("hidden", index)
         wall_s = time.perf_counter() - begun
         speed = self.windows.ids_NL.numel() / wall_s
         self.work.on_progress(CalibrationStep("forward", index, self.model.num_layers, speed, wall_s))
+
+    @torch.no_grad()
+    def _router_inputs(self, index: int, hidden_NLD: Tensor, out_NLD: Tensor | None) -> Tensor:
+        """[T, D] of the tokens that are looked at; fills the layer's output if it is wanted."""
+        layer, seen, positions_NL = WatchedLayer(self.model, index), self.seen, self.windows.positions_NL
+        x_TD = torch.empty(len(seen.prompt_T), self.model.width)
+        for part in batches(hidden_NLD.shape):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bfloat16):
+                if out_NLD is None:
+                    layer.up_to_ffn(hidden_NLD[part], positions_NL[part])
+                else:
+                    out_NLD[part] = layer(hidden_NLD[part], positions_NL[part])
+            begin = part.start * hidden_NLD.shape[1]
+            first, last = torch.searchsorted(seen.place_T, torch.tensor([begin, begin + len(layer.seen["x_TD"])]))
+            x_TD[first:last] = layer.seen["x_TD"][seen.place_T[first:last] - begin]
+        return x_TD
 
     def _ffns(self, index: int) -> list[FFN] | None:
         """The experts' FFNs, where their parts are told apart."""
