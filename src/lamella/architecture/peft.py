@@ -1,7 +1,8 @@
 """Adapter folders in the format of the library peft: read and checked from headers alone. Imports no torch.
 
 `adapter_config.json` says rank and scale, `adapter_model.safetensors` holds `base_model.model.` + the module's path +
-`.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]. The module's output is W x + scale B A x.
+`.lora_A.weight` [r, in] and `.lora_B.weight` [out, r] (LoRA, arXiv 2106.09685). The module's output is
+W x + scale B A x; scale is lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lamella.architecture.adapters import IN_HF, MODULES, Block, block_of, widths_of
 from lamella.architecture.model import Sizes
@@ -31,9 +32,64 @@ NOT_CARRIED = {
     "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 _KNOWN = tuple(module for modules in MODULES.values() for module in modules)
-_NAME = re.compile(
-    re.escape(PREFIX) + r"model\.layers\.(?P<layer>\d+)\.(?P<block>\w+)\.(?P<module>\w+)\.lora_(?P<half>[AB])\.weight"
-)
+_NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
+_PLACE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<block>\w+)\.(?P<module>\w+)")
+
+
+class Half(NamedTuple):
+    """One of the two low-rank matrices of a module."""
+
+    tensor: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a folder says of an adapter, whatever its modules are."""
+
+    folder: Path
+    config: Json
+    halves: dict[str, dict[str, Half]]
+    """The module's path -> "A" [r, in] and "B" [out, r]."""
+    problems: list[str]
+    """What it is, or has, that is not carried."""
+
+    @property
+    def weights(self) -> Path:
+        """The file with its tensors."""
+        return self.folder / WEIGHTS
+
+    def rank(self, module: str) -> int:
+        """The module's own, or that of the adapter."""
+        return int(_setting(self.config, "rank_pattern", module, "r"))
+
+    def scale(self, module: str) -> float:
+        """The factor on B A."""
+        alpha, rank = _setting(self.config, "alpha_pattern", module, "lora_alpha"), self.rank(module)
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def refused(self, problems: list[str]) -> UserError:
+        """The error that says so."""
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        base = self.config.get("base_model_name_or_path") or "an unknown model"
+        return UserError(f"the adapter {self.folder}, made for {base}, cannot be used: {'; '.join(problems[:3])}{more}")
+
+
+def read_lora(folder: str | Path) -> Lora:
+    """The adapter of a folder; UserError where there is none."""
+    folder = Path(folder).expanduser()
+    config = _config(folder)
+    problems = _not_carried(config)
+    halves: dict[str, dict[str, Half]] = {}
+    for name, shape in ({} if problems else _header(folder / WEIGHTS)).items():
+        if match := _NAME.fullmatch(name):
+            halves.setdefault(match["module"], {})[match["half"]] = Half(name, shape)
+        else:
+            problems.append(f"it changes {name.removeprefix(PREFIX)}, which is no LoRA of a linear layer")
+    if not halves and not problems:
+        problems.append("it holds no tensor of LoRA")
+    return Lora(folder, config, halves, problems)
 
 
 class Place(NamedTuple):
@@ -58,20 +114,23 @@ class Place(NamedTuple):
 class PeftAdapter:
     """A checked adapter of FFNs, attention or both."""
 
-    folder: Path
+    lora: Lora
     scales: dict[Place, float]
     """The factor on B A of each place."""
     ranks: dict[Place, int]
 
     @property
+    def folder(self) -> Path:
+        return self.lora.folder
+
+    @property
     def weights(self) -> Path:
         """The file with its tensors."""
-        return self.folder / WEIGHTS
+        return self.lora.weights
 
-    @staticmethod
-    def tensor(place: Place, half: str) -> str:
+    def stored(self, place: Place, half: str) -> str:
         """The tensor's name in the file; `half` is "a" or "b"."""
-        return f"{PREFIX}{place.path}.lora_{half.upper()}.weight"
+        return self.lora.halves[place.path][half.upper()].tensor
 
 
 def read_peft(folder: str | Path, sizes: Sizes) -> PeftAdapter:
@@ -81,33 +140,29 @@ def read_peft(folder: str | Path, sizes: Sizes) -> PeftAdapter:
         UserError: no adapter; one of another kind, base or rank, or of modules that are not there or not carried; the
             message names all that is wrong with it.
     """
-    folder = Path(folder).expanduser()
-    config = _config(folder)
-    shapes = _header(folder / WEIGHTS)
-    problems = _not_carried(config)
-    found: dict[Place, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        match = _NAME.fullmatch(name)
+    lora = read_lora(folder)
+    problems, found = list(lora.problems), {}
+    for module in lora.halves:
+        match = _PLACE.fullmatch(module)
         place = None if match is None or match["module"] not in _KNOWN else Place(int(match["layer"]), match["module"])
-        if match is None or place is None or not place.path.endswith(f".{match['block']}.{match['module']}"):
-            problems.append(f"it changes {name.removeprefix(PREFIX)}; only {', '.join(_KNOWN)} are carried")
+        if place is None or place.path != module:
+            problems.append(f"it changes {module}; only {', '.join(_KNOWN)} are carried")
         else:
-            found.setdefault(place, {})[match["half"]] = shape
-    if not found and not problems:
-        problems.append("it holds no tensor of LoRA")
-    for word in config["target_modules"] if isinstance(config.get("target_modules"), list) else ():
+            found[place] = lora.halves[module]
+    words = lora.config.get("target_modules")
+    for word in words if isinstance(words, list) else ():
         if not any(place.path.endswith(word) for place in found) and not problems:
             problems.append(f"it should change {word}, of which it holds no tensor")
-    ranks = {place: _setting(config, "rank_pattern", place, "r") for place in found}
     for place, halves in found.items():
-        problems += _misfits(place, halves, int(ranks[place]), sizes)
+        problems += _misfits(place, halves, lora.rank(place.path), sizes)
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        base = config.get("base_model_name_or_path") or "an unknown model"
-        raise UserError(f"the adapter {folder}, made for {base}, cannot be used: {'; '.join(problems[:3])}{more}")
-    return PeftAdapter(
-        folder, {p: _scale(config, p, r) for p, r in ranks.items()}, {p: int(r) for p, r in ranks.items()}
-    )
+        raise lora.refused(problems)
+    return PeftAdapter(lora, {p: lora.scale(p.path) for p in found}, {p: lora.rank(p.path) for p in found})
+
+
+def tensor_name(place: Place, half: str) -> str:
+    """A tensor's name as peft saves it; `half` is "a" or "b"."""
+    return f"{PREFIX}{place.path}.lora_{half.upper()}.weight"
 
 
 def lora_config(base_name: str, rank: int, alpha: float, layers: Sequence[int], blocks: Sequence[Block]) -> Json:
@@ -127,9 +182,20 @@ def _config(folder: Path) -> Json:
     config = json_object((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise UserError(f"{folder / CONFIG}: r is {config.get('r')!r}; it must be a whole number from 1 on")
-    if not isinstance(config.get("lora_alpha"), int | float):
+    if not _is_finite(config.get("lora_alpha")):
         raise UserError(f"{folder / CONFIG}: lora_alpha is {config.get('lora_alpha')!r}; it must be a number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        try:
+            is_right = all(re.compile(words) and _is_finite(own) for words, own in (config.get(key) or {}).items())
+        except (AttributeError, re.error):
+            is_right = False
+        if not is_right:
+            raise UserError(f"{folder / CONFIG}: {key} is {config[key]!r}; it must give a number for names of modules")
     return config
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _not_carried(config: Json) -> list[str]:
@@ -154,29 +220,23 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{file} is no safetensors file ({error}); bring the original back") from None
 
 
-def _setting(config: Json, pattern: str, place: Place, default: str) -> float:
+def _setting(config: Json, pattern: str, module: str, default: str) -> float:
     """A module's own rank or alpha: that of the first pattern that the end of its path fits, as in peft."""
     for words, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({words})$", place.path):
+        if re.match(rf"(.*\.)?({words})$", module):
             return float(value)
     return float(config[default])
 
 
-def _scale(config: Json, place: Place, rank: float) -> float:
-    alpha = _setting(config, "alpha_pattern", place, "lora_alpha")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _misfits(place: Place, halves: dict[str, tuple[int, ...]], rank: int, sizes: Sizes) -> list[str]:
+def _misfits(place: Place, halves: dict[str, Half], rank: int, sizes: Sizes) -> list[str]:
     width_in, width_out = widths_of(sizes)[place.block][place.module]
     if place.layer >= sizes.num_layers:
         return [f"it changes layer {place.layer}, and the model has {sizes.num_layers} layers"]
     found = []
     for half, wanted in {"A": (rank, width_in), "B": (width_out, rank)}.items():
-        shape = halves.get(half)
-        if shape is None:
+        if half not in halves:
             found.append(f"lora_{half} of {place.path} is missing")
-        elif shape != wanted:
+        elif (shape := halves[half].shape) != wanted:
             found.append(
                 f"lora_{half} of {place.path} is {list(shape)}, and the model and rank {rank} need {list(wanted)}"
             )

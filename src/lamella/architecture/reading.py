@@ -84,9 +84,8 @@ def _ask(texts: list[str]) -> None:
         _answers.update((text, answer(text)) for text in new)
         return
     kept = Kept("configs", __file__, _MOST_ANSWERS)
-    for text in new:
-        if _is_reading(found := kept.get([text.encode()])):
-            _answers[text] = found
+    found = {text: kept.get([text.encode()]) for text in new}
+    _answers.update((text, told) for text, told in found.items() if told is not None and _is_reading(told))
     if new := [text for text in new if text not in _answers]:
         _ask_elsewhere(new)
         for text in new:

@@ -59,17 +59,32 @@ def transposed(source: SourceTensor) -> TransposedTensor:
     return TransposedTensor(source.name, source.dtype, (C, R), source.path, source.begin)
 
 
+@dataclass(frozen=True)
+class _Rows(SourceTensor):
+    """Consecutive rows of a tensor that computes what it reads."""
+
+    whole: SourceTensor
+    first: int
+    """Elements before them."""
+
+    def read(self, start: int, count: int) -> Tensor:
+        """As SourceTensor.read."""
+        return self.whole.read(self.first + start, count)
+
+
 def halves(source: SourceTensor, called: tuple[str, str]) -> tuple[SourceTensor, SourceTensor]:
     """[2R, C] -> the first R rows and the last, by the source's name and these."""
     rows, columns = source.shape[0] // 2, source.shape[1]
     nbytes = rows * columns * DTYPES[source.dtype].itemsize
-    first, last = (
-        dataclasses.replace(
-            source, name=f"{source.name} ({half})", shape=(rows, columns), begin=source.begin + i * nbytes
-        )
-        for i, half in enumerate(called)
-    )
-    return first, last
+    found = []
+    for i, half in enumerate(called):
+        name, begin = f"{source.name} ({half})", source.begin + i * nbytes
+        if type(source) is SourceTensor:
+            found.append(dataclasses.replace(source, name=name, shape=(rows, columns), begin=begin))
+        else:
+            place = (name, source.dtype, (rows, columns), source.path, begin)
+            found.append(_Rows(*place, source, i * rows * columns))
+    return found[0], found[1]
 
 
 def matrices(source: SourceTensor) -> list[SourceTensor]:

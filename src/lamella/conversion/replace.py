@@ -33,7 +33,7 @@ def with_ffns_replaced(
             tensor = source.tensors[name]
             tensors.append(OutputTensor(name, stored_dtype(tensor.dtype, dtype), tensor.shape, Stretches.copy(tensor)))
         elif name == next(iter(layout.names(layer).values())):
-            tensors += experts(layer, _ffn_parts(source, layout, layer))
+            tensors += experts(layer, ffn_parts(source, layout, layer))
     return tensors
 
 
@@ -49,8 +49,9 @@ def _in_model_order(source: Checkpoint) -> Iterator[str]:
     yield from (name for name in source.tensors if name not in expected)
 
 
-def _ffn_parts(source: Checkpoint, layout: FFNLayout, layer: int) -> dict[str, SourceTensor]:
-    """A layer's dense FFN by the parts of `FFNLayout.names`, matrices as [out, in] however they are stored."""
+def ffn_parts(source: Checkpoint, layout: FFNLayout, layer: int) -> dict[str, SourceTensor]:
+    """A layer's dense FFN by the parts of `FFNLayout.names`, gate and up apart and matrices as [out, in] however they
+    are stored."""
     parts = {part: source.tensors[name] for part, name in layout.names(layer).items()}
     if fused := parts.pop("gate_up", None):
         from lamella.checkpoint.transposed import halves

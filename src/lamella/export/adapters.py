@@ -30,7 +30,7 @@ from lamella.architecture.converted import converted_config, converted_family, c
 from lamella.architecture.families import may_be_stored, sizes_of
 from lamella.architecture.moe import MoEConfig
 from lamella.architecture.moe_tensors import DOWN, GATE_UP, expert_name, moe_tensors
-from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config
+from lamella.architecture.peft import CONFIG, WEIGHTS, Place, lora_config, tensor_name
 from lamella.checkpoint.check import check_tensors
 from lamella.checkpoint.manifest import MANIFEST
 from lamella.checkpoint.pieces import Piece, Sink, Stretches, checked
@@ -170,7 +170,7 @@ def write_peft_adapters(mix: str | Path, out: str | Path, *, overwrite: bool = F
                     stored = source.tensors[prefix + lora_tensor(place.module, half)]
                     size = math.prod(stored.shape[1:])
                     matrix = stored.read(index * size, size).view(stored.shape[1:]).clone()
-                    tensors[PeftAdapter.tensor(place, half)] = matrix
+                    tensors[tensor_name(place, half)] = matrix
             own = folder / Path(name).name
             own.mkdir()
             save_file(tensors, own / WEIGHTS, metadata={"format": "pt"})

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lamella.architecture.adapters import ADAPTERS_IN_HF, MODULES, AdaptersConfig, Block
 from lamella.architecture.converted import REMOTE_CODE
 from lamella.architecture.model import sizes_of
-from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config, read_peft
+from lamella.architecture.peft import CONFIG, WEIGHTS, PeftAdapter, Place, lora_config, read_peft, tensor_name
 from lamella.architecture.rows import names_of
 from lamella.checkpoint.pieces import Array, Stretches
 from lamella.checkpoint.plan import OutputTensor, WritePlan
@@ -280,8 +280,8 @@ def write_adapter(
     for layer_index, block in numbered:
         for module in MODULES[PART[type(block)]]:
             low, place = block.adapters.low_rank(module), Place(layer_index, module)
-            tensors[PeftAdapter.tensor(place, "a")] = low.a[index].detach().float().cpu().contiguous()
-            tensors[PeftAdapter.tensor(place, "b")] = (low.b[index].detach().float().cpu() / scale).contiguous()
+            tensors[tensor_name(place, "a")] = low.a[index].detach().float().cpu().contiguous()
+            tensors[tensor_name(place, "b")] = (low.b[index].detach().float().cpu() / scale).contiguous()
     layers = sorted({number for number, _ in numbered})
     config = lora_config(base_name, rank, alpha, layers, numbered[0][1].config.blocks)
     with appearing_folder(out) as folder:

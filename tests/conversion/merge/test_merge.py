@@ -108,6 +108,10 @@ UPCYCLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "parts": ("llama", {}, {"parts": 4}),
     "own form, parts": ("llama", {}, {"parts": 4, "architecture": "lamella"}),
     "of another family": ("granite", {"tie_word_embeddings": True}, {}),
+    "gelu": ("gemma", {}, {}),
+    "gelu, norms on both sides": ("gemma2", {}, {"parts": 2}),
+    "gate and up in one": ("phi3", {}, {"parts": 4}),
+    "gate and up in one, norms on both sides": ("glm4", {}, {}),
 }
 
 
@@ -147,6 +151,27 @@ def test_adapters_are_merged_as_peft_merges_them(models: dict[str, list[Path]], 
         dense = dense_tensors(base)[f"model.layers.2.mlp.{own}.weight"]
         assert (found - dense).abs().max() > 0.01
     assert "more than the FFNs" in report.notes["remarks"][0]
+
+
+def test_an_adapter_of_gate_and_up_in_one_matrix(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    (base,) = save_models(tmp_path, "phi3", 1)
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=["gate_up_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "lora")
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").merge_and_unload()
+    values = config([base, base], gate_mode="random", experts_per_token=1)
+    values["experts"][1]["source_model"] = f"{base}+{tmp_path / 'lora'}"
+    merge(values, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in range(3):
+        mlp = merged.model.layers[layer].mlp
+        experts = {name.rpartition(".")[2]: t[1] for name, t in written.items() if f"layers.{layer}.mlp.exp" in name}
+        gate_up, down = (next(t for name, t in experts.items() if part in name) for part in ("gate_up", "down"))
+        torch.testing.assert_close(gate_up, mlp.gate_up_proj.weight.detach(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(down, mlp.down_proj.weight.detach(), atol=1e-6, rtol=1e-6)
 
 
 def test_noise_and_scales(models: dict[str, list[Path]], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Stacked:
 
 def read_low_rank(adapter: PeftAdapter, place: Place, half: str) -> Tensor:
     """A [r, in] or, times the adapter's scale, B [out, r], in float32."""
-    source = read_header(adapter.weights)[adapter.tensor(place, half)]
+    source = read_header(adapter.weights)[adapter.stored(place, half)]
     if source.dtype not in ITEM_BYTES:
         raise UserError(f"{adapter.weights} holds {source.dtype}, which is no dtype of an adapter; save it in float32")
     matrix = source.read(0, source.numel).view(source.shape).float()

@@ -12,6 +12,7 @@ from lamella.architecture.reading import read_together
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor
 from lamella.conversion.merge.references import local_config, open_reference
+from lamella.conversion.replace import ffn_parts
 from lamella.errors import UserError
 from lamella.recipe.check import Problems
 from lamella.recipe.methods.common import DTYPE_NAMES
@@ -28,8 +29,8 @@ class Expert:
     source: Checkpoint
 
     def ffn(self, layout: FFNLayout, layer: int) -> dict[str, SourceTensor]:
-        """A layer's FFN by the parts of `FFNLayout.names`."""
-        return {part: self.source.tensors[name] for part, name in layout.names(layer).items()}
+        """A layer's FFN: "gate", "up" and "down"."""
+        return ffn_parts(self.source, layout, layer)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,13 @@ def hidden_rows(merge: Merge, prompts: list[Tokens]) -> np.ndarray:
     vectors = torch.empty(len(layers), len(prompts), merge.layout.hidden_size)
     with torch.no_grad():
         for place, prompt in enumerate(prompts):
-            model(torch.tensor([prompt.ids], device=model.device), use_cache=False, logits_to_keep=1)
+            try:
+                model(torch.tensor([prompt.ids], device=model.device), use_cache=False, logits_to_keep=1)
+            except (AssertionError, RuntimeError) as error:  # its CPU kernels take some widths only
+                raise UserError(
+                    f"bitsandbytes cannot compute this base model in {4 if options.load_in_4bit else 8} bits here "
+                    f"({error}); leave the key out: the base model is then read a layer at a time"
+                ) from error
             for index, hidden_LD in seen.items():
                 chosen = hidden_LD.mean(0) if options.gate_mode == "hidden_avg" else hidden_LD[-1]
                 vectors[index, place] = chosen.cpu()

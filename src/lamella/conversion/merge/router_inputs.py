@@ -36,7 +36,7 @@ from lamella.jsons import Json
 
 MAX_ROWS = 32768
 """Router inputs of a layer that are kept in memory; of more, every n-th."""
-WINDOW_TOKENS = 512
+WINDOW_TOKENS = 256
 """A window has at least so many tokens, and as many as the longest prompt."""
 NO_PROMPT = -1
 
@@ -97,7 +97,9 @@ def run_base(merge: Merge, prompts: list[Tokens], work: Workspace) -> tuple[np.n
 class _Pass:
     def __init__(self, merge: Merge, prompts: list[Tokens], windows: Packed, work: Workspace):
         self.merge, self.prompts, self.windows, self.work = merge, prompts, windows, work
-        self.in_bfloat16 = computes_bfloat16(torch.device("cpu"))
+        matrices = [tensor for tensor in merge.base.tensors.values() if len(tensor.shape) > 1]
+        is_stored = all(tensor.dtype == "BF16" for tensor in matrices)  # autocast takes all or none
+        self.in_bfloat16 = is_stored and computes_bfloat16(torch.device("cpu"))
         self.model, self.results = LayerwiseModel(merge.base, self.in_bfloat16), ResultFolder(work.folder)
         self.seen = _kept(windows.prompt_NL, prompts)
         self.stream = StreamFolder(work.folder / STREAMS, (*windows.ids_NL.shape, self.model.width))

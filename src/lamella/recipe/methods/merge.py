@@ -201,10 +201,6 @@ def target_named(name: str | None) -> TargetName | None:
 def merge_sizes(options: MergeOptions, config: dict[str, Any]) -> MoEConfig:
     """The `moe` entry of a merge into the base model of this config.json. UserError where they do not fit."""
     layout = ffn_layout(config)
-    if layout.ffn.gate_up:
-        from lamella.errors import UserError
-
-        raise UserError("method merge takes gate and up projection apart, and this family has them in one matrix")
     return MoEConfig(
         num_frozen_experts=0,
         num_trainable_experts=len(options.experts) * options.parts,
