@@ -79,6 +79,8 @@ def appearing_folder(out: Path) -> Iterator[Path]:
         # numpy counts what it could not write ("4096 requested and 512 written") and has no number for it
         if error.errno == errno.ENOSPC or (error.errno is None and str(error).endswith("written")):
             raise UserError(f"the disk of {out} became full; nothing was kept") from None
+        if error.errno == errno.EFBIG:
+            raise UserError(f"the file system of {out}, or a limit set here, takes no files so large") from None
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lamella.cli import app
-from lamella.errors import UserError
+from lamella.cli import app, main
 from support.merging import config, save_models
 
 pytestmark = pytest.mark.faults
@@ -57,8 +62,7 @@ def damaged(damage: Callable[[Path], object], base: bool = False) -> Callable[[C
 
 
 def cut(model: Path) -> None:
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    cut_file(model / "model.safetensors")
 
 
 def adapter(**changes: Any) -> Callable[[Config, Path], None]:
@@ -71,6 +75,42 @@ def adapter(**changes: Any) -> Callable[[Config, Path], None]:
         values["experts"][1]["source_model"] += f"+{folder / 'lora'}"
 
     return change
+
+
+def adapter_weights(names: dict[str, tuple[int, ...]], **changes: Any) -> Callable[[Config, Path], None]:
+    """An adapter with tensors of these names, behind the layer's, and shapes."""
+
+    def change(values: Config, folder: Path) -> None:
+        adapter(**changes)(values, folder)
+        prefix = "base_model.model.model.layers.0."
+        tensors = {prefix + name: torch.zeros(shape) for name, shape in names.items()}
+        save_file(tensors, folder / "lora" / "adapter_model.safetensors")
+
+    return change
+
+
+UP_A, UP_B = "mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_B.weight"
+
+
+def in_shards(damage: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Weights in two files with an index, the second of them damaged."""
+
+    def apply(model: Path) -> None:
+        tensors, shards = load_file(model / "model.safetensors"), [{}, {}]
+        weight_map = {}
+        for i, (name, tensor) in enumerate(tensors.items()):
+            shards[i % 2][name], weight_map[name] = tensor, f"model-{i % 2 + 1:05d}-of-00002.safetensors"
+        for i, shard in enumerate(shards, 1):
+            save_file(shard, model / f"model-{i:05d}-of-00002.safetensors", metadata={"format": "pt"})
+        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (model / "model.safetensors").unlink()
+        damage(model / "model-00002-of-00002.safetensors")
+
+    return apply
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def same_prompts(values: Config, folder: Path) -> None:
@@ -113,6 +153,9 @@ CASES: dict[str, tuple[Callable[[Config, Path], Any], str]] = {
     "other width": (other_model(intermediate_size=96), "intermediate size 96 instead of 48"),
     "other family": (other_model(family="qwen3"), "architecture qwen3 instead of llama"),
     "truncated": (damaged(cut), "expert 1: .*truncated"),
+    "truncated base": (damaged(cut, base=True), "truncated"),
+    "a truncated shard": (damaged(in_shards(cut_file)), "expert 1: .*model-00002-of-00002.* truncated"),
+    "a shard that is not there": (damaged(in_shards(Path.unlink)), "expert 1: .*model-00002-of-00002"),
     "no weights": (damaged(lambda model: (model / "model.safetensors").unlink()), "holds no weights"),
     "no config": (damaged(lambda model: (model / "config.json").unlink()), "no config.json"),
     "no tokenizer": (damaged(lambda m: [p.unlink() for p in m.glob("tokenizer*")], base=True), "has no tokenizer"),
@@ -125,6 +168,16 @@ CASES: dict[str, tuple[Callable[[Config, Path], Any], str]] = {
     "missing adapter": (lambda v, f: v["experts"][1].update(source_model=v["base_model"] + "+/no"), "no such adapter"),
     "DoRA": (adapter(use_dora=True), "expert 1: the adapter .* cannot be used: it uses DoRA"),
     "adapter with biases": (adapter(bias="all"), "it trained biases .bias 'all'."),
+    "an adapter without weights": (adapter(), "there is no .*adapter_model.safetensors"),
+    "a module that is not there": (
+        adapter_weights({"mlp.fc1.lora_A.weight": (4, 32), "mlp.fc1.lora_B.weight": (48, 4)}),
+        "it is for model.layers.0.mlp.fc1, which .* has not: of another base",
+    ),
+    "an adapter of a wider base": (adapter_weights({UP_A: (4, 64), UP_B: (48, 4)}), r"\[4, 64\] at rank 4.*\[48, 32\]"),
+    "an adapter of another rank": (adapter_weights({UP_A: (4, 32), UP_B: (48, 4)}, r=8), "at rank 8"),
+    "half an adapter": (adapter_weights({UP_A: (4, 32)}), "half of a LoRA"),
+    "an adapter of embeddings": (adapter_weights({"mlp.lora_embedding_A": (4, 32)}), "no LoRA of a linear layer"),
+    "ranks that are none": (adapter(rank_pattern={"up_proj": "many"}), "rank_pattern is .*many"),
     "no LoRA": (adapter(peft_type="IA3"), "peft_type is 'IA3'"),
     "4 bits": (top(load_in_4bit=True), "bitsandbytes, which is not installed"),
     "a class that cannot": (top(architecture="qwen3"), "qwen3-moe cannot hold this merge.*possible: mixtral"),
@@ -133,7 +186,13 @@ CASES: dict[str, tuple[Callable[[Config, Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_error_and_nothing_written(name: str, models: list[Path], tmp_path: Path) -> None:
+def test_one_error_and_nothing_written(
+    name: str,
+    models: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = config(models)
     change, message = CASES[name]
     change(values, tmp_path)
@@ -141,11 +200,33 @@ def test_one_error_and_nothing_written(name: str, models: list[Path], tmp_path: 
         pytest.skip("bitsandbytes is installed")
     path = tmp_path / "config.yml"
     path.write_text(json.dumps(values))
-    before = sorted(p.name for p in tmp_path.iterdir())
-    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "out")])
-    assert isinstance(done.exception, UserError), done.output
-    assert_matches(message, str(done.exception))
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["lamella", "convert", str(path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2, told.err
+    first, *more = told.err.splitlines()  # a recipe's problems stand below, a line each
+    assert first.startswith("error: "), told.err
+    assert all(line.startswith("  ") for line in more), told.err
+    assert_matches(message, told.err)
+    assert told.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_a_folder(models: list[Path], tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: the kernel refuses the bytes."""
+    path = tmp_path / "config.yml"
+    path.write_text(json.dumps(config(models, gate_mode="random")))
+    done = subprocess.run(
+        [sys.executable, "-m", "lamella.cli", "convert", str(path), str(tmp_path / "out")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert [line[:7] for line in done.stderr.splitlines()] == ["error: "], done.stderr
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def assert_matches(message: str, text: str) -> None:
