@@ -3,7 +3,8 @@
 `lamella convert` beside mergekit-moe on the same configs: four synthetic Llamas of 190 million bf16 parameters (width
 1024, FFN 2816, 11 layers, SmolLM2's tokenizer) become one Mixtral. CPU seconds are user and system of the process and
 its children, imports included; peak memory is of the largest process. Interleaved, medians. The sources are in the page
-cache; what is written is synced within each run.
+cache; what is written is synced within each run. lamella keeps what transformers says of a config and a tokenizer; rows
+with "first time" begin with an empty cache.
 
 mergekit runs on the project's own torch and transformers; `uv run --no-sync scripts/install_readers.py` fetches it.
 Without it the rows of lamella alone are measured. Needs 4 GB under --work, by default the current folder.
@@ -44,6 +45,7 @@ EXPERTS = 4
 CHARACTERS_PER_PROMPT = 256
 MODES = ("random", "cheap_embed", "hidden", "ridge")
 PEER = "mergekit==0.1.5"
+FIRST, EMPTY_CACHE = ", first time", "empty-cache"
 
 
 def mergekit_site() -> Path | None:
@@ -80,7 +82,8 @@ def save_configs(work: Path, models: list[Path], modes: list[str], prompts: int)
 
 def run_once(command: list[str], out: Path) -> dict[str, Any]:
     """Measure a command that makes `out`, with the time until its weights are on the disk."""
-    shutil.rmtree(out, ignore_errors=True)
+    for folder in (out, out.with_name(EMPTY_CACHE)):
+        shutil.rmtree(folder, ignore_errors=True)
     row, _ = measured(["sh", "-c", '"$@" >/dev/null 2>&1 && sync "$0"/*.safetensors', str(out), *command])
     row["bytes_written"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return row
@@ -90,8 +93,12 @@ def commands(configs: dict[str, Path], out: Path, site: Path | None) -> dict[str
     """Name of a row -> the command line."""
     found = {}
     for mode, config in configs.items():
-        found[f"lamella, {mode}"] = [sys.executable, "-m", "lamella.cli", "convert", str(config), str(out)]
-        if site is not None and mode != "ridge":  # a mode of ours alone
+        own = [sys.executable, "-m", "lamella.cli", "convert", str(config), str(out)]
+        found[f"lamella, {mode}"] = own
+        if mode == "ridge":  # a mode of ours alone
+            continue
+        found[f"lamella, {mode}{FIRST}"] = ["env", f"LAMELLA_CACHE={out.with_name(EMPTY_CACHE)}", *own]
+        if site is not None:
             peer = ["env", f"PYTHONPATH={site}", "HF_HUB_OFFLINE=1", sys.executable, "-m", "mergekit.scripts.moe"]
             found[f"mergekit, {mode}"] = [*peer, str(config), str(out)]
     return found
@@ -120,7 +127,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     by_name = {row["impl"]: row for row in rows}
     cells = []
     for row in rows:
-        peer = by_name.get(row["impl"].replace("lamella", "mergekit")) if "lamella" in row["impl"] else None
+        peer = by_name.get(row["impl"].removesuffix(FIRST).replace("lamella", "mergekit"))
+        peer = None if peer is row else peer
         shares = [f"1/{peer[key] / row[key]:.1f}" if peer else "" for key in ("cpu_s", "peak_rss_mib")]
         figures = [f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}", shares[0], f"{row['peak_rss_mib']:.0f}", shares[1]]
         cells.append([row["impl"], *figures, f"{row['bytes_written'] / 1e9:.2f}"])

@@ -174,6 +174,10 @@ def test_calibration_sees_what_the_ffns_are_given(family: str, tmp_path: Path) -
         hidden_BLD = model.embed(ids_BL, positions_BL)
         for index, expected_TD in enumerate(given):
             watched = WatchedLayer(model, index)
+            watched.up_to_ffn(hidden_BLD, positions_BL)
+            assert "h_TF" not in watched.seen
+            stopped_TD = watched.seen.pop("x_TD")
             hidden_BLD = watched(hidden_BLD, positions_BL)
             torch.testing.assert_close(watched.seen["x_TD"], expected_TD, atol=EXACT, rtol=0)
+            assert torch.equal(stopped_TD, watched.seen["x_TD"])
     assert len(given) == model.num_layers

@@ -59,6 +59,18 @@ def test_hidden_gates_are_mergekits_formula(mode: str, models: list[Path], tmp_p
     torch.testing.assert_close(rows_of(tmp_path / "out"), torch.stack(wanted, dim=1), atol=2e-5, rtol=1e-4)
 
 
+def test_gates_of_a_model_in_bfloat16_are_those_of_float32(tmp_path: Path) -> None:
+    """Some processors multiply bfloat16 faster: then the pass does, and rounds like mergekit, which always does."""
+    models = save_models(tmp_path / "models", dtype=torch.bfloat16)
+    values = config(models, gate_mode="hidden", dtype="float32")
+    merge(values, tmp_path / "out")
+    wanted = [unit(plain(models[0], expert["positive_prompts"], "hidden")) for expert in values["experts"]]
+    cosine = (unit(rows_of(tmp_path / "out")) * torch.stack(wanted, dim=1)).sum(-1)
+    assert cosine.min() > 0.999, cosine
+    merge(values | {"gate_mode": "ridge"}, tmp_path / "ridge")
+    assert routed_right(tmp_path / "ridge", models, NEW_TEXTS) > 0.6
+
+
 def test_cheap_embed_is_the_sum_of_the_prompts_embeddings(models: list[Path], tmp_path: Path) -> None:
     values = config(models, gate_mode="cheap_embed")
     merge(values, tmp_path / "out")

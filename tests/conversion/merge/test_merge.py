@@ -238,6 +238,8 @@ def test_transformers_4_loads_every_class_and_computes_the_same(models: dict[str
     shared = [{"source_model": str(models["llama"][1]), "positive_prompts": ["all"]}]
     cases = {name: config(models[family], **changes) for name, (family, changes, _) in CONFIGS.items()}
     cases["shared"] = config(models["llama"], shared_experts=shared)
+    always = [{"source_model": str(models["qwen2"][i])} for i in (1, 2)]
+    cases["two that are always on"] = config(models["qwen2"], shared_experts=always, gate_mode="ridge")
     (scaled,) = save_models(tmp_path, "llama", 1, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)
     cases["rope scaling"] = config([scaled, scaled], gate_mode="random")
     jobs = []

@@ -17,6 +17,7 @@ Shapes: T tokens, P prompts, D model width, E experts, G parts of each FFN, R ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,12 +61,12 @@ def fit(layer: Layer, seen: Seen, options: MergeOptions) -> dict[str, Tensor]:
     """`rows` [R, D], and how tokens are routed by them: `accuracy`, `entropy` (0 to 1), `load` [E*G], all float32."""
     test_P = held_out(seen)
     if not test_P.any():
-        rows_RD = _rows(layer, seen, ~test_P, options, _DEFAULT_STRENGTH)
+        rows_RD = _rows(layer, seen, ~test_P, options)(_DEFAULT_STRENGTH)
         rows_RD = rows_RD * _scale(rows_RD, layer, seen, ~test_P, options)[0]
         return {"rows": rows_RD} | routed(rows_RD, layer.x_TD, seen, ~test_P, options)
     strength, scale, first_RD = _chosen(layer, seen, test_P, options)
     found = routed(first_RD, layer.x_TD, seen, test_P, options)
-    rows_RD = _rows(layer, seen, torch.ones_like(test_P), options, strength)
+    rows_RD = _rows(layer, seen, torch.ones_like(test_P), options)(strength)
     return {"rows": rows_RD * scale} | found
 
 
@@ -89,8 +90,9 @@ def _chosen(layer: Layer, seen: Seen, test_P: Tensor, options: MergeOptions) -> 
     """(strength, scale, the scaled rows of the first fit) with the least cross entropy on the prompts left out."""
     strengths = STRENGTHS if options.gate_mode == "ridge" else (_DEFAULT_STRENGTH,)
     best: tuple[float, float, float, Tensor] | None = None
+    rows_of = _rows(layer, seen, ~test_P, options)
     for strength in strengths:
-        rows_RD = _rows(layer, seen, ~test_P, options, strength)
+        rows_RD = rows_of(strength)
         scale, nats = _scale(rows_RD, layer, seen, test_P, options)
         if best is None or nats < best[0]:
             best = (nats, strength, scale, rows_RD * scale)
@@ -98,14 +100,16 @@ def _chosen(layer: Layer, seen: Seen, test_P: Tensor, options: MergeOptions) -> 
     return best[1:]
 
 
-def _rows(layer: Layer, seen: Seen, used_P: Tensor, options: MergeOptions, strength: float) -> Tensor:
-    """Unscaled rows from some of the prompts."""
+def _rows(layer: Layer, seen: Seen, used_P: Tensor, options: MergeOptions) -> Callable[[float], Tensor]:
+    """Strength of the ridge -> unscaled rows from some of the prompts."""
     if options.gate_mode == "ridge":
-        return _ridge(layer, seen, used_P, options, strength)
+        return _ridge(layer, seen, used_P, options)
     if options.gate_mode == "mean":
-        return _means(layer.x_TD, seen, used_P, len(options.experts))
-    assert layer.vectors_PD is not None
-    return _hidden(layer.vectors_PD, seen, used_P)
+        rows_RD = _means(layer.x_TD, seen, used_P, len(options.experts))
+    else:
+        assert layer.vectors_PD is not None
+        rows_RD = _hidden(layer.vectors_PD, seen, used_P)
+    return lambda strength: rows_RD
 
 
 def _hidden(vectors_PD: Tensor, seen: Seen, used_P: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def _means(x_TD: Tensor, seen: Seen, used_P: Tensor, num_experts: int) -> Tensor
     return rows_ED / rows_ED.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
 
-def _ridge(layer: Layer, seen: Seen, used_P: Tensor, options: MergeOptions, strength: float) -> Tensor:
+def _ridge(layer: Layer, seen: Seen, used_P: Tensor, options: MergeOptions) -> Callable[[float], Tensor]:
     used_T = used_P[seen.prompt_T]
     x_tD, expert_t = layer.x_TD[used_T].double(), seen.expert_P[seen.prompt_T][used_T]
     sign_t = torch.where(seen.positive_P[seen.prompt_T][used_T], 1.0, -1.0).double()
@@ -147,9 +151,13 @@ def _ridge(layer: Layer, seen: Seen, used_P: Tensor, options: MergeOptions, stre
     target_tR = (target_tE[:, :, None] * _part_shares(layer, used_T, expert_t, options)).flatten(1)
     weight_t = 1.0 / torch.bincount(expert_t, minlength=count).clamp(min=1)[expert_t].double()
     gram_DD = x_tD.T @ (x_tD * weight_t[:, None])
-    gram_DD.diagonal().add_(strength * gram_DD.diagonal().mean())
     cross_DR = x_tD.T @ (target_tR * (sign_t * weight_t)[:, None])
-    return torch.cholesky_solve(cross_DR, torch.linalg.cholesky(gram_DD)).T.float()
+
+    def solved(strength: float) -> Tensor:
+        ridged_DD = gram_DD + strength * gram_DD.diagonal().mean() * torch.eye(len(gram_DD), dtype=torch.float64)
+        return torch.cholesky_solve(cross_DR, torch.linalg.cholesky(ridged_DD)).T.float()
+
+    return solved
 
 
 def _part_shares(layer: Layer, used_T: Tensor, expert_t: Tensor, options: MergeOptions) -> Tensor:
