@@ -4,18 +4,20 @@ Perplexity right after conversion, over the dense model's, for ways to make expe
 beside what a user could do without experts: `static` (keep the most important neurons) and `flap` (the same, with a
 bias for what is dropped; arXiv 2312.11983). All see the same calibration tokens. Each model is judged on held-out text
 of every domain of texts.py; the figure to lead with is the geometric mean over the two domains that nothing is
-calibrated on. MaxVio is the mean over the layers, on all of that text. Rows that the JSON file holds are not measured
-again.
+calibrated on. MaxVio is the mean over the layers, on all of that text. With `--heal N` every model but the oracle's is
+then trained on N tokens of the calibration's texts, as `heal` in a recipe does, and judged again. Rows that the JSON
+file holds are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,39 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from measure import earlier_rows, figure, positive, print_table, provenance, work_folder, write_json
-from texts import SEEN, UNSEEN, source_of
+from measure import earlier_rows, positive, provenance, work_folder, write_json
+from quality_report import DEFAULT, DOMAINS, ORACLE, OURS, PRUNED, Row, draw, is_of, show
+from texts import SEEN, source_of
 
-from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens
-from lamella.calibrate.sample import FFN, LayerSample, Partition, RouterInit, hidden, weights_only
+from lamella.calibrate import CalibrationOptions, calibrate, calibration_tokens, training_tokens
+from lamella.calibrate.layerwise import LayerwiseModel
+from lamella.calibrate.sample import FFN, LayerSample, Partition, hidden, output, weights_only
+from lamella.calibrate.whole import whole_model
 from lamella.checkpoint.embedded import embedded_model
 from lamella.checkpoint.source import Checkpoint
-from lamella.conversion.partition.decide import Decision, finish, routed_output, split
+from lamella.conversion.partition.calibrated import decide_all
+from lamella.conversion.partition.decide import (
+    Decision,
+    Split,
+    converted_ffn,
+    finish,
+    neuron_counts,
+    routed_output,
+    split,
+)
+from lamella.conversion.partition.heal import Start, heal
 from lamella.conversion.partition.oracle import largest
 from lamella.conversion.partition.reconstruct import reconstruct
 from lamella.conversion.partition.refit import refit_down
 from lamella.conversion.partition.static import Kept, flap, kept_output, static
+from lamella.conversion.plan import Workspace
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.hf.models import load
 from lamella.moe.balancing import expert_counts, max_violation
 from lamella.recipe.calibration import GENERATED, CalibrationText
-from lamella.recipe.methods.partition import Axes
+from lamella.recipe.methods.partition import Axes, Heal, PartitionOptions, partition_sizes
 
 PARTS = 16
-OURS = "coadapted"
-DEFAULT = "default"
 # name -> the axes in which it differs from the defaults without balance; published methods with unit gates
 PARTITIONED: dict[str, dict[str, Any]] = {
     "contiguous": {"neurons": "contiguous", "output": "plain"},
@@ -59,12 +73,11 @@ PARTITIONED: dict[str, dict[str, Any]] = {
     f"{OURS}, refit": {},
     f"{OURS}, bias, balanced": {"output": "bias", "balance": 0.1},
     f"{OURS}, refit, sequential": {"balance": 0.1},
-    DEFAULT: {"balance": 0.01},
+    DEFAULT: {"balance": 0.01, "allocation": None},
 }
 SEQUENTIAL = (f"{OURS}, refit, sequential", DEFAULT)
-"""Each layer is calibrated behind the converted ones, so every share needs a calibration of its own."""
-PRUNED = ("static", "flap", "static, refit", "flap, refit")
-ORACLE = f"{OURS}, oracle router"
+"""The conversion itself decides: each layer is calibrated behind the converted ones, so every share needs a calibration
+of its own."""
 QUICK = ("flap", "flap, refit", DEFAULT)
 CALIBRATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "python-docs": (("python-docs", 1),),
@@ -73,14 +86,15 @@ CALIBRATIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "mixture and generated": (*((name, 1) for name in SEEN), (GENERATED, len(SEEN))),
 }
 """name -> the texts that the layers are shown, and their weights"""
-DOMAINS = (*SEEN, *UNSEEN)
 
 
 def axes_of(name: str, active: int) -> Axes:
-    return Axes(parts=PARTS, active=active, **{"balance": None} | PARTITIONED[name])
+    return Axes(parts=PARTS, active=active, **{"balance": None, "allocation": "even"} | PARTITIONED[name])
 
 
-Rows = list[dict[str, Any]]
+IDENTITY = ("method", "active", "calibration", "seed", "healed")
+Choices = list[dict[str, Tensor]]
+"""One for each layer."""
 Wanted = list[tuple[int, str]]
 """(active parts, method)"""
 
@@ -90,7 +104,7 @@ def on_layer(wanted: Wanted, seed: int) -> Callable[[int, LayerSample], dict[str
 
     def run(layer: int, sample: LayerSample) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        splits: dict[tuple[int, str, str], tuple[Partition, RouterInit]] = {}
+        splits: dict[tuple[int, str, str], Split] = {}
         for active, name in wanted:
             values = _pruned(name, active, sample) if name in PRUNED else _routed(name, active, sample, splits, layer)
             found |= {f"{active}/{name}/{key}": value.clone() for key, value in values.items()}
@@ -101,7 +115,7 @@ def on_layer(wanted: Wanted, seed: int) -> Callable[[int, LayerSample], dict[str
         key = (active, axes.neurons, axes.router)
         if key not in splits:
             splits[key] = split(sample, axes, torch.Generator().manual_seed(seed * 10_000 + layer))
-        return finish(sample, axes, *splits[key]).to_dict()
+        return finish(sample, axes, splits[key]).to_dict()
 
     return run
 
@@ -150,37 +164,90 @@ def own(choices: dict[str, Tensor], active: int, name: str) -> dict[str, Tensor]
     return {key.removeprefix(prefix): value for key, value in choices.items() if key.startswith(prefix)}
 
 
-def replacement(active: int, name: str) -> Callable[[FFN, dict[str, Tensor]], Callable[[Tensor], Tensor]]:
-    """As `calibrate` wants it, for a method that is calibrated by itself."""
-    return lambda ffn, choices: replaced(name, active, ffn, own(choices, active, name), [])
+def decided(args: argparse.Namespace, options: CalibrationOptions, active: int, name: str, folder: Path) -> Choices:
+    """What the conversion itself decides with a method's axes."""
+    axes, source = axes_of(name, active), Checkpoint.open(args.model)
+    own_axes = {field.name: getattr(axes, field.name) for field in dataclasses.fields(axes)}
+    partition = PartitionOptions(**own_axes, calibration=options, seed=options.seed)
+    found = decide_all(source, partition, partition_sizes(partition, source.config).moe_layers, Workspace(folder))
+    return [found.whole(layer).to_dict() for layer in sorted(found.decisions)]
 
 
 def run_seed(
     args: argparse.Namespace, seed: int, wanted: Wanted, model: Any, samples: dict[str, Any], tokenizer: Any
-) -> Rows:
-    source = Checkpoint.open(args.model)
+) -> Iterator[Row]:
     texts = tuple(
         CalibrationText(name if name == GENERATED else source_of(name, args.texts), weight)
         for name, weight in CALIBRATIONS[args.calibrate]
     )
-    tokens = calibration_tokens(source, CalibrationOptions(texts, args.calibration_tokens, seed=seed))
+    options = CalibrationOptions(texts, args.calibration_tokens, seed=seed)
     together = [(active, name) for active, name in wanted if name not in SEQUENTIAL]
-    groups = [together, *([pair] for pair in wanted if pair not in together)]
-    rows = []
-    for group in filter(None, groups):
-        sequential = replacement(*group[0]) if group is not together else None
-        with tempfile.TemporaryDirectory(prefix="quality.", dir=args.work) as folder:
-            began = time.perf_counter()
-            results = calibrate(
-                source, tokens, Path(folder) / "calibration", on_layer(group, seed), method={"benchmark": group},
-                gradients=True, replacement=sequential,
-            )  # fmt: skip
+    for group in filter(None, [together, *([pair] for pair in wanted if pair not in together)]):
+        with tempfile.TemporaryDirectory(prefix="quality.", dir=args.work) as name_of_folder:
+            folder, began = Path(name_of_folder) / "calibration", time.perf_counter()
+            choices: dict[tuple[int, str], Choices] = {}
+            if group is together:
+                source = Checkpoint.open(args.model)
+                results = calibrate(
+                    source, calibration_tokens(source, options), folder, on_layer(group, seed),
+                    method={"benchmark": group}, gradients=True,
+                )  # fmt: skip
+                for active, name in group:
+                    choices[active, name] = [own(results[index], active, name) for index in results]
+            else:
+                choices = {pair: decided(args, options, *pair, folder) for pair in group}
             print(f"seed {seed}: calibrated in {time.perf_counter() - began:.0f} s", flush=True)
-            for active, name in group:
-                choices = [own(results[index], active, name) for index in results]
-                row = score(args, active, name, choices, model, samples, tokenizer)
-                rows.append(row | {"calibration": args.calibrate, "seed": seed})
-    return rows
+        for (active, name), of_layers in choices.items():
+            row = {"method": name, "active": active / PARTS, "calibration": args.calibrate, "seed": seed}
+            yield row | {"healed": 0} | score(args, active, name, of_layers, model, samples, tokenizer)
+            if args.heal and name != ORACLE:
+                found = healed(args, options, active, name, of_layers)
+                yield row | {"healed": args.heal} | judged(args, found, model, samples, tokenizer)
+
+
+def start_of(active: int, name: str, ffn: FFN, choices: dict[str, Tensor]) -> Start:
+    """A layer as healing takes it."""
+    if name not in PRUNED:
+        decision = Decision(**choices)
+        return Start(converted_ffn(ffn, decision), neuron_counts(ffn, decision, axes_of(name, active)))
+    kept_F = torch.zeros(len(ffn.up_FD)).index_fill_(0, choices["neurons_n"], 1.0)
+    down_DF = choices.get("down_DF", ffn.down_DF)
+    return Start(ffn._replace(down_DF=down_DF, down_bias_D=choices["bias_D"]), lambda x_TD: kept_F)
+
+
+def healed(
+    args: argparse.Namespace, options: CalibrationOptions, active: int, name: str, of_layers: Choices
+) -> list[Start]:
+    """The layers after healing: the same tokens, steps and rate for every method."""
+    source, began = Checkpoint.open(args.model), time.perf_counter()
+    layers = LayerwiseModel(source)
+    starts = {i: start_of(active, name, layers.ffn(i), choices) for i, choices in enumerate(of_layers)}
+    ids_NL = training_tokens(source, options, args.heal).ids_NL
+    found = heal(whole_model(source), starts, ids_NL, Heal(tokens=args.heal))
+    print(f"  {active}/{PARTS} {name} healed in {time.perf_counter() - began:.0f} s", flush=True)
+    return [Start(found[i], starts[i].counts) for i in found]
+
+
+def judged(
+    args: argparse.Namespace, starts: list[Start], model: Any, samples: dict[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+    """As `score`, without the loads."""
+    ffns = [layer.mlp for layer in model.model.layers]
+    for ffn, start in zip(ffns, starts, strict=True):
+        ffn.forward = masked(start)
+    found = perplexities(model, samples, tokenizer, args.tokens)
+    for ffn in ffns:
+        del ffn.forward
+    print("    " + "  ".join(f"{domain} {value:.2f}" for domain, value in found.items()), flush=True)
+    return {"perplexity": found, "max_vio": None, "worst_max_vio": None}
+
+
+def masked(start: Start) -> Callable[[Tensor], Tensor]:
+    def forward(hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.flatten(0, -2)
+        return output(start.ffn, hidden(start.ffn, x_TD) * start.counts(x_TD)).view_as(hidden_states)
+
+    return forward
 
 
 def score(
@@ -198,8 +265,7 @@ def score(
         del ffn.forward
     violations = [max_violation(sum(layer)).item() for layer in loads if layer]
     row = {
-        "method": name, "active": active / PARTS, "perplexity": found,
-        "max_vio": statistics.mean(violations) if violations else None,
+        "perplexity": found, "max_vio": statistics.mean(violations) if violations else None,
         "worst_max_vio": max(violations, default=None),
     }  # fmt: skip
     shown = "  ".join(f"{domain} {value:.2f}" for domain, value in found.items())
@@ -226,77 +292,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = earlier_rows(args.json, settings)
     report = {**provenance(torch.device("cpu")), **settings, "dense_perplexity": dense, "rows": rows}
     for seed in args.seeds:
-        there = {(row["active"], row["method"]) for row in rows if is_of(row, args.calibrate) and row["seed"] == seed}
+        of_seed = [row for row in rows if is_of(row, args.calibrate, args.heal) and row["seed"] == seed]
+        there = {(row["active"], row["method"]) for row in of_seed}
         wanted = [(a, name) for a in args.active for name in args.methods if (a / PARTS, name) not in there]
         for row in run_seed(args, seed, wanted, model, samples, tokenizer):
+            same = [row[key] for key in IDENTITY]
+            rows[:] = [other for other in rows if [other[key] for key in IDENTITY] != same]
             rows.append(row | {"ratio": {domain: value / dense[domain] for domain, value in row["perplexity"].items()}})
-        write_json(args.json, report)  # after each seed: a run of hours may be cut short
+            write_json(args.json, report)  # after each row: a run of hours may be cut short
     return report
-
-
-def is_of(row: dict[str, Any], calibration: str) -> bool:
-    return row["calibration"] == calibration
-
-
-def over(domains: Iterable[str], row: dict[str, Any]) -> float:
-    """The geometric mean of a row's ratios over these domains."""
-    return statistics.geometric_mean(row["ratio"][domain] for domain in domains)
-
-
-def ratios(report: dict[str, Any], method: str, active: float, calibration: str) -> list[float]:
-    """Perplexity over dense on the unseen domains, one for each seed."""
-    rows = [row for row in report["rows"] if (row["method"], row["active"]) == (method, active)]
-    return [over(UNSEEN, row) for row in rows if is_of(row, calibration)]
-
-
-def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
-    """Every method's perplexity over dense on the unseen domains, by the share of active neurons: mean and range of the
-    seeds."""
-    import matplotlib
-
-    actives = sorted({row["active"] for row in report["rows"]})
-    with figure(path, 1) as (plot,):
-        for i, method in enumerate(in_order(report, calibration)):
-            found = [ratios(report, method, active, calibration) for active in actives]
-            style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
-            means, colour = [statistics.geometric_mean(f) for f in found], matplotlib.colormaps["tab20"](i)
-            colour, width = ("black", 3) if method == DEFAULT else (colour, 1.5)
-            plot.plot(actives, means, f"o{style}", color=colour, label=method, linewidth=width)
-            plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=colour)
-        plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives, ylim=(1, 100))
-        plot.xaxis.set_major_formatter("{x:.0%}")
-        plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def in_order(report: dict[str, Any], calibration: str) -> list[str]:
-    """The methods with this calibration, the worst at the smallest share first."""
-    rows = [row for row in report["rows"] if is_of(row, calibration)]
-    least = min(row["active"] for row in rows)
-    names = dict.fromkeys(row["method"] for row in rows)
-    return sorted(names, key=lambda name: -statistics.mean(ratios(report, name, least, calibration) or [0]))
-
-
-def show(report: dict[str, Any], calibration: str) -> None:
-    """For every share of active neurons and every method: the unseen domains' mean, then each domain."""
-    mine = [row for row in report["rows"] if is_of(row, calibration)]
-    table = []
-    for active in sorted({row["active"] for row in mine}, reverse=True):
-        for name in in_order(report, calibration):
-            rows = [row for row in mine if (row["method"], row["active"]) == (name, active)]
-            if rows:
-                domains = [statistics.geometric_mean(row["ratio"][domain] for row in rows) for domain in DOMAINS]
-                found = [over(UNSEEN, row) for row in rows]
-                spread = f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else ""
-                mean = f"{statistics.geometric_mean(found):.3f}{spread}"
-                loads = [row["max_vio"] for row in rows if row["max_vio"] is not None]
-                balance = f"{statistics.mean(loads):.2f}" if loads else "-"
-                table.append([f"{active:.0%} {name}", mean, *(f"{ratio:.2f}" for ratio in domains), balance])
-    dense = ", ".join(f"{domain} {value:.2f}" for domain, value in report["dense_perplexity"].items())
-    title = (
-        f"perplexity over dense ({dense}); {report['tokens']} held-out tokens of each domain, "
-        f"{report['calibration_tokens']} calibration tokens of {calibration}"
-    )
-    print_table(title, ["active, method", "unseen", *DOMAINS, "MaxVio"], table)
 
 
 def main() -> None:
@@ -317,6 +321,7 @@ def main() -> None:
     parser.add_argument("--calibrate", choices=CALIBRATIONS, default="mixture", help="on these texts")
     parser.add_argument("--calibration-tokens", type=positive, default=16384)
     parser.add_argument("--tokens", type=positive, default=3072, help="held-out tokens of each domain")
+    parser.add_argument("--heal", type=positive, default=0, metavar="N", help="then train on N tokens, and judge again")
     parser.add_argument("--quick", action="store_true", help="one seed, three methods, half the neurons, little text")
     parser.add_argument("--texts", type=work_folder, default=Path("artifacts/texts"), help="folder of the domains")
     parser.add_argument("--work", type=work_folder, help="folder for the calibration's streams")
@@ -328,6 +333,8 @@ def main() -> None:
         args = argparse.Namespace(**(vars(args) | quick))
     report = measure(args)
     show(report, args.calibrate)
+    if args.heal:
+        show(report, args.calibrate, args.heal)
     if args.picture:
         draw(report, args.calibrate, args.picture)
 

@@ -25,9 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
     "forward": {},
     "gradients": {"gradients": True},
     "sequential": {"replacement": only_kept},
-    "sequential, gradients": {"gradients": True, "replacement": only_kept},
     "gradients, some layers": {"gradients": True, "layers": [1]},
-    "sequential, gradients, some layers": {"gradients": True, "replacement": only_kept, "layers": [1, 2]},
+    "sequential, some layers": {"replacement": only_kept, "layers": [1, 2]},
 }
 
 

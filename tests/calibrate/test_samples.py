@@ -83,13 +83,10 @@ def test_the_samples_ffn_is_the_layers(name: str, tmp_path: Path) -> None:
         assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_sequential_samples_are_what_the_converted_model_sees(name: str, gradients: bool, tmp_path: Path) -> None:
+def test_sequential_samples_are_what_the_converted_model_sees(name: str, tmp_path: Path) -> None:
     source, tokens = checkpoint(tmp_path / "model", name), random_tokens()
-    results = calibrate(
-        source, tokens, tmp_path / "out", busiest, method={}, gradients=gradients, replacement=only_kept, layers=[0, 2]
-    )
+    results = calibrate(source, tokens, tmp_path / "out", busiest, method={}, replacement=only_kept, layers=[0, 2])
     model = whole_model(source)
     dense = whole_model_samples(model, tokens)
     _, down = ffn_modules(model)[0]
@@ -101,8 +98,6 @@ def test_sequential_samples_are_what_the_converted_model_sees(name: str, gradien
     for layer in (0, 2):
         assert_equal(results[layer]["x"], converted[layer][0])
         assert_equal(results[layer]["h"], converted[layer][1])
-        if gradients:
-            assert_equal(results[layer]["dh"], dense[layer][2])
     assert (converted[2][0] - dense[2][0]).abs().max() > 1e-2  # the replacement matters
     assert set(results) == {0, 2}
 

@@ -51,12 +51,13 @@ def calibrate(
     Args:
         folder: results, and the streams while the calibration runs.
         on_layer: (layer, sample) -> a few small tensors. It must not change the sample. Called once per layer: first
-            to last without gradients or with `replacement`, else last to first.
+            to last without gradients, else last to first.
         method: name and settings of `on_layer` and `replacement`: with them, a folder is known to be of this
             calibration.
         gradients: give samples their dh, the gradient of the dense model's next-token loss, summed over all tokens.
         replacement: (the dense FFN, `on_layer`'s result) -> the FFN that takes its place, x [t, D] -> y [t, D], token
             by token: then later layers' samples are what they see behind the replaced ones (sequential calibration).
+            Not beside `gradients`: they are the dense model's.
         layers: those wanted; None: all.
         overwrite: replace another calibration in `folder`.
         result_bytes: about as much as `on_layer` returns for a layer: there must be room for it on the disk.
@@ -68,6 +69,7 @@ def calibrate(
     Raises:
         UserError: unknown family, layers that are not there, a folder of something else or in use, a full disk.
     """
+    assert replacement is None or not gradients, "the gradients are the dense model's: calibrate twice"
     model = LayerwiseModel(source)
     chosen = _checked_layers(layers, model.num_layers)
     settings = {"gradients": gradients, "sequential": replacement is not None, "layers": list(chosen)}

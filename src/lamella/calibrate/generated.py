@@ -1,9 +1,9 @@
 """Calibration text that needs no data: documents that the dense model itself samples at temperature 1.
 
 Each document begins with a token drawn uniformly from the vocabulary, special tokens left out, and ends with the
-model's end-of-text token or after 256 tokens. What the model writes follows its own distribution over text, and
-so covers what it was trained on (data-free calibration as in LLM-QAT, arXiv 2305.17888). Documents are kept in the
-cache by what decides them.
+model's end-of-text token or after 256 tokens; products are in bfloat16 where the device has units for them. What the
+model writes follows its own distribution over text, and so covers what it was trained on (data-free calibration as in
+LLM-QAT, arXiv 2305.17888). Documents are kept in the cache by what decides them.
 
 Shapes: B documents at a time.
 """
@@ -26,11 +26,12 @@ from lamella.calibrate.layerwise import config_of, model_fingerprint
 from lamella.calibrate.whole import whole_model
 from lamella.checkpoint.source import Checkpoint
 from lamella.errors import UserError
+from lamella.hf.computing import computes_bfloat16
 
-DOCUMENTS_AT_A_TIME = 64
+DOCUMENTS_AT_A_TIME = 128
 LENGTH = 256
 """Of a document, at most: many short ones begin in more places than few long ones."""
-FORMAT = 1  # raise it when other documents come of the same settings
+FORMAT = 2  # raise it when other documents come of the same settings
 
 
 class Written(NamedTuple):
@@ -57,6 +58,8 @@ def generated_text(
         with np.load(file) as found:
             return Written(found["ids"], found["starts"])
     model, first = whole_model(source), _first_tokens(tokenizer, config_of(source).vocab_size)
+    if computes_bfloat16(model.device):
+        model = model.bfloat16()
     documents = _write_documents(model, first, num_tokens, seed)
     written = Written(np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])]))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,8 @@ def generated_text(
 
 
 def _key(source: Checkpoint, num_tokens: int, seed: int) -> str:
-    decides = [FORMAT, model_fingerprint(source), num_tokens, seed, torch.cuda.is_available()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decides = [FORMAT, model_fingerprint(source), num_tokens, seed, device.type, computes_bfloat16(device)]
     return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
 

@@ -1,8 +1,7 @@
 """The order of a calibration: which layer is computed when, what is kept, and where it resumes.
 
-Without gradients the layers are visited first to last. With them, a forward pass keeps every layer's input, and the
-layers are visited last to first. Sequential calibration with gradients goes forward, backward, and forward once more
-behind the replaced FFNs, with the gradients of the dense model.
+Without gradients the layers are visited first to last, behind replaced FFNs where there are any (sequential
+calibration). With gradients, a forward pass keeps every layer's input, and the layers are visited last to first.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lamella.calibrate.passes import (
 )
 from lamella.calibrate.sample import FFN, LayerSample
 from lamella.calibrate.store import ResultFolder
-from lamella.calibrate.stream import Kind, StreamFolder
+from lamella.calibrate.stream import StreamFolder
 from lamella.calibrate.text import CalibrationTokens
 
 Phase = Literal["embed", "forward", "head", "backward", "replaced", "method", "heal"]
@@ -73,17 +72,15 @@ class Calibration:
     def all(self) -> None:
         """Everything that is not done yet."""
         if not self.gradients:
-            self._forward_visits("hidden")
+            self._forward_visits()
             return
         if not self.stream.indices("gradient"):
             self._forward()
         self._backward()
-        if self.replacement is not None:
-            self._forward_visits("replaced")
 
     def _forward(self) -> None:
         """Every layer's input, and the gradient at the end."""
-        self._embed("hidden")
+        self._embed()
         for index in range(self.stream.indices("hidden")[-1], self.model.num_layers):
             with self._timed("forward", index), self.stream.writing("hidden", index + 1) as out_NLD:
                 layer, hidden_NLD = WatchedLayer(self.model, index), self.stream.open("hidden", index)
@@ -94,52 +91,42 @@ class Calibration:
         self.stream.drop("hidden", last)
 
     def _backward(self) -> None:
-        """Go from the last layer to the first that is wanted; visit them, too, unless they come behind replaced
-        FFNs."""
+        """Go from the last layer to the first that is wanted, and visit them."""
         for index in reversed(range(self.layers[0], self.stream.indices("gradient")[0])):
             own = nullcontext() if self._is_plain else self.stream.writing("ffn", index)
             with self.stream.writing("gradient", index) as out_NLD, own as ffn_NLD:
                 self._visit_backward(index, out_NLD, ffn_NLD)
             self.stream.drop("hidden", index)
-            if self.replacement is None or not self._is_plain:
-                self.stream.drop("gradient", index + 1)
-            if self.replacement is None:
-                self.stream.drop("ffn", index)
+            self.stream.drop("gradient", index + 1)
+            self.stream.drop("ffn", index)
 
     def _visit_backward(self, index: int, out_NLD: Tensor, ffn_NLD: Tensor | None) -> None:
         with self._timed("backward", index):
             layer, hidden_NLD = WatchedLayer(self.model, index), self.stream.open("hidden", index)
             gradient_NLD = self.stream.open("gradient", index + 1)
-            wanted = self.replacement is None and self._is_open(index)
-            sample = empty_sample(layer.ffn, self.tokens.num_tokens) if wanted else None
+            sample = empty_sample(layer.ffn, self.tokens.num_tokens) if self._is_open(index) else None
             backward_pass(layer, hidden_NLD, self.tokens.positions_NL, gradient_NLD, out_NLD, sample, ffn_NLD)
             if sample is not None:
                 sample = with_gradient(sample, gradient_NLD if ffn_NLD is None else ffn_NLD)
         if sample is not None:
             self._visit(index, sample)
 
-    def _forward_visits(self, kind: Kind) -> None:
+    def _forward_visits(self) -> None:
         """Go from the first layer to the last that is wanted, and visit them."""
-        self._embed(kind)
-        for index in range(self.stream.indices(kind)[-1], self.layers[-1] + 1):
-            with self.stream.writing(kind, index + 1) as out_NLD:
-                self._visit_forward(kind, index, out_NLD)
-            self.stream.drop(kind, index)
-            if index >= self.layers[0]:  # the first gradient stays: it says that the backward pass is done
-                self.stream.drop("gradient", index + 1)
-            self.stream.drop("ffn", index)
+        self._embed()
+        for index in range(self.stream.indices("hidden")[-1], self.layers[-1] + 1):
+            with self.stream.writing("hidden", index + 1) as out_NLD:
+                self._visit_forward(index, out_NLD)
+            self.stream.drop("hidden", index)
 
-    def _visit_forward(self, kind: Kind, index: int, out_NLD: Tensor) -> None:
+    def _visit_forward(self, index: int, out_NLD: Tensor) -> None:
         replaces = self.replacement is not None and index in self.layers
-        with self._timed("replaced" if kind == "replaced" else "forward", index):
+        with self._timed("replaced" if self.replacement is not None else "forward", index):
             without_ffn = replaces and self._is_plain
-            layer, hidden_NLD = WatchedLayer(self.model, index, without_ffn), self.stream.open(kind, index)
+            layer, hidden_NLD = WatchedLayer(self.model, index, without_ffn), self.stream.open("hidden", index)
             wanted = replaces or self._is_open(index)
             sample = empty_sample(layer.ffn, self.tokens.num_tokens) if wanted else None
             forward_pass(layer, hidden_NLD, self.tokens.positions_NL, out_NLD, sample)
-            if sample is not None and self.gradients:
-                own = self.stream.open("gradient", index + 1) if self._is_plain else self.stream.open("ffn", index)
-                sample = with_gradient(sample, own)
         if sample is not None and self._is_open(index):
             self._visit(index, sample)
         if sample is not None and self.replacement is not None:
@@ -155,9 +142,9 @@ class Calibration:
             result = self.on_layer(index, sample)
         self.results.save(index, result)
 
-    def _embed(self, kind: Kind) -> None:
-        if not self.stream.indices(kind):
-            with self._timed("embed", 0), self.stream.writing(kind, 0) as out_NLD:
+    def _embed(self) -> None:
+        if not self.stream.indices("hidden"):
+            with self._timed("embed", 0), self.stream.writing("hidden", 0) as out_NLD:
                 embed_pass(self.model, self.tokens.ids_NL, self.tokens.positions_NL, out_NLD)
 
     def _is_open(self, index: int) -> bool:

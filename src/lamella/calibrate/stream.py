@@ -2,8 +2,7 @@
 
 `hidden` i is the input of layer i, `gradient` i the loss's gradient with respect to it (so layer i's output has
 gradient i + 1), `ffn` i that with respect to the output of layer i's FFN, where it is another than the layer's
-output's, `replaced` i the input of layer i behind replaced FFNs. A file is there whole or not at all, so the
-files say how far a calibration has come.
+output's. A file is there whole or not at all, so the files say how far a calibration has come.
 
 Shapes: N windows, L tokens per window, D model width.
 """
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lamella.errors import UserError
 
-Kind = Literal["hidden", "gradient", "ffn", "replaced"]
+Kind = Literal["hidden", "gradient", "ffn"]
 _SPARE_BYTES = 64 << 20
 
 

@@ -50,6 +50,11 @@ class CalibrationTokens:
         """T"""
         return self.ids_NL.numel()
 
+    def first(self, num_tokens: int) -> CalibrationTokens:
+        """The first windows, of about as many tokens, at least one."""
+        count = max(1, num_tokens // self.ids_NL.shape[1])
+        return CalibrationTokens(self.ids_NL[:count], self.labels_NL[:count], self.positions_NL[:count])
+
     def hash(self) -> str:
         digest = xxhash.xxh3_128()
         for tensor in (self.ids_NL, self.labels_NL, self.positions_NL):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from lamella.calibrate import CalibrationOptions, training_tokens
 from lamella.calibrate.sample import FFN, hidden, output
 from lamella.checkpoint.source import Checkpoint
-from lamella.conversion import convert
 from lamella.conversion.partition.decide import converted_ffn, decide, neuron_counts, routed_output
 from lamella.conversion.partition.heal import Start, heal
 from lamella.errors import UserError
@@ -20,22 +19,13 @@ from lamella.evaluate.differences import kl_divergence
 from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
 from lamella.recipe.methods.partition import Axes, Heal
-from support.models import VOCAB, save_tokenizer, tiny_checkpoint, tiny_model
+from support.models import tiny_model
 from support.partition_samples import generator, sample_of
+from support.partitioning import dense_model, partition
 from support.tiers import slow_but
 
-CALIBRATION = "calibration={num_tokens: 256, sequence_length: 64}"
+HALF = "active=2"
 HEAL = "heal={tokens: 16384, lr: 0.003, tokens_per_step: 256}"
-
-
-def dense_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    tiny_checkpoint(folder, family, False, vocab_size=VOCAB, **changes)
-    return save_tokenizer(folder)
-
-
-def partition(dense: Path, out: Path, *words: str) -> Any:
-    recipe = load_conversion(None, ["method=partition", "parts=4", "active=2", CALIBRATION, *words])
-    return convert(dense, out, recipe.options)
 
 
 def distance(dense: Path, converted: Path) -> float:
@@ -62,27 +52,27 @@ def test_masked_neurons_give_what_the_experts_give(gated: bool, gate: str) -> No
 @pytest.mark.parametrize("family", slow_but(["llama", "opt", "gpt2", "gemma2", "phi3"], "llama", "opt"))
 def test_a_healed_model_is_nearer_to_the_dense_one(tmp_path: Path, family: str) -> None:
     dense = dense_model(tmp_path / "dense", family)
-    partition(dense, tmp_path / "plain")
-    report = partition(dense, tmp_path / "healed", HEAL)
+    partition(dense, tmp_path / "plain", HALF)
+    partition(dense, tmp_path / "healed", HALF, HEAL)
     before, after = distance(dense, tmp_path / "plain"), distance(dense, tmp_path / "healed")
     assert after < 0.8 * before
-    assert report.notes["heal"]["tokens"] == 16384
+    assert json.loads((tmp_path / "healed" / "lamella.json").read_text())["heal"]["tokens"] == 16384
     assert not (tmp_path / "healed.calibration").exists()
 
 
 def test_a_split_by_weights_alone_is_healed_too_and_leaves_nothing_beside(tmp_path: Path) -> None:
     dense = dense_model(tmp_path / "dense")
     words = ["neurons=contiguous", "router=random", "output=plain", "balance=null"]
-    partition(dense, tmp_path / "plain", *words)
-    partition(dense, tmp_path / "healed", HEAL, *words)
+    partition(dense, tmp_path / "plain", HALF, *words)
+    partition(dense, tmp_path / "healed", HALF, HEAL, *words)
     assert distance(dense, tmp_path / "healed") < 0.8 * distance(dense, tmp_path / "plain")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "healed", "plain"]
 
 
 def test_healing_changes_the_ffn_alone(tmp_path: Path) -> None:
     dense = dense_model(tmp_path / "dense")
-    partition(dense, tmp_path / "plain")
-    partition(dense, tmp_path / "healed", HEAL)
+    partition(dense, tmp_path / "plain", HALF)
+    partition(dense, tmp_path / "healed", HALF, HEAL)
     plain, healed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "healed"))
     assert plain.keys() == healed.keys()
     changed = {name.rpartition("mlp.")[2] for name in plain if not torch.equal(plain[name], healed[name])}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,24 @@ from lamella.calibrate.store import ResultFolder
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
 from lamella.checkpoint.tensors import SourceTensor, read_header
-from lamella.conversion.partition.decide import Decision, converted_ffn, converted_layer, decide, neuron_counts
+from lamella.conversion.partition.allocate import allocate, costs, counts
+from lamella.conversion.partition.decide import (
+    Decision,
+    Split,
+    converted_ffn,
+    converted_layer,
+    decide,
+    finish,
+    neuron_counts,
+    split,
+)
 from lamella.conversion.partition.plan import decided_plan, list_tensors
 from lamella.conversion.plan import ConversionPlan, Workspace
 from lamella.jsons import Json
 from lamella.recipe.methods.partition import Axes, Heal, PartitionOptions, partition_sizes
+
+ALLOCATION_TOKENS = 8192
+"""Of the calibration's, at most: by these the layers are compared."""
 
 
 def plan_partition(model: str | Path | None, options: PartitionOptions) -> ConversionPlan:
@@ -46,6 +60,8 @@ def plan_partition(model: str | Path | None, options: PartitionOptions) -> Conve
 def _remark(options: PartitionOptions) -> str:
     """What is not known before the layers are decided."""
     remarks = []
+    if options.allocates:
+        remarks.append(f"the layers' active parts differ, {options.active} in the mean, listed as alike")
     if options.fixed_shared is None:
         remarks.append("shared: search chooses a number of shared parts for each layer, listed as none")
     if options.guard is not None:
@@ -54,7 +70,7 @@ def _remark(options: PartitionOptions) -> str:
 
 
 def _decide(source: Checkpoint, options: PartitionOptions, sizes: MoEConfig, work: Workspace) -> WritePlan:
-    decided = _decide_all(source, options, sizes.moe_layers, work)
+    decided = decide_all(source, options, sizes.moe_layers, work)
     decisions = decided.decisions
     notes: Json = {}
     if options.guard is not None:
@@ -81,29 +97,63 @@ class Decided(NamedTuple):
         return decision if down is None else decision._replace(down_DF=down.read(0, down.numel).view(down.shape))
 
 
-def _decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Workspace) -> Decided:
+def decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int, ...], work: Workspace) -> Decided:
+    """Every layer's decision.
+
+    Sequential calibration divides the neurons by what the dense model does with the text, and fits the rest to what a
+    layer gets behind the converted ones: divided by the latter, each layer would follow the errors of those below.
+    """
     axes = options.axes()
 
-    def on_layer(layer: int, sample: LayerSample) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(options.seed * 10_000 + layer)
-        return decide(sample, axes, generator).to_dict()
+    def drawn(layer: int) -> torch.Generator:
+        return torch.Generator().manual_seed(options.seed * 10_000 + layer)
 
     if not axes.needs_sample:
         model = LayerwiseModel(source)
-        return Decided({layer: Decision(**on_layer(layer, weights_only(model.ffn(layer)))) for layer in layers}, {})
-    sequential, layout = options.sequential and not axes.all_active, ffn_layout(source.config)
+        samples = {layer: weights_only(model.ffn(layer)) for layer in layers}
+        return Decided({layer: decide(sample, axes, drawn(layer)) for layer, sample in samples.items()}, {})
+    layout, sequential = ffn_layout(source.config), options.sequential and not axes.all_active
     refitted = 0 if axes.all_active or axes.output != "refit" else layout.hidden_size * layout.ffn_width
-    results = calibrate(
-        source, calibration_tokens(source, options.calibration), work.folder, on_layer,
+    run = functools.partial(
+        calibrate, source, layers=layers, overwrite=True, on_progress=work.on_progress,
         method=options.to_dict() | {"calibration": None, "guard": None, "dtype": None, "heal": None},
-        gradients=axes.needs_gradient, replacement=replacement(axes) if sequential else None,
-        layers=layers, overwrite=True, result_bytes=4 * refitted, on_progress=work.on_progress,
     )  # fmt: skip
+    tokens = calibration_tokens(source, options.calibration)
+    folders = iter((work.folder, work.folder / "second", work.folder / "third"))
+    own = dict.fromkeys(layers, axes)
+    if axes.allocates:
+        own = _allocated(axes, run(tokens.first(ALLOCATION_TOKENS), next(folders), _costs(axes), gradients=True))
+    if sequential:
+        splits = run(
+            tokens, next(folders), lambda layer, sample: split(sample, own[layer], drawn(layer)).to_dict(),
+            gradients=axes.needs_gradient,
+        )  # fmt: skip
+        results = run(
+            tokens, next(folders), lambda layer, sample: finish(sample, own[layer], Split.of(splits[layer])).to_dict(),
+            replacement=replacement(axes), result_bytes=4 * refitted,
+        )  # fmt: skip
+    else:
+        results = run(
+            tokens, next(folders), lambda layer, sample: decide(sample, own[layer], drawn(layer)).to_dict(),
+            gradients=axes.needs_gradient, result_bytes=4 * refitted,
+        )  # fmt: skip
     headers = {layer: read_header(results.path(layer)) for layer in layers}
     return Decided(
         {layer: Decision(**results[layer])._replace(down_DF=None) for layer in layers},
         {layer: header["down_DF"] for layer, header in headers.items() if "down_DF" in header},
     )
+
+
+def _costs(axes: Axes) -> Callable[[int, LayerSample], dict[str, Tensor]]:
+    candidates = counts(axes.parts, axes.active)
+    return lambda layer, sample: {"costs": costs(sample, axes.parts, candidates)}
+
+
+def _allocated(axes: Axes, found: Mapping[int, dict[str, Tensor]]) -> dict[int, Axes]:
+    """Each layer's own axes, by what `_costs` found."""
+    by_layer = {layer: result["costs"].tolist() for layer, result in found.items()}
+    chosen = allocate(by_layer, counts(axes.parts, axes.active), axes.active)
+    return {layer: dataclasses.replace(axes, active=active) for layer, active in chosen.items()}
 
 
 Matrices = dict[int, dict[str, SourceTensor]]

@@ -5,7 +5,7 @@ Symbols as in `lamella.calibrate.sample`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,8 @@ class Decision(NamedTuple):
     experts_Ef: Tensor
     router_ED: Tensor
     selection_bias_E: Tensor
+    num_chosen: Tensor
+    """K, a single int64."""
     router_up_ED: Tensor | None = None
     output_bias_D: Tensor | None = None
     row_scale_D: Tensor | None = None
@@ -51,21 +53,38 @@ class Decision(NamedTuple):
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
+class Split(NamedTuple):
+    """Which neurons make an expert, and who chooses it: the slow half of a decision."""
+
+    partition: Partition
+    router: RouterInit
+
+    def to_dict(self) -> dict[str, Tensor]:
+        tensors = self.partition._asdict() | self.router._asdict()
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Split:
+        """As `to_dict` gave them."""
+        router = {name: tensor for name, tensor in tensors.items() if name not in Partition._fields}
+        return cls(Partition(tensors["shared_n"], tensors["experts_Ef"]), RouterInit(**router))
+
+
 def decide(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Decision:
     """UserError if the sample lacks what the axes need."""
-    return finish(sample, axes, *split(sample, axes, generator))
+    return finish(sample, axes, split(sample, axes, generator))
 
 
-def split(sample: LayerSample, axes: Axes, generator: torch.Generator) -> tuple[Partition, RouterInit]:
-    """The slow half of `decide`: which neurons make an expert, and who chooses it."""
+def split(sample: LayerSample, axes: Axes, generator: torch.Generator) -> Split:
     parts = _parts(sample, axes, generator)
     partition = PARTITIONS[axes.neurons](sample, parts, generator)
-    return partition, ROUTERS[axes.router](sample, partition, parts.num_chosen, generator)
+    return Split(partition, ROUTERS[axes.router](sample, partition, parts.num_chosen, generator))
 
 
-def finish(sample: LayerSample, axes: Axes, partition: Partition, router: RouterInit) -> Decision:
-    """Gate, balance and output, for a split that the axes' own names need not have made."""
-    decision = _routed(sample, partition, router, axes)
+def finish(sample: LayerSample, axes: Axes, split: Split) -> Decision:
+    """Gate, balance and output. Neither the split nor the sample need be of the axes' own names: a split of one sample
+    can be finished on another."""
+    decision = _routed(sample, split.partition, split.router, axes)
     if axes.all_active or axes.output == "plain":
         return decision
     return _corrected(sample, decision, axes)
@@ -73,10 +92,9 @@ def finish(sample: LayerSample, axes: Axes, partition: Partition, router: Router
 
 def layer_fields(decision: Decision, axes: Axes) -> dict[str, Any]:
     """The fields of MoEConfig that may differ from layer to layer."""
-    E, f = decision.experts_Ef.shape
-    chosen = axes.active - len(decision.shared_n) // f
+    chosen = int(decision.num_chosen)
     return {
-        "num_trainable_experts": E,
+        "num_trainable_experts": len(decision.experts_Ef),
         "num_experts_per_tok": chosen,
         "shared_intermediate_size": len(decision.shared_n),
         "route_scale": float(chosen) if axes.scale_factor is None else axes.scale_factor,
@@ -195,14 +213,15 @@ def _routed(sample: LayerSample, partition: Partition, router: RouterInit, axes:
     # Near 0 a sigmoid rises by 1/4 of its logit, a softmax over E by 1/E.
     slope = {"unit": 1.0, "normalised": 0.25, "softmax": 1 / len(partition.experts_Ef)}[axes.gate]
     bias_E = router.bias_E * scale * slope
+    chosen = axes.active - len(partition.shared_n) // partition.experts_Ef.shape[1]
     if axes.balance is not None and not axes.all_active:
         gate = {"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}[axes.gate]
         scores_TE = gate_scores(router_logits(scaled, sample.x_TD), gate)  # type: ignore[arg-type]
-        chosen = axes.active - len(partition.shared_n) // partition.experts_Ef.shape[1]
         bias_E = balanced_bias(scores_TE, bias_E, chosen, axes.balance)
     return Decision(
-        partition.shared_n, partition.experts_Ef, weight_ED, bias_E, up_ED, output_bias_D=sample.ffn.down_bias_D
-    )
+        partition.shared_n, partition.experts_Ef, weight_ED, bias_E, torch.tensor(chosen), up_ED,
+        output_bias_D=sample.ffn.down_bias_D,
+    )  # fmt: skip
 
 
 def _logit_scale(sample: LayerSample, router: RouterInit, axes: Axes) -> float:

@@ -30,6 +30,17 @@ def dense_output(sample: LayerSample) -> Tensor:
     return output(sample.ffn, sample.h_TF)
 
 
+def token_weights(reference_TD: Tensor) -> Tensor:
+    """[T], mean 1: one over each token's squared output, to which the median is added so that small outputs do not
+    decide either. A few tokens, mostly a text's first, have outputs up to a thousand times those of others (massive
+    activations, arXiv 2402.17762): in a plain sum of squares they alone would count."""
+    squared_T = reference_TD.square().sum(1)
+    weight_T = 1 / (squared_T + squared_T.median()).clamp(min=1e-30)
+    return weight_T / weight_T.mean()
+
+
 def relative_error(reference_TD: Tensor, y_TD: Tensor) -> float:
-    """sum |reference - y|^2 / sum |reference|^2."""
-    return ((reference_TD - y_TD).square().sum() / reference_TD.square().sum().clamp(min=1e-30)).item()
+    """sum w |reference - y|^2 / sum w |reference|^2 with w of `token_weights`."""
+    weight_T = token_weights(reference_TD)
+    error, whole = ((of.square().sum(1) * weight_T).sum() for of in (reference_TD - y_TD, reference_TD))
+    return (error / whole.clamp(min=1e-30)).item()

@@ -1,4 +1,5 @@
-"""Ridge regression with an intercept: weight = (Xc' Xc + alpha I)^-1 Xc' Yc, by Cholesky decomposition.
+"""Ridge regression with an intercept: weight = (Xc' Xc + alpha I)^-1 Xc' Yc, by Cholesky decomposition. Tokens may have
+weights: then both products and both means are weighted sums.
 
 Products over tokens are float32, a few thousand tokens at a time, and add up in float64; the systems are float64.
 
@@ -33,14 +34,22 @@ class Moments(NamedTuple):
 class RidgeProblem:
     """x -> y for any y: holds x's covariance times T (float64)."""
 
-    def __init__(self, x_TD: Tensor):
-        self.mean_D = x_TD.mean(0, dtype=torch.float64)
+    def __init__(self, x_TD: Tensor, weight_T: Tensor | None = None):
+        self.weight_T1 = None if weight_T is None else weight_T[:, None] / weight_T.mean()
+        self.mean_D = self._mean(x_TD)
         self.centred_TD = x_TD - self.mean_D.float()
-        self.gram_DD = _product(self.centred_TD, self.centred_TD)
+        self.gram_DD = self._product(self.centred_TD)
 
     def moments(self, y_TE: Tensor) -> Moments:
-        mean_E = y_TE.mean(0, dtype=torch.float64)
-        return Moments(_product(self.centred_TD, y_TE - mean_E.float()), mean_E)
+        mean_E = self._mean(y_TE)
+        return Moments(self._product(y_TE - mean_E.float()), mean_E)
+
+    def _mean(self, of_TE: Tensor) -> Tensor:
+        return (of_TE if self.weight_T1 is None else of_TE * self.weight_T1).mean(0, dtype=torch.float64)
+
+    def _product(self, with_TE: Tensor) -> Tensor:
+        weighted_TE = with_TE if self.weight_T1 is None else with_TE * self.weight_T1
+        return _product(self.centred_TD, weighted_TE)
 
     def solve(self, moments: Moments, strength: float) -> LinearMap:
         """The map at alpha = strength times the mean variance of an input times T."""

@@ -16,7 +16,7 @@ from lamella.errors import UserError
 
 PartitionMethod = Callable[[LayerSample, Parts, torch.Generator], Partition]
 RouterMethod = Callable[[LayerSample, Partition, int, torch.Generator], RouterInit]
-HELDOUT_SHARE = 0.25
+HELDOUT_SHARE = 0.125
 
 
 def search_shared(
@@ -28,7 +28,7 @@ def search_shared(
     generator: torch.Generator,
     candidates: Iterable[int] | None = None,
 ) -> tuple[int, dict[int, float]]:
-    """The best s, and the relative error of each candidate (None: 0 .. A-1) on the last quarter of the tokens.
+    """The best s, and the relative error of each candidate (None: 0 .. A-1) on the last HELDOUT_SHARE of the tokens.
 
     The last tokens rather than random ones: neighbours in a text are alike.
     """

@@ -17,6 +17,7 @@ from lamella.recipe.methods.common import FFNOptions, parse_layers
 
 GateName = Literal["unit", "normalised", "softmax"]
 OutputName = Literal["refit", "bias", "align", "plain"]
+AllocationName = Literal["even", "sensitivity"]
 # As config.json has them.
 GATES: dict[GateName, GateKind] = {"unit": "unit", "normalised": "sigmoid", "softmax": "softmax"}
 
@@ -64,7 +65,11 @@ class Axes(Options):
     parts: int = 16
     """The FFN is cut into this many parts of equal width, G."""
     active: int = 8
-    """Each token passes this many parts, A, shared ones included."""
+    """Each token passes this many parts, A, shared ones included; the mean over the layers where they differ."""
+    allocation: AllocationName | None = None
+    """Every layer has as many parts active (even), or those more, from 3/4 to 3/2 of the mean, where leaving neurons
+    out raises the loss more (sensitivity). null takes sensitivity with refit and a partition by gradients, and even
+    otherwise: the formats that others serve have room for layers that are alike."""
     shared: int | Literal["search"] | None = None
     """Every token passes this many parts, s; null takes half of the active ones. search takes, layer by layer, the
     count that reconstructs best, and is that many times slower."""
@@ -90,6 +95,13 @@ class Axes(Options):
                 check_choice(name, getattr(self, name), known)
             except UserError as error:
                 found.append(str(error))
+        if self.allocation == "sensitivity" and self.neurons in PARTITIONS and not self.needs_gradient:
+            found.append(
+                f"allocation 'sensitivity' needs the loss's gradient, which neurons '{self.neurons}' does without; "
+                "choose 'even', or neurons 'coadapted'"
+            )
+        if self.allocation == "sensitivity" and self.shared == "search":
+            found.append("shared: search looks at each layer by itself; choose allocation 'even', or a number of parts")
         if self.gate == "unit" and self.scale_factor is not None:
             found.append("scale_factor has no effect on gate 'unit'; leave it out, or choose 'normalised'")
         return found + balance_problems(self.balance)
@@ -98,6 +110,15 @@ class Axes(Options):
     def all_active(self) -> bool:
         """Every expert computes every token: with gate "unit" the dense FFN, whatever the router says."""
         return self.active == self.parts
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the layers' active parts are chosen by what they cost."""
+        if self.all_active:
+            return False
+        if self.allocation is not None:
+            return self.allocation == "sensitivity"
+        return self.output == "refit" and self.needs_gradient and self.shared != "search"
 
     @property
     def needs_gradient(self) -> bool:
