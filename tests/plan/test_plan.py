@@ -14,6 +14,7 @@ import yaml
 from lamella.cli import main
 from lamella.conversion import plan_conversion
 from lamella.errors import UserError
+from lamella.moe import learning
 from lamella.plan import activations
 from lamella.plan.command import make_layout, most_ranks, run
 from lamella.plan.compute import flops_per_token
@@ -25,7 +26,6 @@ from lamella.recipe.methods.slice import SliceOptions
 from lamella.recipe.stages import prepare_recipe, prepare_stages
 from lamella.run.folder import RunDir
 from lamella.titan import attention as titan_attention
-from lamella.train import distil
 from lamella.train.assemble import model_config
 from support.models import HEADS, PARTITIONED, TRAINABLE_FAMILIES, tiny_moe
 from support.planning import LLAMA3_8B, recipe
@@ -197,7 +197,7 @@ def test_of_a_dense_model_a_stage_may_hold_the_head_alone(tmp_path):
 
 
 def test_constants_of_training_are_the_plans():
-    assert activations.KL_CHUNK == distil.TOKENS_PER_CHUNK
+    assert activations.KL_CHUNK == learning.TOKENS_PER_CHUNK
     assert activations.HIDING_FEATURES == titan_attention.MORE_FEATURES
 
 

@@ -19,7 +19,7 @@ ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
 HIDING_FEATURES = 8
 """The number is that of `lamella.titan.attention.MORE_FEATURES`."""
-KL_CHUNK = 1024
+KL_CHUNK = 512
 """Tokens, as in `lamella.train.distil`."""
 KL_NUMBERS = 5
 """float32 numbers per token and id: both logits over the temperature, both log-probabilities, and the products."""
