@@ -24,6 +24,7 @@ from lamella.errors import UserError
 from lamella.recipe.training import make_recipe
 from lamella.run.folder import RunDir
 from lamella.service import keys
+from lamella.service.backup import backup, restore
 from lamella.service.client import Client, NoServer
 from lamella.service.serve import open_store
 from lamella.service.states import TERMINAL
@@ -136,6 +137,40 @@ def test_a_pickle_in_the_place_of_a_model_is_not_run(server: Server) -> None:
         assert client.wait(run)["state"] == "failed"
     assert not trap.exists()
     assert not (folder / "moe").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_server_that_was_asked_to_end_is_not_found_any_more(server: Server, number: int, code: int) -> None:
+    """And its store can be replaced."""
+    client = server.client()
+    run = client.submit({"kind": "evaluate", "folder": "missing/model"}, cores=1)["id"]
+    server.process.send_signal(number)
+    assert server.process.wait(30) == code
+    home = server.folder / "artifacts/service"
+    with pytest.raises(NoServer):
+        Client(home=home)
+    assert backup(home, server.folder / "copy.db") == 1
+    assert restore(home, server.folder / "copy.db") == 1
+    server.process = server._start()
+    assert server.client().show(run)["id"] == run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--store", "postgresql+psycopg://ada:secret@host:port/x"),
+        ("--store", "sqlite:///"),
+        ("--root", "nowhere"),
+    ],
+)
+def test_what_a_server_cannot_start_with(words: tuple, tmp_path: Path, monkeypatch) -> None:
+    """It is said without the password, and no store is made."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["serve", "--port", "0", "--home", "home", *words])
+    assert isinstance(done.exception, UserError), done.output
+    assert "secret" not in str(done.exception)
+    assert not list(tmp_path.glob("home/*"))
 
 
 @pytest.fixture

@@ -132,6 +132,8 @@ def _check_url(url: str) -> None:
         make_url(url).get_dialect()
     except (ArgumentError, NoSuchModuleError, ValueError):
         raise UserError("the store's URL cannot be read; write postgresql+psycopg://USER@HOST/NAME") from None
+    if kind == "sqlite" and make_url(url).database in (None, "", ":memory:"):
+        raise UserError("a store in memory is another one for every thread; name a file")
     if kind not in ("sqlite", "postgresql"):
         raise UserError(f"a store in {kind} is not supported; take a file, or postgresql+psycopg://USER@HOST/NAME")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +78,14 @@ def make_service(settings: Settings) -> Service:
     """Everything that the app needs.
 
     Raises:
-        UserError: a store of a newer version; more GPUs than there are.
+        UserError: a store of a newer version; more GPUs than there are; a root that is no folder.
     """
     cwd, home = Path.cwd(), settings.home.resolve()
     there = visible_gpus()
     if settings.gpus is not None and settings.gpus > there:
         raise UserError(f"--gpus {settings.gpus} is more than the {there} GPUs of this machine")
+    if missing := [str(root) for root in settings.roots if not root.is_dir()]:
+        raise UserError(f"--root names no folder: {', '.join(missing)}")
     cores = settings.cores or len(os.sched_getaffinity(0))
     capacity = Capacity(there if settings.gpus is None else settings.gpus, cores)
     store = open_store(home, settings.store)
@@ -122,6 +126,7 @@ def serve(settings: Settings) -> None:
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").addFilter(_not_of_streams)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end: the rest must follow
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
