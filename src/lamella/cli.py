@@ -330,7 +330,7 @@ def demo(
         typer.Option(help="Of story whole: train with this many processes.", show_default="the GPUs; on CPU 3"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Train for this many optimizer steps.", show_default="12, adapters 40")
+        int | None, typer.Option(help="Train for this many optimizer steps.", show_default="12, adapters 60")
     ] = None,
 ) -> None:
     """Show what lamella does on a small real model: convert, train, export, compare; every figure is measured."""

@@ -1,14 +1,15 @@
 """Run: uv run lamella demo adapters
 
-Two domains on the embedded model, prose and the C++ headers that torch brings: an adapter is learned for each, both
-become experts, routers are trained; beside them one adapter of the same total rank that learned both texts from as many
-tokens. One table, one JSON report, one picture; every figure is measured in this run, on text
-that nothing was trained on.
+Two domains on the embedded model, prose and the C++ headers that torch brings. One adapter learns both texts for a
+while, one for each domain goes on from it, both become experts, routers are trained; beside them one adapter of the
+same total rank that learned both texts from as many tokens, at the same pace. One table, one JSON report, one picture;
+every figure is measured in this run, on text that nothing was trained on.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -26,16 +27,17 @@ from lamella.jsons import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lamella.train.adapter_steps import Pace
+
 DOMAINS = {"headers": "headers.jsonl", "docs": "python-docs"}
 """name -> source of text; the first is written by the demo."""
-RANK = 8
+RANK = 16
 """Of each domain's adapter; the one that learns all texts has the sum."""
-SAMPLES_PER_STEP, SEQ_LEN = 2, 128
-LR, ROUTER_LR = 4e-3, 3e-3
-"""With routers at 1e-2, and adapters that train along at half of LR, the mix was 0.13 to 0.18 nats worse than the own
-adapter of each domain."""
+SAMPLES_PER_STEP, SEQ_LEN = 2, 256
+LR, ROUTER_LR, MIXED_SHARE = 2e-3, 3e-3, 0.25
+"""Of adapters; of routers; and the share of their rate at which adapters train along with routers."""
 OWN_NAMES = frozenset(
-    {MARK, *DOMAINS, "headers.jsonl", "all", "mix", "mix-all", "routed", "experts.png", "report.json"}
+    {MARK, *DOMAINS, "headers.jsonl", "common", "all", "mix", "mix-all", "routed", "experts.png", "report.json"}
 )
 MOST_WORSE = 0.02
 """Nats per token by which the mix may be worse on a domain than that domain's own adapter."""
@@ -47,19 +49,23 @@ class AdaptersDemo(Stages):
 
     out: Path
     steps: int
-    """Of each adapter's training; the routers' is half as long."""
+    """Of the common beginning, and of each domain's adapter after it; the routers have a quarter."""
     tokens: int
     """Held-out tokens of each domain."""
     questions: int
     """Of each domain."""
     seed: int = 0
+    lr: float = LR
+    """Of all adapters."""
     nats: dict[str, dict[str, float]] = field(default_factory=dict)
     """model -> domain -> nats per token."""
     report: Json = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
 
-def run_adapters_demo(out: Path, *, steps: int = 40, tokens: int = 4096, questions: int = 12, seed: int = 0) -> Json:
+def run_adapters_demo(
+    out: Path, *, steps: int = 60, tokens: int = 4096, questions: int = 12, seed: int = 0, lr: float = LR
+) -> Json:
     """Do all of it under `out`, in place of an earlier demo; writes report.json and experts.png there.
 
     Raises:
@@ -68,7 +74,7 @@ def run_adapters_demo(out: Path, *, steps: int = 40, tokens: int = 4096, questio
     if steps < 2:
         raise UserError(f"{steps} training steps teach no router; ask for at least 2")
     begin_in(out, MARK, OWN_NAMES)
-    began, demo = time.perf_counter(), AdaptersDemo(out, steps, tokens, questions, seed)
+    began, demo = time.perf_counter(), AdaptersDemo(out, steps, tokens, questions, seed, lr)
     write_headers(out / DOMAINS["headers"])
     with quiet_libraries():
         learn(demo)
@@ -81,6 +87,7 @@ def run_adapters_demo(out: Path, *, steps: int = 40, tokens: int = 4096, questio
         "steps": steps,
         "tokens": tokens,
         "seed": seed,
+        "lr": lr,
         "wall_s": time.perf_counter() - began,
     }
     (out / "report.json").write_text(json.dumps(demo.report, indent=1) + "\n")
@@ -105,24 +112,32 @@ def _sources(demo: AdaptersDemo) -> dict[str, str]:
 
 
 def learn(demo: AdaptersDemo) -> None:
-    """An adapter of each domain, and one of all of them with the mix's total rank and tokens.
-
-    The one of all reads all texts in each of its steps, so that it has as many steps as the others have, and those of
-    the routers.
-    """
-    from lamella.train.adapter_steps import Pace
+    """An adapter of each domain, and one of all of them with the mix's total rank and tokens."""
     from lamella.train.adapters import learn_adapter
 
-    sources = _sources(demo)
+    sources, many = _sources(demo), len(DOMAINS)
+    texts, common = [*sources.values()], demo.out / "common"
+    with demo.stage(f"learn the beginning: rank {RANK}, {demo.steps} steps of every text"):
+        learn_adapter("embedded", texts, common, rank=RANK, alpha=2 * RANK, pace=_pace(demo, demo.steps, demo.lr))
     for name, source in sources.items():
-        with demo.stage(f"learn {name}: rank {RANK}, {demo.steps} steps on {DOMAINS[name]}"):
-            pace = Pace(demo.steps, LR, SAMPLES_PER_STEP, SEQ_LEN, demo.seed)
-            learn_adapter("embedded", [source], demo.out / name, rank=RANK, alpha=2 * RANK, pace=pace)
-    many, rank = len(DOMAINS), RANK * len(DOMAINS)
-    steps = demo.steps + demo.steps // 2 // many
-    with demo.stage(f"learn all: rank {rank}, {steps} steps of {many} times as many samples, of every text"):
-        pace = Pace(steps, LR, SAMPLES_PER_STEP * many, SEQ_LEN, demo.seed)
-        learn_adapter("embedded", [*sources.values()], demo.out / "all", rank=rank, alpha=2 * rank, pace=pace)
+        with demo.stage(f"learn {name} from there: {demo.steps} steps on {DOMAINS[name]}"):
+            pace = _pace(demo, demo.steps, demo.lr, read_steps=demo.steps / many)
+            learn_adapter("embedded", [source], demo.out / name, rank=RANK, alpha=2 * RANK, pace=pace, start=common)
+    steps, rank = demo.steps * (1 + many) + _router_steps(demo), RANK * many
+    with demo.stage(f"learn all: rank {rank}, {steps} steps of every text"):
+        pace = _pace(demo, steps, demo.lr)
+        learn_adapter("embedded", texts, demo.out / "all", rank=rank, alpha=2 * rank, pace=pace)
+
+
+def _router_steps(demo: AdaptersDemo) -> int:
+    return max(1, demo.steps // 4)
+
+
+def _pace(demo: AdaptersDemo, steps: int, lr: float, read_steps: float = 0.0) -> Pace:
+    """The pace of steps whose texts were read before, each by this many steps."""
+    from lamella.train.adapter_steps import Pace
+
+    return Pace(steps, lr, SAMPLES_PER_STEP, SEQ_LEN, demo.seed, skip=math.ceil(read_steps * SAMPLES_PER_STEP))
 
 
 def make_experts(demo: AdaptersDemo) -> None:
@@ -130,7 +145,6 @@ def make_experts(demo: AdaptersDemo) -> None:
     from lamella.checkpoint.embedded import embedded_model
     from lamella.conversion import convert
     from lamella.recipe.methods.adapters import AdaptersOptions
-    from lamella.train.adapter_steps import Pace
     from lamella.train.adapters import train_routers
 
     with demo.stage("make experts of the adapters; compare with the dense model, bit for bit"):
@@ -138,10 +152,12 @@ def make_experts(demo: AdaptersDemo) -> None:
         convert(None, demo.out / "mix", AdaptersOptions(adapters=folders))
         convert(None, demo.out / "mix-all", AdaptersOptions(adapters=(str(demo.out / "all"),)))
         demo.report["zero_expert_is_dense"] = _same_logits(str(embedded_model()), str(demo.out / "mix"))
-    with demo.stage(f"train the routers: {demo.steps // 2} steps"):
-        pace = Pace(demo.steps // 2, ROUTER_LR, SAMPLES_PER_STEP, SEQ_LEN, demo.seed)
+    steps = _router_steps(demo)
+    with demo.stage(f"train routers, and adapters along with them: {steps} steps"):
+        pace = _pace(demo, steps, ROUTER_LR, read_steps=demo.steps / len(DOMAINS) + demo.steps)
         data: dict[str, str | None] = {source: name for name, source in _sources(demo).items()}
-        train_routers(str(demo.out / "mix"), data, demo.out / "routed", pace=pace)
+        mix, routed = str(demo.out / "mix"), demo.out / "routed"
+        train_routers(mix, data, routed, target="router_mlp", pace=pace, adapter_lr=MIXED_SHARE * demo.lr)
 
 
 def _same_logits(dense: str, mix: str) -> bool:
