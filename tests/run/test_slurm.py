@@ -84,6 +84,26 @@ def test_a_job_is_queued_again_as_long_as_there_is_progress(cluster):
     assert run.status()["state"] == "finished"
 
 
+@pytest.mark.parametrize(("fails", "code", "waits"), [(0, 0, []), (2, 0, ["15", "60"]), (9, 1, ["15", "60", "240"])])
+def test_a_controller_that_is_away_is_asked_again(tmp_path: Path, fails: int, code: int, waits: list[str]) -> None:
+    """The job is to be queued again just then."""
+    commands = {
+        "uv": """case "$*" in *"slurm after"*) exit 75;; esac""",
+        "srun": "exit 1",
+        "sleep": """echo "$1" >> "$FOLDER/slept" """,
+        "scontrol": f"""[ "$1" = show ] && echo localhost && exit
+            echo "$@" >> "$FOLDER/asked"; [ "$(wc -l < "$FOLDER/asked")" -gt {fails} ]""",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    found, _, said = submit(tmp_path, job=7, restarts=0)
+    slept = tmp_path / "slept"
+    assert (found, slept.read_text().split() if slept.exists() else []) == (code, waits), said
+    assert len((tmp_path / "asked").read_text().splitlines()) == min(fails, 3) + 1
+
+
 def test_bad_input_ends_the_job_before_anything_starts(cluster):
     code, requeued, said = submit(cluster, "stepz=4", job=1, restarts=0)
     assert (code, requeued) == (2, False)
