@@ -20,7 +20,7 @@ ROUTER_SCORES = 6
 HIDING_FEATURES = 8
 """The number is that of `lamella.titan.attention.MORE_FEATURES`."""
 KL_CHUNK = 512
-"""Tokens, as in `lamella.train.distil`."""
+"""Tokens, as in `lamella.moe.learning`."""
 KL_NUMBERS = 5
 """float32 numbers per token and id: both logits over the temperature, both log-probabilities, and the products."""
 
