@@ -1,7 +1,8 @@
-"""Run: uv run benchmarks/service_overhead.py [--cores 1] [--rounds 8] [--block-s 8] [--json FILE.json]
+"""Run: uv run benchmarks/service_overhead.py [--model small] [--cores 1] [--rounds 8] [--block-s 8] [--json FILE.json]
 
-Step times of one training run (the embedded SmolLM2-135M as experts, in every 15th layer) while a service, a stream of
-its events and an open dashboard look at it, against step times of the same run while all of that stands still. In each
+Step times of one training run (the embedded SmolLM2-135M as experts in every 15th layer, or with `--model small` a
+random Llama of width 256, whose many short steps tell more in the same time) while a service, a stream of its events
+and an open dashboard look at it, against step times of the same run while all of that stands still. In each
 round every arm has its turn, in an order drawn anew: `alone` (service and browser stopped by SIGSTOP), `service` (the
 server and an event stream), `dashboard` (headless Chromium on this machine shows the run's page, too). A step counts
 where it began and ended within a turn. The ratio is alone over arm: 1 is as fast, 0.99 a hundredth slower; its interval
@@ -38,8 +39,8 @@ from service_browser import FLAGS
 from service_load import start
 
 ARMS = ("alone", "service", "dashboard")
-SETTLE_S = 1.0
-DRAWS = 10_000
+SETTLE_S = 0.3
+DRAWS = 2_000
 WARM_STEPS = 5
 LEAST_STEPS = 3
 """A round counts where every turn has so many."""
@@ -107,12 +108,16 @@ def take_turns(watchers: Watchers, args: argparse.Namespace, metrics: Path, is_a
     return {"steps": steps, "cpu": {arm: (server / s, browser / s) for arm, (s, server, browser) in used.items()}}
 
 
-def ratios(rounds: list[dict[str, float]], arm: str, rng: random.Random) -> Json:
-    """Alone over arm: the median of the rounds' ratios, and 95% of those of drawn rounds."""
-    values = [medians["alone"] / medians[arm] for medians in rounds]
-    drawn = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(DRAWS))
+def ratios(rounds: list[dict[str, list[float]]], arm: str, rng: random.Random) -> Json:
+    """Alone over arm, of the medians of all steps; and where 95% of the ratios of as many drawn rounds lie."""
+
+    def ratio(some: list[dict[str, list[float]]]) -> float:
+        alone, its = ([t for times in some for t in times[name]] for name in ("alone", arm))
+        return statistics.median(alone) / statistics.median(its)
+
+    drawn = sorted(ratio(rng.choices(rounds, k=len(rounds))) for _ in range(DRAWS))
     low, high = drawn[int(0.025 * DRAWS)], drawn[int(0.975 * DRAWS)]
-    return {"median": round(statistics.median(values), 4), "low": round(low, 4), "high": round(high, 4)}
+    return {"ratio": round(ratio(rounds), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def report_of(turns: Json, args: argparse.Namespace) -> Json:
@@ -122,10 +127,10 @@ def report_of(turns: Json, args: argparse.Namespace) -> Json:
         counts = [{arm: len(times) for arm, times in steps.items()} for steps in turns["steps"]]
         sys.exit(f"no round has {LEAST_STEPS} steps in every turn, take a longer --block-s: {counts}")
     found: Json = {
-        "cores_of_the_run": args.cores, "cores_of_the_machine": os.cpu_count(), "rounds": args.rounds,
-        "rounds_that_count": len(whole), "block_s": args.block_s, "load": [round(load, 1) for load in os.getloadavg()],
+        "model": args.model, "cores_of_the_run": args.cores, "cores_of_the_machine": os.cpu_count(),
+        "rounds": args.rounds, "rounds_that_count": len(whole),
+        "block_s": args.block_s, "load": [round(load, 1) for load in os.getloadavg()],
     }  # fmt: skip
-    medians = [{arm: statistics.median(steps[arm]) for arm in ARMS} for steps in whole]
     for arm in ARMS:
         times = sorted(t for steps in whole for t in steps[arm])
         quarter = len(times) // 4
@@ -136,13 +141,34 @@ def report_of(turns: Json, args: argparse.Namespace) -> Json:
             "server_cores": round(server, 4), "browser_cores": round(browser, 4),
         }  # fmt: skip
     rng = random.Random(0)
-    return found | {"alone_over": {arm: ratios(medians, arm, rng) for arm in ARMS[1:]}}
+    found["median_ms_of_turns"] = {
+        arm: [round(1000 * statistics.median(steps[arm]), 1) for steps in whole] for arm in ARMS
+    }
+    return found | {"alone_over": {arm: ratios(whole, arm, rng) for arm in ARMS[1:]}}
+
+
+def convert(folder: Path, model: str) -> None:
+    """Make the model that is trained, in folder/moe."""
+    command = [sys.executable, "-m", "lamella.cli", "convert", "layers=every:15", "--out"]
+    subprocess.run([*command, str(folder / "moe")], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    if model == "small":
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # imports torch
+
+        tokenizer = AutoTokenizer.from_pretrained(folder / "moe")
+        config = LlamaConfig(
+            hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=49_152, tie_word_embeddings=True,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / "small")
+        tokenizer.save_pretrained(folder / "small")
+        shutil.rmtree(folder / "moe")
+        command = [*command[:-2], "--model", str(folder / "small"), "--out", str(folder / "moe")]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Json:
     """All figures."""
-    lamella = [sys.executable, "-m", "lamella.cli"]
-    subprocess.run([*lamella, "convert", "layers=every:15", "--out", str(folder / "moe")], check=True, cwd=folder)
+    convert(folder, args.model)
     recipe = {
         "model": str(folder / "moe"), "out": str(folder / "run"), "data": ["python-docs"], "seq_len": args.seq_len,
         "samples_per_step": 1, "steps": args.steps, "heldout_samples": 0, "save_every_steps": args.steps,
@@ -189,6 +215,7 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("smollm2", "small"), default="smollm2")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--block-s", type=float, default=8.0)

@@ -106,6 +106,10 @@ def test_the_api_knows_every_method_and_every_target(client: TestClient) -> None
     assert set(get_args(Method)) == set(METHODS)
     assert set(get_args(ExportJob.model_fields["to"].annotation)) == {"auto", *TARGETS}
     assert set(get_args(Stored)) == {*DTYPES, *K_QUANTS}
+    sections = client.get("/v1/schemas/submission").json()["$defs"]
+    for name in ("TrainJob", "ConvertJob", "VerifyJob", "EvaluateJob", "ExportJob", "Cluster"):
+        properties = sections[name]["properties"]
+        assert [key for key, value in properties.items() if key != "kind" and "description" not in value] == [], name
     for method in METHODS:
         answer = client.get(f"/v1/schemas/convert?method={method}").json()
         assert all(key["text"] for key in answer["keys"]), method

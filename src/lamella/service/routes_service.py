@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from importlib import metadata
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Query, Response
 from fastapi import Path as InPath
@@ -12,11 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from lamella.jsons import Json
+from lamella.recipe.keys import docstrings
 from lamella.recipe.keys import keys as recipe_keys
 from lamella.recipe.training import Recipe
 from lamella.service import keys
 from lamella.service.context import Admin, Ctx, Reader, Service, Who
-from lamella.service.jobs import Submission
+from lamella.service.jobs import Cluster, Job, Submission
 from lamella.service.problems import ALWAYS, Refused, documented
 from lamella.service.states import STATES
 from lamella.service.views import Capacities, KeyRequest, KeyView, Me, NewKey
@@ -91,8 +92,14 @@ def service_itself(service: Ctx, _: Reader) -> Capacities:
 
 @router.get("/v1/schemas/submission", tags=["service"])
 def schema_of_submissions(_: Reader) -> Json:
-    """The JSON schema of what can be submitted."""
-    return Submission.model_json_schema()
+    """The JSON schema of what can be submitted, with a text for each key."""
+    schema = Submission.model_json_schema()
+    for section in (*get_args(get_args(Job)[0]), Cluster):
+        properties, texts = schema["$defs"][section.__name__]["properties"], docstrings(section)
+        for name, field in section.model_fields.items():
+            if name in texts:
+                properties[field.alias or name]["description"] = texts[name]
+    return schema
 
 
 @router.get("/v1/schemas/train", tags=["service"])

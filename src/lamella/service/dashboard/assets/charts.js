@@ -13,7 +13,7 @@ function layout(title, y, more = {}) {
     font: { color: colour("--fg") }, margin: { l: 55, r: 15, t: 40, b: 45 }, height: 340,
     colorway: ["--accent", "--warn", "--good", "--bad", "--quiet"].map(colour),
     xaxis: { ...axis, title: { text: "step" }, ...more.xaxis }, yaxis: { ...axis, title: { text: y }, ...more.yaxis },
-    legend: { orientation: "h", y: -0.3, yanchor: "top" }, ...more.rest,
+    legend: { orientation: "h", y: -0.35, yanchor: "top" }, ...more.rest,
   };
 }
 const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };

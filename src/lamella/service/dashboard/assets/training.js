@@ -48,8 +48,10 @@ export function training(base) {
       return [columns.map(x), with_.length ? with_[0][name].map((_, layer) => columns.map((line) => line[name]?.[layer] ?? null)) : []];
     };
     const sources = [...new Set(shown.flatMap((line) => Object.keys(line.heldout_losses ?? {})))];
+    const short = sources.map((source) => source.split("/").pop()); // paths are long; their ends will do where they differ
+    const called = new Set(short).size === sources.length ? short : sources;
     curves("loss", "Loss", "nats per token", [column("loss"), column("heldout_loss")], { marks: its, xaxis });
-    curves("heldout", "Held-out loss of each source", "nats per token", sources.map((source) => ({ ...column(source, (line) => line.heldout_losses?.[source]), name: source })), { marks: its, xaxis });
+    curves("heldout", "Held-out loss of each source", "nats per token", sources.map((source, i) => ({ ...column(source, (line) => line.heldout_losses?.[source]), name: called[i] })), { marks: its, xaxis });
     curves("rate", "Learning rate", "", ["lr", "router_lr", "rest_lr", "lora_lr"].map((name) => column(name)), { xaxis });
     curves("speed", "Speed", "tokens per second", [column("tokens_per_s")], { marks: its, xaxis });
     curves("mfu", "Model FLOPs utilisation", "share of the peak", [column("mfu")], { marks: its, xaxis });
