@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from lamella.architecture.embedded import embedded_config
 from lamella.recipe.training import Recipe
 from lamella.service import keys
 from lamella.service.app import make_app
@@ -46,6 +47,7 @@ class Fuzzed:
     """A service, what it is asked, and what it answered."""
 
     def __init__(self, home: Path):
+        embedded_config()  # read once a process, 4 s of a quiet core; schemathesis waits 10 s for an answer
         self.service = service_in(home)
         self.service.hub.close()  # else streams of events have no end
         token, _ = keys.create(self.service.store, "root", ["admin"])
@@ -72,8 +74,12 @@ class Fuzzed:
     def run(self, path: str) -> str:
         """The id of a new one; each is in another state than the one before."""
         to = "succeeded" if path.endswith("/logs/stream") else next(self.states)  # other logs have no end yet
-        spec = training(Path("missing"), Path("text.md"), Path("run"))
-        run = self.service.store.create(new_run(kind="train", spec=spec))[0]
+        if path.endswith("/conversion"):
+            spec = {"job": {"kind": "convert", "recipe": {"model": "missing"}}}
+            new = new_run(kind="convert", spec=spec, out=f"/missing/moe-{time.monotonic_ns()}")
+        else:
+            new = new_run(kind="train", spec=training(Path("missing"), Path("text.md"), Path("run")))
+        run = self.service.store.create(new)[0]
         for state in WAYS[to]:
             self.service.store.move(self.service.store.get(run.id), state, state)
         return run.id
