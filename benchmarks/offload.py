@@ -47,12 +47,17 @@ class Limit:
         GROUP.mkdir(exist_ok=True)
         self.file("limit_in_bytes").write_text("-1")
         (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+        self.before: dict[str, int] = {}
 
     def file(self, name: str) -> Path:
         return GROUP / f"memory.{name}"
 
+    def stat(self) -> dict[str, int]:
+        return {name: int(n) for name, n in (line.split() for line in self.file("stat").read_text().splitlines())}
+
     def held(self) -> int:
-        return int(dict(line.split() for line in self.file("stat").read_text().splitlines())["rss"])
+        """Without pages of files."""
+        return self.stat()["rss"] + self.stat()["shmem"]
 
     def set(self, limit: int) -> None:
         """From now on so many bytes at most, the page cache counted, which is empty now; 0: no limit."""
@@ -62,9 +67,15 @@ class Limit:
         Path("/proc/sys/vm/drop_caches").write_text("1")
         self.file("limit_in_bytes").write_text(str(limit or -1))
         self.file("max_usage_in_bytes").write_text("0")
+        self.before = self.stat()
 
-    def peak(self) -> int:
-        return int(self.file("max_usage_in_bytes").read_text())
+    def report(self) -> dict[str, int]:
+        """`held` is without pages of files; since the limit was set, faults that had to read, and pages of files that
+        had been taken away and were read again."""
+        peak, now = int(self.file("max_usage_in_bytes").read_text()), self.stat()
+        names = ("pgmajfault", "workingset_refault_file")
+        since = {name: now[name] - self.before[name] for name in names}
+        return since | {"limit": int(self.file("limit_in_bytes").read_text()), "peak": peak, "held": self.held()}
 
 
 def read_bytes() -> int:
@@ -88,8 +99,7 @@ def run_lamella(args: argparse.Namespace) -> dict[str, Any]:
     (answer,) = generator.generate([PROMPT], sampling)
     counts = generator.counts
     report = {"tokens_per_s": counts.tokens_per_s, "prompt_s": counts.prompt_s, "tokens": answer.tokens}
-    report |= {"limit": args.limit, "peak": limit.peak(), "read_a_token": (read_bytes() - before) / args.tokens}
-    report |= {"opened": opened, "held": limit.held()}  # without files' pages: before there were experts, and after
+    report |= {"opened": opened, "read_a_token": (read_bytes() - before) / args.tokens} | limit.report()
     if cache is not None:
         c = cache.counts
         report |= {"hit_rate": c.hit_rate, "stall_ms": 1000 * c.stall_s / c.tokens, "num_slots": cache.num_slots}
@@ -129,7 +139,7 @@ def run_accelerate(args: argparse.Namespace) -> dict[str, Any]:
     speed = (len(marks) - 2) / (marks[-1] - marks[1])
     read = (read_bytes() - before) / args.tokens
     tokens = out[0, ids.shape[1] :].tolist()
-    return {"tokens_per_s": speed, "tokens": tokens, "limit": args.limit, "peak": limit.peak(), "read_a_token": read}
+    return {"tokens_per_s": speed, "tokens": tokens, "read_a_token": read} | limit.report()
 
 
 def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
@@ -151,8 +161,7 @@ def run_llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
     result = json.loads(result) if isinstance(result, str) else result
     timings, read = result["timings"], (read_bytes() - before) / args.tokens
     text = result["choices"][0]["text"] if "choices" in result else result["content"]
-    return {"tokens_per_s": timings["predicted_per_second"], "text": text, "limit": args.limit, "peak": limit.peak(),
-            "read_a_token": read}  # fmt: skip
+    return {"tokens_per_s": timings["predicted_per_second"], "text": text, "read_a_token": read} | limit.report()
 
 
 def run_lamella_int8(args: argparse.Namespace) -> dict[str, Any]:
@@ -349,15 +358,8 @@ def measure_all(args: argparse.Namespace, work: Path) -> None:
          f"{r['read_a_token'] / MIB:.0f}", f"{r['stall_ms']:.0f}"]
         for r in budgets
     ]  # fmt: skip
-    header = [
-        "router",
-        "experts in memory",
-        "tokens/s",
-        "there in time",
-        "read",
-        "MiB read a token",
-        "ms waited a token",
-    ]
+    header = ["router", "experts in memory", "tokens/s", "there in time", "read", "MiB read a token",
+              "ms waited a token"]  # fmt: skip
     print_table("over the budget", header, table)
     write_json(args.json, {**provenance(torch.device("cpu")), "contestants": rows, "budgets": budgets})
     if args.picture and budgets:

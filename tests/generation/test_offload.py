@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import threading
 import time
@@ -18,6 +20,7 @@ from lamella.generation import Generator, open_model
 from lamella.generation.sampling import Sampling
 from lamella.hf.offload import expert_cache, parse_memory
 from lamella.moe.offload.cache import READERS, ExpertCache
+from lamella.moe.offload.pages import read_pages_alone
 from lamella.moe.offload.slots import DiskHome, MemoryHome, Range
 from support.models import save_llama
 
@@ -147,6 +150,34 @@ def test_ranges_are_read_past_the_page_cache(tmp_path: Path, offset: int) -> Non
         assert torch.equal(slot.gate_up, values[:2000].view(20, 100).to(dtype))
         assert torch.equal(slot.down, values[2000:].view(100, 10).to(dtype))
         assert sum(len(m) for m in slot.memory) == home.slot_bytes
+
+
+def resident_pages(mapped: mmap.mmap) -> int:
+    """Of a mapped file, by the system's own account."""
+    found = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE))()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
+    return sum(flag & 1 for flag in found)
+
+
+def test_a_fault_reads_a_page_alone(tmp_path: Path) -> None:
+    """As of a library's code when memory is scarce: the others would take the place of what is in use."""
+    counts = []
+    for told in (False, True):
+        file = tmp_path / f"library-{told}"
+        file.write_bytes(os.urandom(4 << 20))
+        with file.open("r+b") as opened:
+            os.fsync(opened)
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        if resident_pages(mapped):
+            pytest.skip("the file system keeps its files in memory")
+        if told:
+            assert read_pages_alone() >= len(mapped)
+        mapped[2 << 20]  # the fault
+        counts.append(resident_pages(mapped))
+    assert counts[0] > 1
+    assert counts[1] == 1
 
 
 @pytest.mark.faults

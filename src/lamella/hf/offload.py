@@ -27,6 +27,7 @@ from lamella.hf.models import load
 from lamella.moe.experts import router_scores
 from lamella.moe.offload.cache import ExpertCache
 from lamella.moe.offload.layer import Guess, OffloadedExperts
+from lamella.moe.offload.pages import read_pages_alone
 from lamella.moe.offload.slots import DiskHome, Home, Key, MemoryHome, Range
 from lamella.moe.packed import Experts
 from lamella.moe.quantised import Quantised
@@ -82,6 +83,8 @@ def load_offloaded(
     for parameter in model.parameters():  # not pages of the file, which the system counts and takes away
         parameter.data = parameter.data.clone()
     _install(model, moe, cache, rounded)
+    if experts_on == "disk":
+        read_pages_alone()
     return model
 
 

@@ -76,6 +76,8 @@ def _copied(path: Path) -> Json:
 def _built(folder: Path, vocab_size: int) -> Json:
     from transformers import AutoTokenizer
 
+    import lamella.hf.models  # noqa: F401  # else transformers asks whether to run the code in the folder
+
     saved = read_json(folder / "tokenizer.json", "")
     pattern = _pattern(saved)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
