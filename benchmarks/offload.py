@@ -75,7 +75,9 @@ class Limit:
         peak, now = int(self.file("max_usage_in_bytes").read_text()), self.stat()
         names = ("pgmajfault", "workingset_refault_file")
         since = {name: now[name] - self.before[name] for name in names}
-        return since | {"limit": int(self.file("limit_in_bytes").read_text()), "peak": peak, "held": self.held()}
+        limit = int(self.file("limit_in_bytes").read_text())
+        limit = limit if limit < 1 << 60 else 0  # as it was set
+        return since | {"limit": limit, "peak": peak, "held": self.held()}
 
 
 def read_bytes() -> int:
