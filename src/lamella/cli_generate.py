@@ -52,6 +52,17 @@ Slices = Annotated[
         "memory, so that twins alone are read."
     ),
 ]
+DraftName = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="DIR",
+        help="Let a smaller model with the same tokenizer write ahead, or the model itself with fewer experts (self); "
+        "the text stays the model's own.",
+    ),
+]
+DraftTokens = Annotated[int, typer.Option(help="With --draft: write so many tokens ahead.")]
+DraftDtype = Annotated[str, typer.Option(help="With --draft DIR: the draft's --dtype.")]
 
 
 def generate(
@@ -72,6 +83,9 @@ def generate(
     expert_memory: ExpertMemory = None,
     experts_on: ExpertsOn = "disk",
     slices: Slices = "stored",
+    draft: DraftName = None,
+    draft_tokens: DraftTokens = 4,
+    draft_dtype: DraftDtype = "auto",
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
@@ -82,4 +96,5 @@ def generate(
     sampling = Sampling(max_tokens, temperature, top_p, sample_top_k, seed, tuple(stop or ()))
     what: dict[str, Any] = {"chat": chat, "system": system, "json_path": json, "dtype": dtype, "device": device}
     what |= {"top_k": top_k, "twins": twins, "expert_memory": expert_memory, "experts_on": experts_on, "slices": slices}
+    what |= {"draft": draft, "draft_tokens": draft_tokens, "draft_dtype": draft_dtype}
     run(folder, prompt or [], prompt_file, sampling, **what)

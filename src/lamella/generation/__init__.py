@@ -18,6 +18,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lamella.errors import UserError, check_choice
 from lamella.evaluate.checkpoints import DTYPES, model_path, open_checkpoint, parse_device
 from lamella.generation.decoding import Decoding
+from lamella.generation.drafts import (
+    SELF,
+    Draft,
+    DraftCounts,
+    LessOfItself,
+    OtherModel,
+    check_drafted,
+    check_vocabulary,
+    less_of,
+    tokens_with_draft,
+)
 from lamella.generation.sampling import Sampling, next_tokens
 from lamella.hf.offload import load_offloaded, parse_memory
 from lamella.hf.packing import pack
@@ -39,7 +50,9 @@ class Counts:
     decode_s: float = 0.0
     """From the first tokens to the last."""
     steps: int = 0
-    """Decode steps: each gives every sequence of the batch a token."""
+    """Decode steps: each gives every sequence of the batch a token. With a draft: tokens after the first."""
+    draft: DraftCounts | None = None
+    """Where a draft writes ahead."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -100,6 +113,9 @@ class Generator:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
         self.decoding = Decoding(model)
+        self.draft: Draft | None = None
+        self.ahead = 0
+        """So many tokens does the draft write at a time."""
         self.counts = Counts()
         """Of the latest call."""
 
@@ -112,6 +128,37 @@ class Generator:
         path = model_path(folder)
         model = open_model(path, dtype, device, expert_memory, experts_on, slices)
         return cls(model, AutoTokenizer.from_pretrained(path))
+
+    def use_draft(self, name: str, ahead: int = 4, dtype: str = "auto") -> None:
+        """Let a draft write ahead of the model, one prompt at a time; the text stays the model's own.
+
+        Args:
+            name: of a smaller model with the same tokenizer, as in `open`, or "self": the model with fewer experts.
+            ahead: so many tokens are drafted at a time.
+            dtype: of the draft that is another model, as in `open`.
+
+        Raises:
+            UserError: no such model, one with another vocabulary, or models that this cannot be done with.
+        """
+        if ahead < 1:
+            raise UserError(f"draft tokens are {ahead}; at least 1 is drafted at a time")
+        check_drafted(self.decoding, "the model")
+        vocab_size = self.model.config.vocab_size
+        if name == SELF:
+            if dtype != "auto":
+                raise UserError("the model drafts in its own dtype; leave the draft's out")
+            self.draft = LessOfItself(self.decoding, *less_of(self.model), vocab_size)
+        else:
+            check_vocabulary(name, self.tokenizer)
+            other = OtherModel(open_model(name, dtype, str(self.model.device)), vocab_size)
+            check_drafted(other.decoding, f"the draft {name}")
+            if other.decoding.context < self.decoding.context:
+                raise UserError(
+                    f"the draft {name} reads {other.decoding.context} tokens at most and the model "
+                    f"{self.decoding.context}; give a draft that reads as many"
+                )
+            self.draft = other
+        self.ahead = ahead
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """The tokens of a text, or of a conversation in the model's chat template, up to where the answer begins.
@@ -143,16 +190,32 @@ class Generator:
         room = min(sampling.max_tokens, self.decoding.context - max(map(len, encoded), default=0))
         open_rows = set(range(len(answers)))
         with torch.inference_mode():
-            logits_BV = self.decoding.read(encoded, sampling.max_tokens)
-            for step in range(room):
-                tokens_B = next_tokens(logits_BV, sampling, generator)
-                for row, token in enumerate(tokens_B.tolist()):
+            for step, tokens in enumerate(self._tokens(encoded, sampling, generator, room)):
+                for row, token in enumerate(tokens):
                     if row in open_rows and self._append(answers[row], token, sampling, ends):
                         open_rows.discard(row)
                 self._count(step, began, answers)
                 yield answers
-                if not open_rows or step + 1 == room:
+                if not open_rows:
                     return
+
+    def _tokens(
+        self, encoded: list[list[int]], sampling: Sampling, generator: torch.Generator, room: int
+    ) -> Iterator[list[int]]:
+        """The next token of each sequence, `room` times."""
+        if self.draft is not None and len(encoded) > 1:
+            raise UserError("a draft writes ahead of one prompt at a time; give one, or leave --draft out")
+        logits_BV = self.decoding.read(encoded, sampling.max_tokens)
+        if self.draft is not None:
+            self.draft.read(encoded[0], sampling.max_tokens)
+            self.counts.draft = DraftCounts()
+            given = (self.decoding, self.draft, self.ahead, logits_BV, sampling, generator, room, self.counts.draft)
+            yield from ([token] for token in tokens_with_draft(*given))
+            return
+        for step in range(room):
+            tokens_B = next_tokens(logits_BV, sampling, generator)
+            yield tokens_B.tolist()
+            if step + 1 < room:
                 logits_BV = self.decoding.next(tokens_B)
 
     def generate(self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | None = None) -> list[Generated]:

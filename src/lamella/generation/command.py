@@ -36,6 +36,9 @@ def run(
     slices: str = "stored",
     top_k: int | None = None,
     twins: float | None = None,
+    draft: str | None = None,
+    draft_tokens: int = 4,
+    draft_dtype: str = "auto",
 ) -> None:
     """Print the answers; without a prompt hold a conversation with who writes lines to this command.
 
@@ -43,9 +46,14 @@ def run(
         prompts: several are computed together.
         chat: prompts are what a user says, each in a conversation of its own.
         top_k, twins: see `lamella.evaluate.checkpoints.lower`.
+        draft, draft_tokens, draft_dtype: see `Generator.use_draft`.
     """
     check_json_path(json_path)
     prompts = [*prompts, *_lines(prompt_file)]
+    if draft is None and (draft_tokens, draft_dtype) != (4, "auto"):
+        raise UserError("--draft-tokens and --draft-dtype are of a draft; give --draft, too")
+    if draft is not None and len(prompts) > 1:
+        raise UserError("--draft writes ahead of one prompt at a time; give one, or leave --draft out")
     if not prompts and not chat:
         raise UserError("there is no prompt; give --prompt TEXT or --prompt-file FILE, or converse with --chat")
     if system is not None and not chat:
@@ -54,6 +62,8 @@ def run(
     transformers_logging.disable_progress_bar()
     generator = Generator.open(folder, dtype, device, expert_memory, experts_on, slices)
     lower(generator.model, top_k, twins)
+    if draft is not None:
+        generator.use_draft(draft, draft_tokens, draft_dtype)
     first = [] if system is None else [{"role": "system", "content": system}]
     if not prompts:
         generator.encode([*first, {"role": "user", "content": "?"}])  # refused before a line is read
@@ -103,7 +113,8 @@ def told(generator: Generator) -> str:
         f"{packed_bytes(generator.model) / 2**20:,.1f} MiB"
     )
     cache = expert_cache(generator.model)
-    return line if cache is None else f"{line}\n{cache.told()}"
+    more = [counts.draft.told()] if counts.draft is not None else []
+    return "\n".join([line, *more, *([] if cache is None else [cache.told()])])
 
 
 def _ask(source: TextIO, out: TextIO) -> str:

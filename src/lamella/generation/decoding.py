@@ -72,6 +72,21 @@ class Decoding:
             return self.own_step(tokens_B[:, None], index, positions_B1, self.mask_BC)
         return self._forward(tokens_B[:, None], positions_B1, self.cache)
 
+    def several(self, tokens: list[int]) -> Tensor:
+        """The logits [K, V] after each of K more tokens of a single sequence, in one pass."""
+        if len(tokens) == 1:
+            return self.next(torch.tensor(tokens, device=self.model.device))
+        assert self.own_step is not None
+        index = self.length
+        self.length += len(tokens)
+        self.ids = [*self.ids, *tokens]
+        return self.own_step.several(torch.tensor(tokens, device=self.model.device)[:, None], index)
+
+    def forget(self, count: int) -> None:
+        """The newest tokens of a single sequence; what comes next takes their columns."""
+        self.length -= count
+        self.ids = self.ids[: self.length]
+
     def _known(self, prompts: list[list[int]]) -> tuple[DynamicCache, int]:
         """What is in memory of a single prompt, and how many tokens that is: at least one stays to be read."""
         known = 0

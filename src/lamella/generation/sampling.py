@@ -53,6 +53,11 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generato
     """The next token [B] of each sequence: the likeliest, or one that is drawn."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
+    return torch.multinomial(probabilities(logits_BV, sampling), 1, generator=generator)[:, 0]
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """How likely each next token is to be drawn, float32 [B, V], at a temperature above 0."""
     logits_BV = logits_BV.float() / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -63,4 +68,4 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generato
         # what comes before a token has the share already: it is left out; the first one never is
         enough_BV = probability_BV.cumsum(dim=-1) - probability_BV >= sampling.top_p
         logits_BV = logits_BV.scatter(1, order_BV, sorted_BV.masked_fill(enough_BV, -torch.inf))
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
+    return logits_BV.softmax(dim=-1)

@@ -3,7 +3,8 @@
 For models whose layers are Llama's (Llama, Mistral, Qwen2, Qwen3), dense or converted. Keys and values lie in tensors
 of a fixed size. What a layer computes is what transformers computes; norms and projections are the model's own modules.
 
-Shapes: B sequences, D model width, N query heads, G key/value heads, H head width, C capacity in tokens, V vocabulary.
+Shapes: B sequences, D model width, N query heads, G key/value heads, H head width, C capacity in tokens, V vocabulary;
+K tokens of a single sequence, which are rows as sequences are, in all but attention.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Place(NamedTuple):
     """The sine with its first half negated, for `_rotated`."""
     mask_B11C: Tensor | None
     """bool, false for padding; None: nothing is padded."""
+    seen_KC: dict[int | None, Tensor] | None = None
+    """For several tokens of a single sequence: by a layer's window, what each may see of the columns up to the last."""
 
 
 class LayerCache(NamedTuple):
@@ -82,11 +85,24 @@ class DecodeStep:
     def __call__(self, ids_B1: Tensor, index: int, positions_B1: Tensor, mask_BC: Tensor | None = None) -> Tensor:
         """The logits [B, V] after the tokens that stand in column `index` of the cache."""
         x_B1D = self.decoder.embed_tokens(ids_B1)
+        mask_B11C = None if mask_BC is None else mask_BC[:, None, None]
+        return self._logits(x_B1D, Place(index, *self._rope(x_B1D, positions_B1), mask_B11C))
+
+    def several(self, ids_K1: Tensor, index: int) -> Tensor:
+        """The logits [K, V] after each of the next tokens of a single sequence; the first stands in column `index`."""
+        x_K1D, end = self.decoder.embed_tokens(ids_K1), index + len(ids_K1)
+        columns_C = torch.arange(end, device=ids_K1.device)
+        age_KC = columns_C[index:, None] - columns_C
+        windows = {layer.window for layer in self.layers}
+        seen_KC = {w: (age_KC >= 0) if w is None else (age_KC >= 0) & (age_KC < w) for w in windows}
+        return self._logits(x_K1D, Place(index, *self._rope(x_K1D, columns_C[index:, None]), None, seen_KC))
+
+    def _rope(self, x_B1D: Tensor, positions_B1: Tensor) -> tuple[Tensor, Tensor]:
         cos_B1H, sin_B1H = self.decoder.rotary_emb(x_B1D, positions_B1)
         half = sin_B1H.shape[-1] // 2
-        sin_B1H = torch.cat([-sin_B1H[..., :half], sin_B1H[..., half:]], dim=-1)
-        mask_B11C = None if mask_BC is None else mask_BC[:, None, None]
-        place = Place(index, cos_B1H, sin_B1H, mask_B11C)
+        return cos_B1H, torch.cat([-sin_B1H[..., :half], sin_B1H[..., half:]], dim=-1)
+
+    def _logits(self, x_B1D: Tensor, place: Place) -> Tensor:
         x_BD = x_B1D[:, 0]
         for layer, cache in zip(self.layers, self.caches, strict=True):
             x_BD = layer(x_BD, cache, place)
@@ -146,7 +162,7 @@ class _Layer:
         return x_BD + self.ffn(self.between(x_BD))
 
     def _attend(self, x_BD: Tensor, cache: LayerCache, place: Place) -> Tensor:
-        B, H, end = len(x_BD), self.head_width, place.column + 1
+        B, H = len(x_BD), self.head_width
         G = cache.keys_BGCH.shape[1]
         if self.qkv is not None:
             all_heads = self.qkv(x_BD).view(B, -1, H)
@@ -158,6 +174,9 @@ class _Layer:
         if self.q_norm is not None and self.k_norm is not None:
             heads = torch.cat([self.q_norm(heads[:, :N]), self.k_norm(heads[:, N:])], dim=1)
         heads = _rotated(heads, place.cos_B1H, place.sin_B1H)
+        if place.seen_KC is not None:
+            return self._attend_several(heads, v_BGH, cache, place.column, place.seen_KC[self.window])
+        end = place.column + 1
         cache.keys_BGCH[:, :, place.column] = heads[:, N:]
         cache.values_BGCH[:, :, place.column] = v_BGH
         start = 0 if self.window is None else max(0, end - self.window)
@@ -168,6 +187,20 @@ class _Layer:
             attn_mask=mask, scale=self.scale,
         )  # fmt: skip
         return self.o(out.reshape(B, N * H))
+
+    def _attend_several(
+        self, heads_KhH: Tensor, v_KGH: Tensor, cache: LayerCache, first: int, seen_KC: Tensor
+    ) -> Tensor:
+        (K, G, H), N = v_KGH.shape, heads_KhH.shape[1] - v_KGH.shape[1]
+        end = first + K
+        cache.keys_BGCH[0, :, first:end] = heads_KhH[:, N:].transpose(0, 1)
+        cache.values_BGCH[0, :, first:end] = v_KGH.transpose(0, 1)
+        q_GnKH = heads_KhH[:, :N].view(K, G, N // G, H).permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(
+            q_GnKH.reshape(1, G, N // G * K, H), cache.keys_BGCH[:, :, :end], cache.values_BGCH[:, :, :end],
+            attn_mask=seen_KC.repeat(N // G, 1), scale=self.scale,
+        )  # fmt: skip
+        return self.o(out.view(G, N // G, K, H).permute(2, 0, 1, 3).reshape(K, N * H))
 
 
 def _ffn(mlp: nn.Module) -> Call:
