@@ -57,6 +57,7 @@ def moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     for layer in model.moe_layers:
         torch.nn.init.normal_(layer.router.weight)
+        layer.router.selection_bias.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
 
