@@ -1,8 +1,8 @@
 """Speculative decoding: a draft writes a few tokens, the model reads them in one pass and keeps those it would write.
 
 Leviathan et al., arXiv 2211.17192. The text is the model's own: greedy, its likeliest tokens; drawn, tokens of its
-distribution. transformers' assisted generation computes the same in a loop of its own, without a cache of a fixed size
-and the step of `lamella.hf.decode`, so that on a CPU it starts from a fraction of the speed.
+distribution. transformers' assisted generation computes the same in a loop of its own, which refuses a cache of a fixed
+size and so cannot use the step of `lamella.hf.decode`.
 
 Shapes: K drafted tokens, V vocabulary.
 """
