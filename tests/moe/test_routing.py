@@ -41,6 +41,21 @@ def test_twin_routing_is_a_plain_top_k_of_an_antisymmetric_gate(logit_std, bias_
     torch.testing.assert_close(twin.weights_TK, S * weights / weights.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_a_slice_that_stands_in_for_its_twin_has_the_twins_weight(gate):
+    """However few twins are allowed, the pairs weigh what they do without a limit."""
+    config, bias_S = make_config(gate=gate), random(S, seed=1, std=0.1)
+    scores_TE = expert_scores(random(T, S, std=3.0), config)
+    free = route(scores_TE, bias_S, config)
+    for share in (0.0, 0.25, 1.0):
+        held = route(scores_TE, bias_S, config, twin_share=share)
+        assert torch.equal(held.weights_TK, free.weights_TK)
+        assert (
+            (held.expert_ids_TK >= S).sum(-1) == (free.expert_ids_TK >= S).sum(-1).clamp(max=round(share * S))
+        ).all()
+        assert (held.expert_ids_TK <= free.expert_ids_TK).all()
+
+
 @pytest.mark.parametrize("routing", ["twin", "flat"])
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_zero_rows_weigh_every_choice_exactly_one(routing, gate):

@@ -131,14 +131,16 @@ def route(
     Args:
         bias_R: float32; it takes no gradient.
         gate_scale_E: belongs to gate "unit".
-        twin_share: see `choose_pairs`.
+        twin_share: see `choose_pairs`. A slice that stands in for its copy has the copy's weight: its own is small just
+            because the copy was preferred, and the others would outweigh it.
     """
     with torch.no_grad():
         if config.routing == "twin":
             expert_ids_TK = choose_pairs(scores_TE, bias_R, twin_share)
+            weighed_TK = expert_ids_TK if twin_share is None else choose_pairs(scores_TE, bias_R)
         else:
-            expert_ids_TK = choose_top_k(scores_TE, bias_R, config.num_experts_per_tok)
-    return Routing(expert_ids_TK, gate_weights(scores_TE, expert_ids_TK, config, gate_scale_E))
+            weighed_TK = expert_ids_TK = choose_top_k(scores_TE, bias_R, config.num_experts_per_tok)
+    return Routing(expert_ids_TK, gate_weights(scores_TE, weighed_TK, config, gate_scale_E))
 
 
 def with_top_k(config: MoEConfig, top_k: int) -> MoEConfig:
