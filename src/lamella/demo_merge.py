@@ -234,7 +234,8 @@ def draw(report: Json, path: Path) -> None:
         places = [x + (i - len(names) / 2) * 0.11 for x in range(len(DOMAINS))]
         right.bar(places, [report["nats"][name][domain] for domain in DOMAINS], 0.11, label=name)
     right.set_xticks(range(len(DOMAINS)), DOMAINS)
-    right.set(ylabel="nats per token", title="Loss, held out")
+    highest = max(nats for of_model in report["nats"].values() for nats in of_model.values())
+    right.set(ylabel="nats per token", title="Loss, held out", ylim=(0, 1.35 * highest))  # room for the legend
     right.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
