@@ -163,7 +163,7 @@ def test_keys(service: Service, client: TestClient, caplog: pytest.LogCaptureFix
     tokens = {}
     for name, options in {
         "reader": {"scopes": ["read"]}, "ada": {"scopes": ["submit"]}, "root": {"scopes": ["admin"]},
-        "old": {"scopes": ["admin"], "days": -1}, "one": {"scopes": ["read"], "run": mine},
+        "old": {"scopes": ["admin"], "days": 1e-9}, "one": {"scopes": ["read"], "run": mine},
     }.items():  # fmt: skip
         tokens[name], _ = keys.create(service.store, name, **options)
 

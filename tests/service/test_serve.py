@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -43,7 +44,9 @@ class Server:
         (self.folder / "artifacts/service/address").unlink(missing_ok=True)
         environment = os.environ | {"LAMELLA_CACHE": str(self.folder / "cache")}
         command = [sys.executable, "-m", "lamella.cli", "serve", "--port", "0"]
-        process = subprocess.Popen(command, cwd=self.folder, env=environment)
+        # A suite that runs in the background ignores Ctrl-C, and so would its children.
+        attentive = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=attentive)
         deadline = time.monotonic() + 60
         while not (self.folder / "artifacts/service/address").is_file():
             assert process.poll() is None

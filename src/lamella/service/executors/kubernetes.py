@@ -28,7 +28,8 @@ MANAGER = "lamella.dev/service"
 VOLUME = "shared"
 CALL_S = 30
 NO_SERVER = (
-    "Unable to connect to the server", "was refused", "i/o timeout", "TLS handshake timeout", "no such host",
+    "Unable to connect to the server", "was refused", "connection refused", "connection reset", "i/o timeout",
+    "TLS handshake timeout", "no such host",
     "ServiceUnavailable", "InternalError", "Timeout", "context deadline exceeded", "EOF",
 )  # fmt: skip
 PODS_OF = {"trainjob": "jobset.sigs.k8s.io/jobset-name", "job": "batch.kubernetes.io/job-name"}
