@@ -201,8 +201,9 @@ def run_seed(
             row = {"method": name, "active": active / PARTS, "calibration": args.calibrate, "seed": seed}
             yield row | {"healed": 0} | score(args, active, name, of_layers, model, samples, tokenizer)
             if args.heal and name != ORACLE:
-                found = healed(args, options, active, name, of_layers)
-                yield row | {"healed": args.heal} | judged(args, found, model, samples, tokenizer)
+                forwards = [masked(start) for start in healed(args, options, active, name, of_layers)]
+                found = judged(forwards, model, samples, tokenizer, args.tokens)
+                yield row | {"healed": args.heal, "perplexity": found, "max_vio": None, "worst_max_vio": None}
 
 
 def start_of(active: int, name: str, ffn: FFN, choices: dict[str, Tensor]) -> Start:
@@ -228,20 +229,6 @@ def healed(
     return [Start(found[i], starts[i].counts) for i in found]
 
 
-def judged(
-    args: argparse.Namespace, starts: list[Start], model: Any, samples: dict[str, Any], tokenizer: Any
-) -> dict[str, Any]:
-    """As `score`, without the loads."""
-    ffns = [layer.mlp for layer in model.model.layers]
-    for ffn, start in zip(ffns, starts, strict=True):
-        ffn.forward = masked(start)
-    found = perplexities(model, samples, tokenizer, args.tokens)
-    for ffn in ffns:
-        del ffn.forward
-    print("    " + "  ".join(f"{domain} {value:.2f}" for domain, value in found.items()), flush=True)
-    return {"perplexity": found, "max_vio": None, "worst_max_vio": None}
-
-
 def masked(start: Start) -> Callable[[Tensor], Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.flatten(0, -2)
@@ -251,18 +238,16 @@ def masked(start: Start) -> Callable[[Tensor], Tensor]:
 
 
 def score(
-    args: argparse.Namespace, active: int, name: str, choices: list[dict[str, Tensor]], model: Any,
-    samples: dict[str, Any], tokenizer: Any,
+    args: argparse.Namespace, active: int, name: str, choices: Choices, model: Any, samples: dict[str, Any],
+    tokenizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Perplexities by domain, and balance, of the model with these choices about its layers."""
-    ffns = [layer.mlp for layer in model.model.layers]
-    loads: list[list[Tensor]] = [[] for _ in ffns]
-    for ffn, of_layer, its_loads in zip(ffns, choices, loads, strict=True):
-        weights = FFN(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
-        ffn.forward = replaced(name, active, weights, of_layer, its_loads)
-    found = perplexities(model, samples, tokenizer, args.tokens)
-    for ffn in ffns:
-        del ffn.forward
+    loads: list[list[Tensor]] = [[] for _ in choices]
+    forwards = []
+    for layer, of_layer, its_loads in zip(model.model.layers, choices, loads, strict=True):
+        weights = FFN(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight)
+        forwards.append(replaced(name, active, weights, of_layer, its_loads))
+    found = judged(forwards, model, samples, tokenizer, args.tokens)
     violations = [max_violation(sum(layer)).item() for layer in loads if layer]
     row = {
         "perplexity": found, "max_vio": statistics.mean(violations) if violations else None,
@@ -271,6 +256,19 @@ def score(
     shown = "  ".join(f"{domain} {value:.2f}" for domain, value in found.items())
     print(f"  {active}/{PARTS} {name:<28} {shown}  MaxVio {row['max_vio']}", flush=True)
     return row
+
+
+def judged(
+    forwards: list[Callable[..., Tensor]], model: Any, samples: dict[str, Any], tokenizer: Any, tokens: int
+) -> dict[str, float]:
+    """Perplexities by domain of the model whose FFNs compute so."""
+    ffns = [layer.mlp for layer in model.model.layers]
+    for ffn, forward in zip(ffns, forwards, strict=True):
+        ffn.forward = forward
+    found = perplexities(model, samples, tokenizer, tokens)
+    for ffn in ffns:
+        del ffn.forward
+    return found
 
 
 def perplexities(model: Any, samples: dict[str, Any], tokenizer: Any, tokens: int) -> dict[str, float]:

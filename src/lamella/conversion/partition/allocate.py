@@ -27,9 +27,11 @@ LEAST, MOST = 0.75, 1.5
 """Of the mean count: without these bounds the estimate trusts itself too far, and text of other kinds pays for it."""
 
 
-def counts(parts: int, active: int) -> range:
-    """The numbers of parts that a layer may have active: at least one is left out."""
-    return range(math.ceil(LEAST * active), max(active, min(math.floor(MOST * active), parts - 1)) + 1)
+def counts(parts: int, active: int, shared: int = 0) -> range:
+    """The numbers of parts that a layer may have active: at least one is left out, and one beside the shared ones is
+    chosen."""
+    least, most = math.ceil(LEAST * active), min(math.floor(MOST * active), parts - 1)
+    return range(max(least, shared + 1), max(active, most) + 1)
 
 
 def costs(sample: LayerSample, parts: int, candidates: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from lamella.architecture.moe import MoEConfig
 from lamella.calibrate import CalibrationStep, calibrate, calibration_tokens, training_tokens
 from lamella.calibrate.guard import Verdict, guarded
 from lamella.calibrate.layerwise import LayerwiseModel
-from lamella.calibrate.sample import FFN, LayerSample, weights_only
+from lamella.calibrate.sample import FFN, weights_only
 from lamella.calibrate.store import ResultFolder
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import Checkpoint
@@ -122,7 +122,14 @@ def decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int,
     folders = iter((work.folder, work.folder / "second", work.folder / "third"))
     own = dict.fromkeys(layers, axes)
     if axes.allocates:
-        own = _allocated(axes, run(tokens.first(ALLOCATION_TOKENS), next(folders), _costs(axes), gradients=True))
+        candidates = counts(axes.parts, axes.active, axes.shared if isinstance(axes.shared, int) else 0)
+        found = run(
+            tokens.first(ALLOCATION_TOKENS), next(folders),
+            lambda layer, sample: {"costs": costs(sample, axes.parts, candidates)}, gradients=True,
+        )  # fmt: skip
+        by_layer = {layer: result["costs"].tolist() for layer, result in found.items()}
+        chosen = allocate(by_layer, candidates, axes.active)
+        own = {layer: dataclasses.replace(axes, active=active) for layer, active in chosen.items()}
     if sequential:
         splits = run(
             tokens, next(folders), lambda layer, sample: split(sample, own[layer], drawn(layer)).to_dict(),
@@ -142,18 +149,6 @@ def decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int,
         {layer: Decision(**results[layer])._replace(down_DF=None) for layer in layers},
         {layer: header["down_DF"] for layer, header in headers.items() if "down_DF" in header},
     )
-
-
-def _costs(axes: Axes) -> Callable[[int, LayerSample], dict[str, Tensor]]:
-    candidates = counts(axes.parts, axes.active)
-    return lambda layer, sample: {"costs": costs(sample, axes.parts, candidates)}
-
-
-def _allocated(axes: Axes, found: Mapping[int, dict[str, Tensor]]) -> dict[int, Axes]:
-    """Each layer's own axes, by what `_costs` found."""
-    by_layer = {layer: result["costs"].tolist() for layer, result in found.items()}
-    chosen = allocate(by_layer, counts(axes.parts, axes.active), axes.active)
-    return {layer: dataclasses.replace(axes, active=active) for layer, active in chosen.items()}
 
 
 Matrices = dict[int, dict[str, SourceTensor]]

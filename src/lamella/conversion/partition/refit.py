@@ -6,8 +6,8 @@ with slopes beside the intercept):
     down' = down + dW,   dW = argmin sum_t w_t |(y_t - y_moe,t) - dW (m*h)_t - b|^2 + alpha |dW|^2
 
 w_t makes errors relative to a token's own output (`token_weights`). alpha pulls towards the dense weights, and is the
-one that leaves least on held-out tokens. It is a trade: with all
-experts on, the layer is no longer the dense one exactly.
+one that leaves least on held-out tokens. It is a trade: with all experts on, the layer is no longer the dense one
+exactly.
 
 Shapes: T tokens, D width, F neurons, E experts, K chosen.
 """

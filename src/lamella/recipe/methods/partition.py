@@ -233,8 +233,9 @@ class PartitionOptions(Axes, FFNOptions):
         else:
             parity = "All experts are active, weighed by the router: the logits are nearly the dense model's."
         healed = "" if self.heal is None else f", healed on {self.heal.tokens} tokens"
+        mean = " in the mean over the layers" if self.allocates else ""
         return f"""\
-- Recipe: method `partition`, neurons by `{self.neurons}`, {self.parts} parts of which {self.active} are active
+- Recipe: method `partition`, neurons by `{self.neurons}`, {self.parts} parts of which {self.active} are active{mean}
   (shared: {self.shared}), router `{self.router}`, gate `{self.gate}`, seed {self.seed}{healed}.
 - {parity}"""
 
