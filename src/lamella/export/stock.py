@@ -46,7 +46,10 @@ def experts_needed(model: ConvertedModel) -> list[str]:
     if moe.output_bias:
         problems.append("its layers have no output bias, this model's have; convert with output plain")
     if moe.per_layer:
-        problems.append("its layers are all alike, this model's differ (per_layer); convert with shared as a number")
+        problems.append(
+            "its layers are all alike, this model's differ (per_layer); "
+            "convert with allocation even, and shared as a number"
+        )
     if not moe.moe_layers:
         problems.append("it has experts in at least one layer, this model has none")
     return problems
