@@ -13,25 +13,17 @@ from transformers import AutoTokenizer
 
 import lamella
 from lamella import cli
-from lamella.conversion import SliceOptions, convert
+from lamella.conversion import convert
 from lamella.errors import UserError
 from lamella.generation import Generator
 from lamella.generation.command import converse
 from lamella.generation.drafts import Guess, keep
 from lamella.generation.sampling import Sampling, probabilities
 from lamella.recipe.conversion import make_conversion
-from support.models import VOCAB, save_llama, save_tokenizer, tiny_checkpoint
+from support.models import VOCAB, save_tokenizer, tiny_checkpoint
 
 PROMPT = "import numpy as np"
 SAMPLING = Sampling(max_tokens=40, ignore_eos=True)
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_llama(tmp_path_factory.mktemp("dense") / "model", std=0.4)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +36,6 @@ def near(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twins that differ from their slices, and routers that send tokens to both."""
-    folder = tmp_path_factory.mktemp("moe") / "model"
-    convert(dense, folder, SliceOptions(slices=4, noise=0.5))
-    model, _ = lamella.load(folder)
-    torch.manual_seed(0)
-    for layer in model.moe_layers:
-        torch.nn.init.normal_(layer.router.weight)
-        layer.router.selection_bias.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
 

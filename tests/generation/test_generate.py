@@ -19,32 +19,10 @@ from lamella.generation.command import converse, run
 from lamella.generation.sampling import Sampling, next_tokens
 from lamella.hf.decode import has_step
 from lamella.hf.packing import packed_bytes
-from support.models import CONFIGS, VOCAB, save_llama, save_tokenizer, tiny_checkpoint
+from support.models import CONFIGS, VOCAB, save_tokenizer, tiny_checkpoint
 
 PROMPTS = ["import numpy as np", "x = 1"]
 SAMPLING = Sampling(max_tokens=12, ignore_eos=True)
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_llama(tmp_path_factory.mktemp("dense") / "model", std=0.4)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twins that differ from their slices, and routers that send tokens to both."""
-    folder = tmp_path_factory.mktemp("moe") / "model"
-    convert(dense, folder, SliceOptions(slices=4, noise=0.5))
-    model, _ = lamella.load(folder)
-    torch.manual_seed(0)
-    for layer in model.moe_layers:
-        torch.nn.init.normal_(layer.router.weight)
-        layer.router.selection_bias.normal_(std=0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 def by_transformers(folder: Path, prompts: list[str], new_tokens: int) -> list[list[int]]:

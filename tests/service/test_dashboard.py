@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
 from lamella.run.folder import RunDir
@@ -131,12 +131,18 @@ def finished(browser: Browser, address: str, folder: Path) -> str:
 
 
 def test_a_run_shows_its_curves_experts_checkpoints_events_and_log(open_page: Pages, finished: str) -> None:
+    def answer_late(route: Route) -> None:
+        """Let the list of checkpoints be drawn anew, for the events of saves, while one is verified."""
+        time.sleep(3)
+        route.continue_()
+
     page = open_page(f"/runs/{finished}")
+    page.route("**/checkpoints?verify=6", answer_late)
     for chart in ("loss", "heldout", "rate", "speed", "twins", "load", "entropy"):
         page.locator(f"#{chart} .main-svg").first.wait_for(timeout=30_000)
     assert page.locator("#checkpoints tr").count() >= 1
     page.get_by_role("button", name="Verify step 6").click()
-    page.get_by_text("yes, every byte").wait_for(timeout=30_000)
+    page.get_by_text("yes, every byte").wait_for(timeout=120_000)
     page.locator("#events li", has_text="succeeded").first.wait_for()
     assert "step" in page.locator("#log").inner_text()
     assert page.get_by_role("button", name="Export").is_visible()
@@ -148,7 +154,9 @@ def test_the_curves_are_those_of_the_files_and_events_stand_on_them(
     open_page: Pages, finished: str, folder: Path
 ) -> None:
     page = open_page(f"/runs/{finished}")
-    page.locator("#loss .main-svg").first.wait_for(timeout=30_000)
+    for chart in ("loss", "heldout", "twins", "load", "entropy"):
+        page.locator(f"#{chart} .main-svg").first.wait_for(timeout=30_000)
+    page.locator("#marks tr").nth(2).wait_for(timeout=30_000)  # the events are heard beside the curves' reading
     run = RunDir(folder / "run")
     lines = list(run.metrics())
     read = "place => document.getElementById(place).data.map(({name, x, y, z, text}) => ({name, x, y, z, text}))"
@@ -175,8 +183,8 @@ def test_the_curves_are_those_of_the_files_and_events_stand_on_them(
     rows = page.locator("#marks tr")
     assert [rows.nth(i).locator("td").first.inner_text() for i in range(rows.count())] == ["0", "3", "6"]
     page.get_by_label("Axis").select_option("time")
-    page.wait_for_timeout(500)
     saves = "() => document.getElementById('loss').data.find(({name}) => name === 'saves').x.map(Number)"
+    page.wait_for_function(f"() => ({saves})()[0] > 1e9")
     times = page.evaluate(saves)
     assert times == pytest.approx([1000 * event["time"] for event in run.events("save")], abs=2)
 

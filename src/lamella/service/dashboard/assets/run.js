@@ -78,20 +78,33 @@ async function show() {
   if (run.kind === "train") curves.compare(run, used(run));
 }
 
+const verifying = new Map(); // what was asked of a checkpoint, by stage and step: it outlives a new drawing of the list
+
+async function verify(kept, key) {
+  verifying.set(key, "reading");
+  const drawn = () => checkpoints().catch((error) => say(error.message));
+  await drawn();
+  try {
+    const all = await api(`${base}/checkpoints?verify=${kept.step}`);
+    const its = all.find((one) => one.step === kept.step && one.stage === kept.stage);
+    verifying.set(key, its.verified ? "yes, every byte" : `no: ${its.problems.join("; ")}`);
+  } catch (error) {
+    verifying.delete(key);
+    say(error.message);
+  }
+  await drawn();
+}
+
 async function checkpoints() {
   if (run.kind !== "train") return;
   const found = await api(`${base}/checkpoints`);
   byId("kept").hidden = found.length === 0;
   byId("checkpoints").replaceChildren(...found.map((kept) => {
-    const verified = el("td", {}, kept.verified === null ? "" : kept.verified ? "yes" : `no: ${kept.problems.join("; ")}`);
-    if (kept.verified === null) {
+    const key = `${kept.stage}/${kept.step}`;
+    const verified = el("td", {}, verifying.get(key) ?? (kept.verified === null ? "" : `no: ${kept.problems.join("; ")}`));
+    if (kept.verified === null && !verifying.has(key)) {
       const button = el("button", { type: "button", "aria-label": `Verify step ${kept.step}` }, "Verify");
-      button.addEventListener("click", async () => {
-        button.disabled = true;
-        const all = await api(`${base}/checkpoints?verify=${kept.step}`);
-        const its = all.find((one) => one.step === kept.step && one.stage === kept.stage);
-        verified.replaceChildren(its.verified ? "yes, every byte" : `no: ${its.problems.join("; ")}`);
-      });
+      button.addEventListener("click", () => verify(kept, key));
       verified.append(button);
     }
     const fork = el("button", { type: "button", "aria-label": `Fork from step ${kept.step}` }, "Fork");
