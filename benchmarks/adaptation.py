@@ -26,7 +26,9 @@ import torch
 from measure import earlier_rows, figure, positive, provenance, work_folder, write_json
 from texts import c_headers, news, readmes, write_documents
 
+from lamella.calibrate.text import written_documents
 from lamella.checkpoint.embedded import embedded_model
+from lamella.checkpoint.source import Checkpoint
 from lamella.conversion import convert
 from lamella.evaluate.perplexity import perplexity, text_samples
 from lamella.export.trained import materialise
@@ -40,6 +42,9 @@ from lamella.worker import alone_without_torchrun
 
 RESULTS = Path(__file__).parent / "results"
 NEW, NEWS, REPLAYED = "headers", "news", "readmes"
+GENERATED = "generated"
+"""Text that the dense model wrote before it was converted."""
+GENERATED_TOKENS = 65_536
 OLD = (NEWS, "python-docs")
 QUICK = {"steps": 4, "seq_len": 64, "tokens": 512, "heal_steps": 2}
 
@@ -61,9 +66,9 @@ DENSE = Variant(
 """Continued pretraining of the FFNs as they are: a partition of which every expert is always active."""
 
 
-def mixed(replayed: float, **settings: Any) -> dict[str, Any]:
+def mixed(replayed: float, replay: str = REPLAYED, old: tuple[str, ...] = OLD, **settings: Any) -> dict[str, Any]:
     """New text with this share of the samples replayed. Old text is named, with weight 0: nothing trains on it."""
-    weights = {NEW: 1 - replayed, REPLAYED: replayed} | dict.fromkeys(OLD, 0.0)
+    weights = {NEW: 1 - replayed, replay: replayed} | dict.fromkeys(old, 0.0)
     return {"data": [{"source": name, "weight": weight} for name, weight in weights.items()]} | settings
 
 
@@ -77,7 +82,8 @@ def recipe_of(variant: Variant, args: argparse.Namespace, seed: int, model: Path
         "heldout_samples": args.tokens // args.seq_len, "tensorboard": False,
         "precision": args.precision, "threads_per_rank": args.threads,
     }  # fmt: skip
-    places = {name: str(work / name) for name in (NEW, NEWS, REPLAYED)} | {"half": args.steps // 2}
+    places = {name: str(work / name) for name in (NEW, NEWS, REPLAYED)}
+    places |= {GENERATED: str(work / "generated.jsonl"), "half": args.steps // 2}
 
     def placed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -178,6 +184,9 @@ def measure(
         for name, texts in ((NEW, c_headers), (NEWS, news), (REPLAYED, readmes)):
             write_documents(texts(), work / name)
         dense = healed(args, work)
+        if any(GENERATED in str(variant.recipe) for _, variant in runs):
+            written = written_documents(Checkpoint.open(dense), GENERATED_TOKENS)
+            (work / "generated.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
         report = {**settings, "old_start": old_losses(dense, args, work, old), "rows": rows}
         for identity, variant in runs:
             if is_there(identity):

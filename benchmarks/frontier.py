@@ -2,7 +2,9 @@
 
 Learning without forgetting: nats on new text (C headers) against nats on old text that is never trained on (news, the
 Python docs), for dense continued pretraining of the FFNs over its learning rates and for twin routing over its own,
-with and without a quarter of other old text (READMEs) replayed. Same text, tokens and active FLOPs.
+with and without a quarter of other old text (READMEs) replayed. "no old text" is shown nothing of the old: text that
+the dense model wrote stands for it, in the fit of the router and where a quarter is replayed. Same text, tokens and
+active FLOPs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella is not installed, too
 
-from adaptation import DENSE, NEW, OLD, REPLAYED, Variant, measure, mixed, options, parse, picture
+from adaptation import DENSE, GENERATED, NEW, OLD, REPLAYED, Variant, measure, mixed, options, parse, picture
 from measure import print_table
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -30,8 +32,11 @@ TWINS: dict[str, dict[str, Any]] = {
     "twin, share 0.8": {"router_lr_scale": 10.0, "twin_share": {"target": 0.8}},
     "twin, routing loss": {"router_lr_scale": 10.0, "routing_loss": ROUTING_LOSS},
     "twin, fitted router": {"trains": "experts", "router_fit": FIT},
+    "twin, no old text": {"trains": "experts", "router_fit": FIT | {"to_slices": [GENERATED]}},
 }
-KINDS = {"dense": DENSE} | {name: Variant(name, {"noise": 0.0}, recipe) for name, recipe in TWINS.items()}
+NO_OLD_TEXT = ("dense, no old text", "twin, no old text")
+KINDS = {"dense": DENSE, NO_OLD_TEXT[0]: replace(DENSE, axis=NO_OLD_TEXT[0])}
+KINDS |= {name: Variant(name, {"noise": 0.0}, recipe) for name, recipe in TWINS.items()}
 QUICK = ("dense", "twin")
 
 
@@ -41,8 +46,9 @@ def variants(kinds: list[str], rates: list[float], shares: list[float]) -> dict[
     for rate in rates:
         for kind in kinds:
             own = KINDS[kind].recipe | {"lr": rate}
+            texts: dict[str, Any] = {"replay": GENERATED, "old": ()} if kind in NO_OLD_TEXT else {}
             for share in shares if "routing_loss" not in own else filter(None, shares):
-                made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **own))
+                made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **texts, **own))
     return made
 
 

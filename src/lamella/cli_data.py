@@ -47,6 +47,34 @@ def data_prepare(
     run_prepare(sources, model, out, workers=workers, shard_mb=shard_mb, on_bad_data=chosen, overwrite=overwrite)
 
 
+@data_app.command("generate")
+def data_generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the model that writes.")],
+    out: Annotated[Path, typer.Option(help="Write the documents to this JSONL file.")],
+    tokens: Annotated[int, typer.Option(help="Write at least so many tokens in all.", min=1)] = 65_536,
+    seed: Annotated[int, typer.Option(help="Draw first tokens and text by this seed.", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Let a model write text of its own, which stands for what it learned from where that text cannot be had."""
+    import json
+
+    from lamella.errors import UserError
+    from lamella.run.folder import write_atomic
+
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out} is no JSONL file; give it a name that ends with .jsonl")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there; give another --out, or --overwrite")
+    from lamella.calibrate.text import written_documents
+    from lamella.checkpoint.source import Checkpoint
+
+    source = Checkpoint.open(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    documents = written_documents(source, tokens, seed)
+    write_atomic(out, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+    print(f"{out}: {len(documents)} documents; name it as a source in `data`, `router_fit` or a calibration")
+
+
 @data_app.command("show")
 def data_show(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="As in `data` of a recipe.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from lamella import cli
 from lamella.calibrate import CalibrationOptions, calibration_tokens
 from lamella.calibrate.generated import LENGTH
 from lamella.checkpoint.source import Checkpoint
+from lamella.data.sources import documents
 from lamella.errors import UserError
 from lamella.hf.models import load
 from lamella.recipe.calibration import CalibrationText
@@ -89,3 +93,27 @@ def test_impossible_mixtures_are_refused(options: dict, message: str) -> None:
         CalibrationOptions(**options)
     with pytest.raises(UserError, match="the weight of a is 0"):
         CalibrationText("a", 0.0)
+
+
+def test_the_text_is_a_source_like_any_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "made" / "own.jsonl"
+
+    def generate(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["lamella", "data", "generate", str(folder), "--tokens", "600", *words])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        said = capsys.readouterr()
+        return said.err + said.out
+
+    assert "ends with .jsonl" in generate("--out", str(tmp_path / "own.txt"))
+    assert not out.parent.exists()
+    assert "documents" in generate("--out", str(out))
+    texts = list(documents(str(out)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert sum(len(tokenizer(text).input_ids) for text in texts) > 300
+    assert "is there" in generate("--out", str(out))
+    generate("--out", str(out), "--overwrite", "--seed", "1")
+    assert list(documents(str(out))) != texts

@@ -155,6 +155,26 @@ def _written_windows(source: Checkpoint, options: CalibrationOptions, count: int
     return windows
 
 
+def written_documents(source: Checkpoint, num_tokens: int, seed: int = 0) -> list[str]:
+    """What the model itself writes, as `lamella.calibrate.generated` says, without special tokens.
+
+    Args:
+        num_tokens: at least so many in all.
+
+    Raises:
+        UserError: as `generated_text`; no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from lamella.calibrate.generated import generated_text
+
+    with _tokenizer_folder(source) as folder:
+        written = generated_text(source, folder, num_tokens, seed)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = [ids.tolist() for ids in np.split(written.ids, written.starts[1:])]
+    return tokenizer.batch_decode(documents, skip_special_tokens=True)
+
+
 def _tokens(source: Checkpoint, text: str, options: CalibrationOptions, count: int, cache: Path | None) -> TokenFolder:
     opened = open_source(text)  # before a tokenizer is looked for
     limit = count * options.sequence_length + 1
