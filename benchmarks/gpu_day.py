@@ -149,7 +149,7 @@ PARTS = [
     Part("step, 8 layers", 120, train_step(8, 8192), step_rows),
     Part("memory", 90, own("memory"), own_rows, ("gpu", "torchtitan")),
     Part("resume", 120, own("resume"), own_rows, ("torchtitan",)),
-    Part("offload", 90, own("offload"), own_rows, ("gpu", "torchtitan")),
+    Part("offload", 120, own("offload"), own_rows, ("gpu", "torchtitan")),
     Part("verify", 90, own("verify"), own_rows),
     Part("peers", 120, expert_paths("transformers", "torchtitan", "sonic", "every expert"), expert_rows),
 ]

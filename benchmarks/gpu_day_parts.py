@@ -115,18 +115,19 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def offload(args: argparse.Namespace) -> dict[str, Any]:
-    """The same steps with weights, gradients and moments in main memory: the same losses, less of the GPU's memory."""
+    """The same steps with frozen experts in main memory, then with all weights, gradients and moments: the same losses,
+    each time less of the GPU's memory."""
     moe = converted(args, *sizes_of(args))
-    plain, moved = (
+    runs = [
         train(args, args.folder / f"run-offload-{where}", model=moe, offload=where, steps=SAVED)
-        for where in ("none", "cpu")
-    )
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(plain, moved, strict=True)]
-    close = all(abs(a - b) <= OFFLOADED_CLOSE * abs(a) for a, b in pairs)
-    peaks = [max(line["peak_gib"] for line in lines) for lines in (plain, moved)]
-    rows = [["losses", " ".join(f"{a:.5f}/{b:.5f}" for a, b in pairs)]]
-    rows.append(["peak, on the GPU and offloaded", f"{peaks[0]:.2f} and {peaks[1]:.2f} GiB"])
-    return {"rows": rows, "passed": close and peaks[1] < peaks[0], "losses": pairs, "peak_gib": peaks}
+        for where in ("none", "frozen", "cpu")
+    ]
+    steps = [[line["loss"] for line in lines] for lines in zip(*runs, strict=True)]
+    close = all(abs(plain - other) <= OFFLOADED_CLOSE * abs(plain) for plain, *others in steps for other in others)
+    peaks = [max(line["peak_gib"] for line in lines) for lines in runs]
+    rows = [["losses", " ".join("/".join(f"{loss:.5f}" for loss in losses) for losses in steps)]]
+    rows.append(["peak of offload none, frozen, cpu", f"{', '.join(f'{peak:.2f}' for peak in peaks)} GiB"])
+    return {"rows": rows, "passed": close and peaks[0] > peaks[1] > peaks[2], "losses": steps, "peak_gib": peaks}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:

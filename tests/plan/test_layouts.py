@@ -101,7 +101,7 @@ def test_the_suggestion_is_the_fastest_that_fits(model):
 
 
 def test_where_nothing_fits_it_says_so(model):
-    assert suggest(layout(model, 1), "RTX4090", 8) == []
+    assert suggest(layout(model, 1, samples_per_micro_batch=64), "RTX4090", 8) == []
     assert "no layout of these ranks fits" in suggestion_text([])
 
 

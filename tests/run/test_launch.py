@@ -102,15 +102,19 @@ ONLY_THE_RANKS_FIND = {
         "error: the recipe's torchtitan section has errors:\n"
         "  unknown key 'training.gc_freqq' (did you mean 'gc_freq'?)\n"
     ),
-    "offload=cpu": (
-        "error: offload: cpu moves a GPU's weights to main memory, and there is no GPU here; set offload: none\n"
-    ),
+    **{
+        f"offload={kind}": (
+            f"error: offload: {kind} moves a GPU's weights to main memory, and there is no GPU here; "
+            "set offload: none\n"
+        )
+        for kind in ("cpu", "frozen")
+    },
 }
 
 
 @pytest.mark.parametrize("bad", ONLY_THE_RANKS_FIND)
 def test_what_only_the_ranks_find_is_one_line_too(setting, bad):
-    if bad == "offload=cpu" and torch.cuda.is_available():
+    if bad.startswith("offload=") and torch.cuda.is_available():
         pytest.skip("there is a GPU to offload from")
     folder, words, environment = setting
     words = [*words, f"out={folder / 'other'}", "samples_per_step=2", bad]

@@ -152,6 +152,8 @@ def make_layout(
     """`gpu_name` "cpu" plans for ranks without GPUs. UserError where recipe, model and ranks do not go together."""
     if gpu_name != "cpu":
         gpu(gpu_name)
+    elif recipe.offload != "none":
+        raise UserError(f"offload: {recipe.offload} moves a GPU's weights to main memory; name one with --gpu")
     if ranks < 1:
         raise UserError(f"ranks is {ranks}; it must be at least 1")
     recipe.check_world_size(ranks)

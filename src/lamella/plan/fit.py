@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 from lamella.architecture.moe import LORA_PATHS
+from lamella.architecture.moe_tensors import is_frozen
 from lamella.errors import UserError
 from lamella.plan.model import Model
 from lamella.recipe.sections import TwinShare
@@ -22,6 +23,8 @@ def check_fit(recipe: Recipe, model: Model, name: str) -> None:
     _check_routing(recipe, model, name)
     _check_lora(recipe, model, name)
     _check_experts(recipe, model, name)
+    if recipe.offload == "frozen" and not any(is_frozen(weight.name) for weight in model.weights()):
+        raise UserError(f"offload: frozen is for frozen experts, and {name} has none; set offload: none, or cpu")
     if recipe.parallel.tensor > 1:
         _check_tensor(recipe, model)
     if recipe.parallel.pipeline > 1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from lamella.architecture.moe_tensors import is_frozen
 from lamella.architecture.names import is_trained, stays_in_model
 from lamella.plan.model import DTYPE_BYTES, Model, Weight
 from lamella.recipe.training import Recipe
@@ -145,6 +146,11 @@ class Layout:
 
     def trains(self, weight: Weight) -> bool:
         return is_trained(weight.name, self.recipe.trains)
+
+    def waits(self, weight: Weight) -> bool:
+        """Whether a GPU's rank keeps its part of the weight in main memory."""
+        offload = self.recipe.offload
+        return offload == "cpu" or (offload == "frozen" and is_frozen(weight.name))
 
     def is_whole(self, weight: Weight) -> bool:
         """Whether FSDP leaves the weight whole on every rank; expert parallelism may still share it out."""

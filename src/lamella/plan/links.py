@@ -1,4 +1,5 @@
-"""The bytes that one rank receives in an optimizer step, over the fast links inside of a node and over the network.
+"""The bytes that one rank receives in an optimizer step, over the fast links inside of a node and over the network, and
+those that its GPU and main memory exchange.
 
 Ranks are numbered as torchtitan lays them out: pipeline outermost, then replicate, shard, context, tensor; a node holds
 consecutive ones. A collective of s ranks, of which m lie in each node, brings a rank all parts but its own: the others'
@@ -16,6 +17,8 @@ rank's micro-batch, width D, b bytes a number:
     context                keys and values, gathered forwards and summed backwards
     tensor                 tokens gathered and outputs summed, for attention and for dense FFNs
     pipeline               activations forwards, gradients backwards
+    main memory            the rank's part of what waits there, as it is held, for each gathering; of what trains, the
+                           part of the summed gradients on the way back
 """
 
 from __future__ import annotations
@@ -66,6 +69,10 @@ class Step:
     """Weights and gradients: while layers are computed."""
     activations: Traffic
     """Tokens, keys, and what stages hand on: the next operation waits."""
+    fetched: float = 0.0
+    """Bytes from main memory over PCI Express: weights that wait there."""
+    returned: float = 0.0
+    """Bytes to main memory: their gradients."""
 
     @property
     def all(self) -> Traffic:
@@ -76,20 +83,28 @@ class Step:
 def step_traffic(layout: Layout, per_node: int = RANKS_PER_NODE) -> Step:
     """The bytes of the stage with most of them."""
     stages = [_stage_traffic(stage, per_node) for stage in layout.stages()]
-    return max(stages, key=lambda step: (step.all.network, step.all.inside))
+    return max(stages, key=lambda step: (step.all.network, step.all.inside, step.fetched + step.returned))
+
+
+def sums_in_step(layout: Layout) -> int:
+    """How often a step sums the gradients over the ranks that cut a weight."""
+    return 1 if layout.is_stage or layout.recipe.gradient_sync == "step" else layout.micro_batches
 
 
 def _stage_traffic(stage: Layout, per_node: int) -> Step:
     weights = Traffic()
     gathers = 1 if stage.is_stage else 2 * stage.micro_batches
-    sums = 1 if stage.is_stage or stage.recipe.gradient_sync == "step" else stage.micro_batches
+    sums = sums_in_step(stage)
+    waiting = [w for w in stage.weights() if stage.waits(w)]
+    fetched = gathers * sum(stage.held_bytes(w) for w in waiting)
+    returned = sums * MASTER_BYTES * sum(stage.shard_numel(w) for w in waiting if stage.trains(w))
     for shards, held in _by_group(stage):
         computed = stage.compute_bytes * sum(stage.part_numel(w) for w in held if not stage.is_whole(w))
         summed = MASTER_BYTES * sum(stage.part_numel(w) for w in held if stage.trains(w))
         copies = Group(stage.recipe.parallel.replicate, shards.size * shards.stride)
         weights += shards.gather(computed, per_node) * gathers
         weights += shards.gather(summed, per_node) * sums + copies.gather(summed / shards.size, per_node) * 2
-    return Step(weights, _activations(stage, per_node) * stage.micro_batches)
+    return Step(weights, _activations(stage, per_node) * stage.micro_batches, fetched, returned)
 
 
 def _by_group(stage: Layout) -> list[tuple[Group, list[Weight]]]:

@@ -57,15 +57,14 @@ class Memory:
         weights = layout.weights()
         self.layers = {layer: [w for w in weights if w.layer == layer] for layer in layout.layers}
         self.outside = [w for w in weights if w.layer is None]
-        self.state = {
-            "weights": sum(layout.held_bytes(w) for w in weights),
-            "optimizer": 2 * layout.moment_bytes * self._trained_numel(weights),
-        }
+        self.waiting = self._state([w for w in weights if layout.waits(w)])
+        """In main memory."""
+        self.state = self._state(weights)
         self.offloads = layout.recipe.offload == "cpu"
         self.teacher = None if layout.teacher is None else Memory(layout.of_teacher(layout.teacher))
         saved = sum(layout.held_bytes(w) for w in weights if not layout.stays_in_model(w)) + self.state["optimizer"]
         self.staging = {"checkpoint staging": saved} if self._saves_while_training() else {}
-        self.held = {"buffers": self._buffers()} | ({} if self.offloads else self.state)
+        self.held = {"buffers": self._buffers()} | self._state([w for w in weights if not layout.waits(w)])
         if layout.device == "cpu":
             self.held |= self.staging
         if self.teacher is not None:
@@ -91,8 +90,10 @@ class Memory:
         """What it is -> bytes. Of a GPU's rank: offloaded state, and the copy of an asynchronous save."""
         if self.layout.device == "cpu":
             return self.peak().parts
-        gradients = {"gradients": self._summed(self.layout.weights())}
-        return (self.state | gradients if self.offloads else {}) | self.staging
+        waiting = self.waiting | ({"gradients": self._summed(self.layout.weights())} if self.offloads else {})
+        if self.teacher is not None:
+            waiting["teacher"] = sum(self.teacher.waiting.values())
+        return {name: value for name, value in waiting.items() if value} | self.staging
 
     def checkpoint_bytes(self) -> int:
         """On disk, of all ranks and stages: weights that may have changed and moments, once."""
@@ -100,6 +101,12 @@ class Memory:
         numel = sum(weight.numel for weight in saved)
         trained = sum(weight.numel for weight in saved if self.layout.trains(weight))
         return MASTER_BYTES * numel + 2 * self.layout.moment_bytes * trained
+
+    def _state(self, weights: list[Weight]) -> dict[str, int]:
+        return {
+            "weights": sum(self.layout.held_bytes(w) for w in weights),
+            "optimizer": 2 * self.layout.moment_bytes * self._trained_numel(weights),
+        }
 
     def _saves_while_training(self) -> bool:
         recipe = self.layout.recipe

@@ -82,6 +82,8 @@ def _step(layout: Layout, gpu_name: str, per_node: int) -> Json:
         "ranks_per_node": per_node,
         "bytes_inside_of_a_node": round(best.traffic.all.inside),
         "bytes_over_the_network": round(best.traffic.all.network),
+        "bytes_from_main_memory": round(best.traffic.fetched),
+        "bytes_to_main_memory": round(best.traffic.returned),
         "roofline_mfu": best.mfu,
         "seconds": best.step_s,
         "seconds_of": {
@@ -128,7 +130,7 @@ def warnings(layout: Layout, values: Json) -> list[str]:
         found.append(
             f"does not fit: {gib(memory['peak_bytes'])} and {gib(GPU_RESERVE_BYTES)} in reserve are more than the "
             f"{gib(memory['device_bytes'])} of the GPU; use more ranks, activation_checkpointing: full, "
-            f"offload: cpu, or fewer tokens in a micro-batch"
+            f"offload: frozen or cpu, or fewer tokens in a micro-batch"
         )
     if layout.model.V % layout.shards:
         found.append(
@@ -207,12 +209,19 @@ def _step_lines(values: Json) -> list[str]:
     return [
         f"moved in a step   {gib(step['bytes_inside_of_a_node'])} a rank inside of a node, "
         f"{gib(step['bytes_over_the_network'])} over the network; nodes of {step['ranks_per_node']} ranks",
+        *_copied_lines(step),
         f"roofline          {step['roofline_mfu']:.0%} MFU at best: a step in {step['seconds']:.2f} s; {parts}",
         f"checkpoint time   {fault['write_s']:.0f} s at {storage:.0f} GB/s, of which training waits "
         f"{fault['blocked_s']:.0f} s",
         f"faults            one in {_hours(fault['hours_between'])}; {fault['effective']:.1%} of the time trains, "
         f"{fault['best_effective']:.1%} with save_every_steps={fault['best_save_every_steps']}",
     ]
+
+
+def _copied_lines(step: Json) -> list[str]:
+    """Of runs with offload."""
+    fetched, returned = step["bytes_from_main_memory"], step["bytes_to_main_memory"]
+    return [f"main memory to GPU {gib(fetched)} a rank and step, {gib(returned)} back"] if fetched else []
 
 
 def _hours(hours: float) -> str:
@@ -224,15 +233,16 @@ def suggestion_text(suggestions: list[Suggestion]) -> str:
     if not suggestions:
         return "suggested         no layout of these ranks fits: take more of them, or fewer tokens in a micro-batch"
     lines = [f"suggested         {suggestions[0].words()}"]
-    header = ["memory", "a step", "MFU", "in a node", "network", "layout"]
+    header = ["memory", "main memory", "a step", "MFU", "in a node", "network", "layout"]
     rows = [
         [
-            gib(s.peak_bytes), f"{s.roofline.step_s:.2f} s", f"{s.roofline.mfu:.0%}",
+            gib(s.peak_bytes), gib(s.main_memory_bytes) if s.main_memory_bytes else "",
+            f"{s.roofline.step_s:.2f} s", f"{s.roofline.mfu:.0%}",
             gib(s.roofline.traffic.all.inside), gib(s.roofline.traffic.all.network), s.words(),
         ]
         for s in suggestions
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(5)]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
     for row in [header, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join(["", *cells, row[-1]]))

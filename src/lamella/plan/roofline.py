@@ -2,8 +2,9 @@
 
 Products run at a share of the peak that good kernels reach (SHARE); what is done element by element takes the bytes it
 reads and writes over the memory's rate; weights and gradients move while layers are computed, and cost what they take
-longer than that; tokens that move are waited for. No figure of these was measured with lamella: a run's own `mfu`
-overrules them.
+longer than that; tokens that move are waited for. So is what FSDP copies while nothing computes: weights from main
+memory on a rank alone, and gradients to main memory where others are there, to which the CPU adds them. No figure of
+these was measured with lamella: a run's own `mfu` overrules them.
 
 Shapes: T tokens of a micro-batch, D model width, F FFN width, N heads, H head width, L tokens of a sample, K active
 experts, f neurons per expert.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from lamella.plan.compute import GPUS, active_part, flops_per_token, gpu
 from lamella.plan.layout import Layout
-from lamella.plan.links import RANKS_PER_NODE, Step, Traffic, step_traffic
+from lamella.plan.links import RANKS_PER_NODE, Step, Traffic, step_traffic, sums_in_step
 from lamella.plan.model import Weight
 
 SHARE = {"dense": 0.70, "experts": 0.50, "attention": 0.45}
@@ -30,6 +31,14 @@ LINK_RATE = {
     "A100-40GB": 300e9, "A100": 300e9, "L40S": 32e9, "H100": 450e9, "H200": 450e9, "B200": 900e9, "RTX4090": 32e9,
 }  # fmt: skip
 """Bytes a second that a GPU receives inside of a node: NVLink in one direction, or PCI Express 4 x16."""
+MAIN_MEMORY_LINK_RATE = {
+    "A100-40GB": 32e9, "A100": 32e9, "L40S": 32e9, "H100": 64e9, "H200": 64e9, "B200": 64e9, "RTX4090": 32e9,
+}  # fmt: skip
+"""Bytes a second between a GPU and main memory, in one direction: PCI Express 4 or 5, x16."""
+MAIN_MEMORY_RATE = 77e9
+"""Bytes a second that main memory reads and writes for one rank: two sockets of 8 channels DDR5-4800, shared by 8."""
+ADDED_BYTES = 12
+"""Read and written in main memory for a gradient that is added to another."""
 NETWORK_RATE = 50e9
 """Bytes a second and GPU between nodes: one network card of 400 Gbit/s for each."""
 LINK_SHARE = 0.75
@@ -52,7 +61,7 @@ class Roofline:
     memory_s: float
     recomputed_s: float
     waited_s: float
-    """For tokens that move, and for weights that take longer than the layers."""
+    """For tokens that move, for weights that take longer than the layers, and for copies that nothing hides."""
     bubble: float
     mfu: float
     traffic: Step
@@ -77,11 +86,18 @@ def _stage(stage: Layout, gpu_name: str, traffic: Step) -> Roofline:
     peak, times = gpu(gpu_name)[0], stage.micro_batches
     forward, backward = (times * seconds for seconds in _products(stage, peak))
     touched = sum(_touched(stage, layer) for layer in stage.layers) * times / MEMORY_RATE[gpu_name]
-    trained = sum(stage.shard_numel(w) for w in stage.weights() if stage.trains(w))
+    trained = [w for w in stage.weights() if stage.trains(w)]
+    there = sum(stage.shard_numel(w) for w in trained if stage.waits(w))
+    here = sum(stage.shard_numel(w) for w in trained) - there
     again = {"full": 1.0, "selective": 0.5, "none": 0.0}[stage.recipe.activation_checkpointing]
     computed = forward + backward + touched * (1 + again / 3) + forward * again
-    waited = _seconds(traffic.activations, gpu_name) + max(0.0, _seconds(traffic.weights, gpu_name) - computed)
-    memory = touched + OPTIMIZER_BYTES * trained / MEMORY_RATE[gpu_name]
+    link, added = MAIN_MEMORY_LINK_RATE[gpu_name] * LINK_SHARE, sums_in_step(stage) - 1
+    fetched, alone = traffic.fetched / link, stage.shards == 1
+    moved = max(_seconds(traffic.weights, gpu_name), 0.0 if alone else fetched)
+    waited = _seconds(traffic.activations, gpu_name) + max(0.0, moved - computed) + (fetched if alone else 0.0)
+    waited += added / (added + 1) * traffic.returned / link
+    memory = touched + OPTIMIZER_BYTES * here / MEMORY_RATE[gpu_name]
+    memory += (OPTIMIZER_BYTES + ADDED_BYTES * added) * there / (MAIN_MEMORY_RATE * LINK_SHARE)
     recomputed = again * (forward + touched / 3)
     return Roofline(forward + backward, memory, recomputed, waited, stage.bubble, 0.0, traffic)
 
@@ -123,4 +139,4 @@ def _seconds(traffic: Traffic, gpu_name: str) -> float:
     return max(traffic.inside / inside, traffic.network / network)
 
 
-assert GPUS.keys() == MEMORY_RATE.keys() == LINK_RATE.keys()
+assert GPUS.keys() == MEMORY_RATE.keys() == LINK_RATE.keys() == MAIN_MEMORY_LINK_RATE.keys()

@@ -1,12 +1,13 @@
 """Layouts of a recipe over its ranks, compared: which fit into a GPU, and which of these is the fastest by roofline.
 
 Compared are degrees of parallelism, what is computed again in the backward pass, and whether each rank holds all that
-does not train. Selective checkpointing is left out: no figure stands behind its memory.
+does not train. Frozen experts wait in main memory in layouts that do not fit otherwise; all weights do where no layout
+fits otherwise. Selective checkpointing is left out: no figure stands behind its memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ from lamella.plan.layout import Layout
 from lamella.plan.memory import fullest
 from lamella.plan.roofline import Roofline, roofline
 from lamella.recipe.parallel import Parallel
+from lamella.recipe.training import Recipe
 
 GPU_RESERVE_BYTES = 4e9
 """This much of a GPU is left free for what is not counted: context, communication buffers, holes between blocks. Not
@@ -31,8 +33,10 @@ class Suggestion:
     """A layout that fits."""
 
     settings: dict[str, Any]
-    """Keys of the recipe that differ from their defaults, as words of a command have them."""
+    """Keys of the recipe that differ from their defaults or from the recipe, as words of a command have them."""
     peak_bytes: int
+    main_memory_bytes: int
+    """What waits there of a rank's."""
     roofline: Roofline
 
     def words(self) -> str:
@@ -43,9 +47,9 @@ class Suggestion:
         """Plain values."""
         moved = self.roofline.traffic.all
         return {
-            "settings": self.settings, "peak_bytes": self.peak_bytes, "step_s": self.roofline.step_s,
-            "roofline_mfu": self.roofline.mfu, "bytes_inside_of_a_node": round(moved.inside),
-            "bytes_over_the_network": round(moved.network),
+            "settings": self.settings, "peak_bytes": self.peak_bytes, "main_memory_bytes": self.main_memory_bytes,
+            "step_s": self.roofline.step_s, "roofline_mfu": self.roofline.mfu,
+            "bytes_inside_of_a_node": round(moved.inside), "bytes_over_the_network": round(moved.network),
         }  # fmt: skip
 
 
@@ -54,13 +58,29 @@ def suggest(layout: Layout, gpu_name: str, per_node: int) -> list[Suggestion]:
 
     Steps, samples and all else that changes the result stay the recipe's.
     """
-    room = gpu(gpu_name)[1] - GPU_RESERVE_BYTES
-    found = []
-    for variant in _variants(layout, per_node):
-        peak = fullest(variant).peak().total_bytes
-        if peak <= room:
-            found.append(Suggestion(_settings(variant), peak, roofline(variant, gpu_name, per_node)))
+    room, variants = gpu(gpu_name)[1] - GPU_RESERVE_BYTES, list(_variants(layout, per_node))
+    fitting = [_fitting(variant, room, ("none", "frozen")) for variant in variants]
+    if not any(fitting):
+        fitting = [_fitting(variant, room, ("cpu",)) for variant in variants]
+    found = [_suggestion(variant, layout.recipe, gpu_name, per_node) for variant in fitting if variant is not None]
     return sorted(found, key=lambda s: (round(s.roofline.step_s, 3), len(s.settings), s.peak_bytes))[:SHOWN]
+
+
+def _fitting(layout: Layout, room: float, offloads: Sequence[str]) -> Layout | None:
+    """The layout with the first of these kinds of offload that lets it fit into `room` bytes of a GPU."""
+    for offload in offloads:
+        variant = replace(layout, recipe=layout.recipe.model_copy(update={"offload": offload}))
+        impossible = offload != "none" and layout.recipe.frozen_weights == "replicated"
+        if not impossible and _is_possible(variant) and fullest(variant).peak().total_bytes <= room:
+            return variant
+    return None
+
+
+def _suggestion(layout: Layout, given: Recipe, gpu_name: str, per_node: int) -> Suggestion:
+    memory = fullest(layout)
+    waiting = sum(memory.main_memory().values())
+    best = roofline(layout, gpu_name, per_node)
+    return Suggestion(_settings(layout, given), memory.peak().total_bytes, waiting, best)
 
 
 def _variants(layout: Layout, per_node: int) -> Iterator[Layout]:
@@ -72,11 +92,8 @@ def _variants(layout: Layout, per_node: int) -> Iterator[Layout]:
         degrees = {"replicate": replicate, "expert": expert, kind: degree}
         for again, frozen in product(("none", "full"), ("sharded", "replicated") if nodes > 1 else ("sharded",)):
             update = {"activation_checkpointing": again, "frozen_weights": frozen, "parallel": Parallel(**degrees)}
-            if frozen == "replicated" and (layout.recipe.offload == "cpu" or degree > 1):
-                continue
-            variant = replace(layout, recipe=layout.recipe.model_copy(update=update))
-            if _is_possible(variant):
-                yield variant
+            if frozen == "sharded" or degree == 1:
+                yield replace(layout, recipe=layout.recipe.model_copy(update=update))
 
 
 def _is_possible(layout: Layout) -> bool:
@@ -91,11 +108,15 @@ def _is_possible(layout: Layout) -> bool:
     return not (recipe.parallel.expert > 1 and layout.shards * recipe.parallel.tensor % recipe.parallel.expert)
 
 
-def _settings(layout: Layout) -> dict[str, Any]:
+def _settings(layout: Layout, given: Recipe) -> dict[str, Any]:
     recipe = layout.recipe
     degrees = {f"parallel.{k}": v for k, v in recipe.parallel.model_dump().items() if v > 1}
     found = degrees | {"activation_checkpointing": recipe.activation_checkpointing}
-    return found | ({"frozen_weights": "replicated"} if recipe.frozen_weights == "replicated" else {})
+    if recipe.offload != "none" or given.offload != "none":
+        found["offload"] = recipe.offload
+    if "replicated" in (recipe.frozen_weights, given.frozen_weights):
+        found["frozen_weights"] = recipe.frozen_weights
+    return found
 
 
 def even_layout(layout: Layout) -> str | None:

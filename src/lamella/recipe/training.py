@@ -186,8 +186,10 @@ class Recipe(Strict):
     """What does not train is shared out like the rest (sharded), or every rank holds all of it and none is gathered
     during a step (replicated), which is worth its memory where ranks are joined by a slow network. auto: replicated
     without a GPU in float32, else sharded."""
-    offload: Literal["none", "cpu"] = "none"
-    """Parameters, gradients and optimizer wait on the GPU (none), or in main memory (cpu; GPU runs only)."""
+    offload: Literal["none", "frozen", "cpu"] = "none"
+    """Parameters, gradients and optimizer wait on the GPU (none); or the frozen experts alone, which have neither
+    gradients nor optimizer, wait in main memory, and are copied to the GPU layer by layer (frozen); or all wait there,
+    and the optimizer works there (cpu). GPU runs only."""
     parallel: Harmless[Parallel] = Parallel()
     """The ranks are laid out by these degrees of parallelism, besides FSDP over all of them."""
     threads_per_rank: Harmless[int] = Field(default=0, ge=0)
@@ -205,8 +207,8 @@ class Recipe(Strict):
         if self.keep_checkpoints == 1:
             problems.append("keep_checkpoints must be 0 (all) or at least 2: the newest may be half-written")
         problems += self.parallel.problems(self.seq_len)
-        if self.frozen_weights == "replicated" and self.offload == "cpu":
-            problems.append("offload: cpu needs frozen_weights: sharded")
+        if self.frozen_weights == "replicated" and self.offload != "none":
+            problems.append(f"offload: {self.offload} needs frozen_weights: sharded")
         problems += _mixture_problems("data", self.data)
         problems += _mixture_problems("heldout_data", self.heldout_data)
         streams = [portion.source for portion in self.data if portion.stream]

@@ -47,6 +47,8 @@ class LamellaDecoder(Decoder):
         """As in a recipe."""
         frozen_weights: str = "sharded"
         """"sharded" or "replicated"."""
+        offloads_frozen: bool = False
+        """Frozen experts wait in main memory."""
         file_dtype: str = "float32"
         """The model's file holds its weights in this dtype, by torch's name."""
 

@@ -14,13 +14,14 @@ import torch
 import torch._dynamo.config
 import torch._utils
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 # A parameter's own mesh (experts over fewer ranks than the rest) has no public spelling yet.
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 __all__ = [
     "GROUPED_PRODUCT", "HOOKS", "FSDPMeshInfo", "HSDPMeshInfo", "Hook", "ShardPlacementResult", "accelerator_answer",
-    "allow_graphs", "computed_dtype",
+    "allow_graphs", "computed_dtype", "keep_in_main_memory",
 ]  # fmt: skip
 
 
@@ -106,3 +107,16 @@ def computed_dtype(model: nn.Module) -> torch.dtype:
     """
     policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
     return policy.param_dtype or torch.float32
+
+
+def keep_in_main_memory(module: FSDPModule, parameters: set[nn.Parameter], policy: CPUOffloadPolicy) -> None:
+    """Have FSDP treat these parameters of a unit as the policy says: their parts wait in main memory and are copied to
+    the device each time that the unit is gathered.
+
+    In public a policy is that of a whole unit, and a smaller unit inside of a block, with hooks of its own, would cut
+    the compiled block's graph in two.
+    """
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for part in group.fsdp_params:
+            if part.sharded_param in parameters:
+                part.offload_to_cpu, part.pin_memory = True, policy.pin_memory

@@ -1,7 +1,8 @@
 """FSDP2 over a decoder: what is gathered together, and over which ranks it is cut.
 
 The units are torchtitan's: the embedding, every block, and the last norm with the head; a tied embedding belongs to the
-head. All parameters are cut by rows.
+head. All parameters are cut by rows. Frozen experts, which have neither gradients nor an optimizer, can wait in main
+memory: a block's are copied when the block is gathered.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
 
+from lamella.architecture.moe_tensors import is_frozen
 from lamella.titan.block import Block
 from lamella.titan.decoder import LamellaDecoder
-from lamella.titan.seams import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from lamella.titan.seams import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, keep_in_main_memory
 
 Placement: TypeAlias = Callable[[nn.Parameter], ShardPlacementResult]
 
@@ -81,6 +85,8 @@ def shard_decoder(
     blocks = list(model.layers.values())
     for block in blocks:
         sharding.fully_shard([block], reshard, sharding.placement(block))
+    if model.config.offloads_frozen:
+        _offload_frozen(blocks)
     sharding.fully_shard([model])
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -112,6 +118,15 @@ def _sharding(dims: ParallelDims, training: TrainingConfig, ignored: set[nn.Para
     )
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     return Sharding(mesh, expert_mesh, precision, offload, ignored)
+
+
+def _offload_frozen(blocks: list[Block]) -> None:
+    # pages are locked for the sake of a GPU's copies, and cannot be without one
+    offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+    for block in blocks:
+        assert isinstance(block, FSDPModule)
+        keep_in_main_memory(block, {p for name, p in block.named_parameters() if is_frozen(name)}, offload)
+    logger.info("The frozen experts wait in main memory")
 
 
 def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:

@@ -54,6 +54,7 @@ def model_config(recipe: Recipe) -> LamellaDecoder.Config:
         raise UserError(f"attention {attention!r} has no backward pass on CPU; use attention: sdpa or auto")
     config = decoder_config(recipe.model, attention, recipe.expert_path)
     config.trains, config.frozen_weights = recipe.trains, _frozen_weights(recipe)
+    config.offloads_frozen = recipe.offload == "frozen"
     config.file_dtype = _dtype_name(recipe.model)
     if recipe.parallel.context > 1 and attention == "varlen":
         raise UserError("parallel.context needs attention: flex or sdpa; varlen kernels want whole samples")
@@ -87,6 +88,7 @@ def teacher_config(recipe: Recipe, student: LamellaDecoder.Config) -> LamellaDec
     attention = _attention(recipe, folder) if has_gpu() else "sdpa"
     config = decoder_config(folder, attention, recipe.expert_path)
     config.trains, config.file_dtype = "nothing", _dtype_name(folder)
+    config.offloads_frozen = student.offloads_frozen
     if config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {folder} has {config.vocab_size} token ids, the model {student.vocab_size}; "

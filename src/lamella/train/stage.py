@@ -145,9 +145,10 @@ def _trainer_config(recipe: Recipe, run: RunDir) -> LamellaTrainer.Config:
     check_trackers(recipe.track)
     from lamella.train.data import check_learnable, check_objective, open_samples, steps_of_data
 
-    if recipe.offload == "cpu" and not has_gpu():
+    if recipe.offload != "none" and not has_gpu():
         raise UserError(
-            "offload: cpu moves a GPU's weights to main memory, and there is no GPU here; set offload: none"
+            f"offload: {recipe.offload} moves a GPU's weights to main memory, and there is no GPU here; "
+            "set offload: none"
         )
     model = model_config(recipe)
     common = (Path(recipe.model), recipe.seq_len)
