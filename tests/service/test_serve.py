@@ -164,6 +164,7 @@ def test_a_server_that_was_asked_to_end_is_not_found_any_more(server: Server, nu
     [
         ("--store", "postgresql+psycopg://ada:secret@host:port/x"),
         ("--store", "sqlite:///"),
+        ("--store", "postgres"),
         ("--root", "nowhere"),
     ],
 )

@@ -23,6 +23,8 @@ BUSY_S = 10.0
 CONNECT_S, SILENT_S = 5, 15
 """A PostgreSQL that has not answered for so long is gone."""
 WRITER = 7_142_536_214  # the number of the advisory lock, for all who write to one database
+SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+"""A new file is made under a name with one of these: a misspelled URL is no wish for a file of that name."""
 
 
 class Unavailable(RuntimeError):
@@ -53,6 +55,10 @@ class Database:
     """
 
     def __init__(self, url: str, busy_s: float = BUSY_S):
+        if "://" not in url and Path(url).suffix not in SQLITE_SUFFIXES and not Path(url).exists():
+            raise UserError(
+                f"the store {url!r} is no database; name postgresql+psycopg://USER@HOST/NAME, or a .db file"
+            )
         self.url = url if "://" in url else f"sqlite:///{url}"
         _check_url(self.url)
         self.is_sqlite = self.url.startswith("sqlite")
