@@ -149,21 +149,20 @@ def report_of(turns: Json, args: argparse.Namespace) -> Json:
 
 def convert(folder: Path, model: str) -> None:
     """Make the model that is trained, in folder/moe."""
-    command = [sys.executable, "-m", "lamella.cli", "convert", "layers=every:15", "--out"]
-    subprocess.run([*command, str(folder / "moe")], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lamella.cli", "convert", "layers=every:15", "--out", str(folder / "moe")]
     if model == "small":
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # imports torch
 
-        tokenizer = AutoTokenizer.from_pretrained(folder / "moe")
+        from lamella.checkpoint.embedded import embedded_model
+
         config = LlamaConfig(
             hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
             vocab_size=49_152, tie_word_embeddings=True,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder / "small")
-        tokenizer.save_pretrained(folder / "small")
-        shutil.rmtree(folder / "moe")
-        command = [*command[:-2], "--model", str(folder / "small"), "--out", str(folder / "moe")]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder / "small")
+        command += ["--model", str(folder / "small")]
+    subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Json:
