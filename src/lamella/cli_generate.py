@@ -48,8 +48,8 @@ ExpertsOn = Annotated[str, typer.Option(help="The others wait on disk, or, besid
 Slices = Annotated[
     str,
     typer.Option(
-        help="With --expert-memory: frozen slices as stored, or int8: rounded when the model is opened, all of them in "
-        "memory, so that twins alone are read."
+        help="With --expert-memory: frozen slices as stored, or int8 or int4: rounded when the model is opened, all of "
+        "them in memory, so that twins alone are read."
     ),
 ]
 DraftName = Annotated[

@@ -19,6 +19,7 @@ from lamella.errors import UserError
 from lamella.generation import Generator, open_model
 from lamella.generation.sampling import Sampling
 from lamella.hf.offload import expert_cache, parse_memory
+from lamella.moe.matrices import dequantised_int4, dequantised_int8, rounded_to_int4, rounded_to_int8
 from lamella.moe.offload.cache import READERS, ExpertCache
 from lamella.moe.offload.pages import read_pages_alone
 from lamella.moe.offload.slots import DiskHome, MemoryHome, Range
@@ -110,12 +111,24 @@ def test_what_is_worth_most_stays() -> None:
     assert cache.counts.hit_rate > 0.9
 
 
-def test_slices_in_int8_stay_in_memory_and_twins_are_read(moe: Path) -> None:
-    """Near float32, by prompts and single tokens; the budget counts the slices and holds fewer twins than there are."""
-    resident = Generator.open(str(moe), "float32")
+def stands_for(weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    if dtype == "int8":
+        return dequantised_int8(*rounded_to_int8(weight))
+    return dequantised_int4(*rounded_to_int4(weight), weight.shape[-1])
+
+
+@pytest.mark.parametrize(("dtype", "away"), [("int8", (0.0, 4e-2)), ("int4", (4e-2, 0.4))])
+def test_rounded_slices_stay_in_memory_and_twins_are_read(moe: Path, dtype: str, away: tuple[float, float]) -> None:
+    """By prompts and single tokens as a float32 model computes whose slices are what the rounded ones stand for; the
+    budget counts the slices and holds fewer twins than there are."""
+    resident, model = Generator.open(str(moe), "float32"), open_model(str(moe), "float32")
+    for layer in model.moe_layers:
+        for parameter in layer.experts.frozen_parameters():
+            parameter.data = stands_for(parameter.data, dtype)
+    reference = Generator(model, resident.tokenizer)
     with pytest.raises(UserError, match=r"beside \d+KiB of slices, .* give at least (\d+)KiB") as told:
-        open_model(str(moe), "float32", expert_memory="1KB", slices="int8")
-    rounded = Generator.open(str(moe), "float32", expert_memory=str(told.value).rpartition("least ")[2], slices="int8")
+        open_model(str(moe), "float32", expert_memory="1KB", slices=dtype)
+    rounded = Generator.open(str(moe), "float32", expert_memory=str(told.value).rpartition("least ")[2], slices=dtype)
     cache = expert_cache(rounded.model)
     assert cache is not None
     assert cache.num_slots == SLICES
@@ -127,8 +140,9 @@ def test_slices_in_int8_stay_in_memory_and_twins_are_read(moe: Path) -> None:
             lambda g: g.decoding.next(torch.tensor([66])),
             lambda g: g.decoding.read([ids, ids[2:]], 4),
         ):
-            expected, got = read(resident), read(rounded)
-            assert 0 < (got - expected).norm() / expected.norm() < 4e-2  # slices rounded, and nothing else
+            stored, expected, got = (read(generator) for generator in (resident, reference, rounded))
+            assert (got - expected).norm() / expected.norm() < 2e-2  # inputs and outputs in bfloat16, and nothing else
+            assert away[0] < (got - stored).norm() / stored.norm() < away[1]
     assert {expert >= SLICES for _, expert in cache.home.ranges} == {True}  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="give --expert-memory, too"):
         open_model(str(moe), slices="int8")

@@ -85,7 +85,7 @@ def open_model(
             alone, for kernels that read fewer bytes, and all else is computed in float32.
         expert_memory: a size such as "2GiB": the most of a converted model's experts that is in memory at a time.
         experts_on: where the others wait; see `lamella.hf.offload.load_offloaded`.
-        slices: "int8" keeps all frozen slices in memory in fewer bytes; see there, too.
+        slices: "int8" or "int4" keeps all frozen slices in memory in fewer bytes; see there, too.
 
     Raises:
         UserError: no such model, or one that the dtype does not hold.

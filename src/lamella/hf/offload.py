@@ -25,6 +25,7 @@ from lamella.errors import UserError, check_choice
 from lamella.hf.blocks import ExpertsElsewhere, MoELayer, decoder_layers, experts_elsewhere
 from lamella.hf.models import load
 from lamella.moe.experts import router_scores
+from lamella.moe.matrices import PACKED_DTYPES, PackedDtype
 from lamella.moe.offload.cache import ExpertCache
 from lamella.moe.offload.layer import Guess, OffloadedExperts
 from lamella.moe.offload.pages import read_pages_alone
@@ -34,7 +35,7 @@ from lamella.moe.quantised import Quantised
 from lamella.moe.routing import route
 
 PLACES = ("disk", "cpu")
-SLICES = ("stored", "int8")
+SLICES = ("stored", "int8", "int4")
 
 
 def parse_memory(text: str) -> int:
@@ -53,8 +54,8 @@ def load_offloaded(
         folder: of a converted model.
         expert_memory: bytes for experts: in main memory for a model on the CPU, else on the GPU.
         experts_on: where the others wait.
-        slices: "stored", or "int8": the frozen experts are rounded while they are read, and all of them stay in memory;
-            the budget counts them, and what is left is the trained twins'.
+        slices: "stored", or "int8" or "int4": the frozen experts are rounded while they are read, and all of them stay
+            in memory; the budget counts them, and what is left is the trained twins'.
 
     Raises:
         UserError: another kind of model, or too little memory for the experts of one token in a layer.
@@ -67,8 +68,8 @@ def load_offloaded(
     check_choice("slices", slices, SLICES)
     moe, places = _places(folder)
     rounded: dict[int, Quantised] = {}
-    if slices == "int8":
-        rounded, places = _rounded_slices(folder, moe, places)
+    if slices != "stored":
+        rounded, places = _rounded_slices(folder, moe, places, next(d for d in PACKED_DTYPES if d == slices))
         expert_memory -= sum(layer.nbytes for layer in rounded.values())
     computed = DTYPES[next(iter(places.values()))[0].dtype] if dtype == "auto" else dtype
     assert isinstance(computed, torch.dtype)
@@ -148,9 +149,9 @@ def _in_memory(
 
 
 def _rounded_slices(
-    folder: Path, moe: MoEConfig, places: dict[Key, tuple[SourceTensor, SourceTensor]]
+    folder: Path, moe: MoEConfig, places: dict[Key, tuple[SourceTensor, SourceTensor]], dtype: PackedDtype
 ) -> tuple[dict[int, Quantised], dict[Key, tuple[SourceTensor, SourceTensor]]]:
-    """(the frozen experts of each layer in int8, the places of all others)."""
+    """(the frozen experts of each layer in the dtype, the places of all others)."""
     count = {layer: moe.for_layer(layer).num_frozen_experts for layer in moe.moe_layers}
     others = {key: pair for key, pair in places.items() if key[1] >= count[key[0]]}
     if not others or len(others) == len(places):
@@ -160,7 +161,7 @@ def _rounded_slices(
         pairs = [places[layer, e] for e in range(frozen)]
         matrices = (torch.stack([t.read(0, t.numel).view(t.shape) for t in part]) for part in zip(*pairs, strict=True))
         experts = Experts(*matrices)
-        rounded[layer] = Quantised(experts, Experts(*(t[:0] for t in experts)), "int8")
+        rounded[layer] = Quantised(experts, Experts(*(t[:0] for t in experts)), dtype)
     return rounded, others
 
 
