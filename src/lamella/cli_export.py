@@ -19,8 +19,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Write it as glm4-moe, mixtral, qwen3-moe, qwen2-moe, ernie, gguf or dense, or as the class of "
-            "transformers that fits (auto)."
+            help="Write it as glm4-moe, mixtral, qwen3-moe, qwen2-moe, ernie, gguf or dense, as the class of "
+            "transformers that fits (auto), or as it is with its frozen experts in fewer bits (lamella)."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Write the exported model to this folder.")],
@@ -28,7 +28,7 @@ def export(
         str | None,
         typer.Option(
             help="Store the weights as f32, bf16 or f16; of a GGUF file also as q8_0, q4_0 or, by llama.cpp's own "
-            "tool, a K-quant such as q4_k_m.",
+            "tool, a K-quant such as q4_k_m; with --to lamella frozen experts as int8 or int4.",
             show_default="the model's own",
         ),
     ] = None,

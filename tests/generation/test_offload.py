@@ -67,7 +67,7 @@ def test_the_same_tokens(moe: Path, count: int) -> None:
         assert [answer.tokens for answer in offloaded.generate(batch, SAMPLING)] == expected
     counts = cache.counts
     assert counts.tokens > 0
-    assert counts.bytes_read == (counts.misses + counts.guessed) * cache.home.expert_bytes
+    assert counts.bytes_read == (counts.misses + counts.guessed) * cache.home.expert_bytes((0, 0))
     if count == 2 * PAIRS:  # each is read once
         assert counts.misses + counts.guessed <= 2 * PAIRS
     if count == SLICES:  # the next layer's take the place of this one's

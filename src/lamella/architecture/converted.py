@@ -57,7 +57,22 @@ def converted_family(config: Json) -> Family:
 
 
 def ffn_config(config: Json) -> MoEConfig | None:
-    """The `moe` entry; None where only attention is experts."""
+    """The `moe` entry; None where only attention is experts.
+
+    Raises:
+        UserError: the frozen experts are rounded in the file, which `stored_ffn_config` is for.
+    """
+    moe = stored_ffn_config(config)
+    if moe is not None and moe.frozen_dtype != "model":
+        raise UserError(
+            f"the frozen experts of this model are stored in {moe.frozen_dtype}, which `lamella generate` and `lamella "
+            "evaluate` read; name the folder or the run that it was exported from"
+        )
+    return moe
+
+
+def stored_ffn_config(config: Json) -> MoEConfig | None:
+    """The `moe` entry of a model whose frozen experts may be rounded in the file."""
     return None if config.get("moe") is None else MoEConfig.from_dict(config["moe"])
 
 

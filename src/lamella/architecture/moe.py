@@ -20,6 +20,8 @@ Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 # What a layer computes: "routed" asks its router; "dense" and "learned" run the frozen slices or their trainable
 # copies alone, each with weight 1; "random" draws the experts by chance, each with weight 1 (a control).
 Mode = Literal["routed", "dense", "learned", "random"]
+# How the file holds the frozen experts: in the model's dtype, or rounded, with scales beside them.
+FrozenDtype = Literal["model", "int8", "int4"]
 ExpertPath = Literal["auto", "loop", "batched", "grouped", "fused", "quack", "tiled"]
 LORA_PATHS: tuple[ExpertPath, ...] = ("auto", "loop", "grouped")
 
@@ -32,6 +34,7 @@ _CHOICES = {
     "gate": get_args(GateKind),
     "router": get_args(RouterKind),
     "activation": get_args(Activation),
+    "frozen_dtype": get_args(FrozenDtype),
 }
 _LEAST = {
     "num_frozen_experts": 0,
@@ -77,6 +80,8 @@ class MoEConfig:
     """The rank of the low-rank deltas on the frozen experts' matrices; 0: there are none."""
     lora_alpha: float = 0.0
     """The deltas are scaled by lora_alpha / lora_rank."""
+    frozen_dtype: FrozenDtype = "model"
+    """How the file holds the frozen experts."""
     per_layer: dict[int, Json] = dataclasses.field(default_factory=dict, hash=False)
     """For a layer, the fields whose values differ there from this config's; see `for_layer`."""
 
@@ -162,7 +167,10 @@ class MoEConfig:
         return cls(**_known_keys(cls, values, "moe"))
 
     def to_dict(self) -> Json:
-        return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
+        found = dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
+        if self.frozen_dtype == "model":  # so that versions that know nothing of it read the model
+            del found["frozen_dtype"]
+        return found
 
 
 @dataclass(frozen=True)

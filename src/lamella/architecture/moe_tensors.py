@@ -40,6 +40,11 @@ def expert_name(kind: Kind, part: str) -> str:
     return _EXPERTS + packed_name(kind, part)
 
 
+def scales_name(name: str) -> str:
+    """The tensor with the scales of rounded experts that are stored under this name."""
+    return f"{name}_scales"
+
+
 def lora_name(field: str) -> str:
     """The parameter of a low-rank delta, within the module `experts`."""
     return f"lora_{field}"

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# safetensors' code -> torch dtype, the keys of `lamella.checkpoint.tensors.ITEM_BYTES`.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# safetensors' code -> torch dtype, the keys of `lamella.checkpoint.tensors.STORED_BYTES`.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
 def as_tensor(raw: np.ndarray, code: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lamella.checkpoint.pieces import Piece
-from lamella.checkpoint.tensors import ITEM_BYTES
+from lamella.checkpoint.tensors import STORED_BYTES
 from lamella.jsons import Json
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -28,7 +28,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * ITEM_BYTES[self.dtype]
+        return self.numel * STORED_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WritePlan:
             names = ["model.safetensors"]
         else:
             names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-        ordered = [sorted(group, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for group in groups]
+        ordered = [sorted(group, key=lambda tensor: -STORED_BYTES[tensor.dtype]) for group in groups]
         return dict(zip(names, ordered, strict=True))
 
     def describe(self) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # safetensors' code -> bytes of an element; what a dense model's weights come in.
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+STORED_BYTES = ITEM_BYTES | {"I8": 1, "U8": 1}
+"""Those, and the numbers that weights are rounded to."""
 CHUNK_ELEMENTS = 1 << 20
 """Elements handled at a time: 4 MiB in float32 stay in the cache, and memory does not depend on the model's size."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -55,13 +57,13 @@ class SourceTensor:
         """Elements start .. start+count of the flattened tensor, [count], in the file's dtype."""
         from lamella.checkpoint.dtypes import as_tensor
 
-        size = ITEM_BYTES[self.dtype]
+        size = STORED_BYTES[self.dtype]
         return as_tensor(read_bytes(self.path, self.begin + start * size, count * size), self.dtype)
 
     def xxh3_128(self) -> str:
         """Hash of the tensor's bytes, as the manifest has it."""
         digest = xxhash.xxh3_128()
-        size = self.numel * ITEM_BYTES[self.dtype]
+        size = self.numel * STORED_BYTES[self.dtype]
         for begin, count in spans(self.begin, size, CHUNK_ELEMENTS):
             digest.update(read_bytes(self.path, begin, count).data)
         return digest.hexdigest()
@@ -125,7 +127,7 @@ def _entry(path: AnyPath, name: str, data_start: int, fields: dict) -> tuple[Sou
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
         raise ValueError(f"the shape or place of {name} is no whole numbers")
     tensor = SourceTensor(name, str(fields["dtype"]), shape, path, data_start + begin)
-    if tensor.dtype in ITEM_BYTES and end - begin != tensor.numel * ITEM_BYTES[tensor.dtype]:
+    if tensor.dtype in STORED_BYTES and end - begin != tensor.numel * STORED_BYTES[tensor.dtype]:
         raise UserError(
             f"{path}: {name} has {end - begin} bytes, not those of {tensor.dtype} {list(shape)}; download it again"
         )
@@ -148,7 +150,7 @@ def encode_header(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in entries:
-        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        end = at + math.prod(shape) * STORED_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()

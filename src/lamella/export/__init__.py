@@ -12,7 +12,7 @@ from lamella.checkpoint.folder import appearing_folder, check_output
 from lamella.checkpoint.plan import WritePlan
 from lamella.checkpoint.source import LICENCE_FILES, copy_sidecars
 from lamella.errors import UserError, check_choice, did_you_mean
-from lamella.export import dense, ernie, gguf, glm4_moe, mixtral, qwen_moe
+from lamella.export import dense, ernie, gguf, glm4_moe, mixtral, qwen_moe, rounded
 from lamella.export.card import card
 from lamella.export.measured import Measured
 from lamella.export.model import ConvertedModel
@@ -28,7 +28,13 @@ def _check_gguf(source: Path, exported: Path, mode: Mode, tokens: int | None) ->
     return check_gguf(source, exported, mode, tokens)
 
 
-# In the order in which `auto` tries them; `dense` is another model and never tried.
+def _check_rounded(source: Path, exported: Path, mode: Mode, tokens: int | None) -> Checked:
+    from lamella.export.check import check_rounded
+
+    return check_rounded(source, exported, mode, tokens)
+
+
+# In the order in which `auto` tries them; `dense` is another model, `lamella` one in fewer bits, and never tried.
 TARGETS = {
     "glm4-moe": Target(glm4_moe.needs, stock(glm4_moe.plan)),
     "mixtral": Target(mixtral.needs, stock(mixtral.plan)),
@@ -43,9 +49,10 @@ TARGETS = {
         sidecars=LICENCE_FILES,
     ),
     "dense": Target(dense.needs, stock(dense.plan), mode="dense", loses=dense.loses),
+    "lamella": Target(rounded.needs, rounded.plan, write=rounded.write, check=_check_rounded),
 }
 AUTO = "auto"
-_NOT_AUTO = ("dense", "gguf")
+_NOT_AUTO = ("dense", "gguf", "lamella")
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ def export(
 
 def fitting_targets(model: ConvertedModel) -> list[str]:
     """The targets that hold this model exactly."""
-    return [name for name, target in TARGETS.items() if not target.needs(model) and not target.loses(model)]
+    exact = {name: target for name, target in TARGETS.items() if name != "lamella"}
+    return [name for name, target in exact.items() if not target.needs(model) and not target.loses(model)]
 
 
 def _chosen(model: ConvertedModel) -> str:

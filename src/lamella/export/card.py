@@ -32,6 +32,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
+_LAMELLA = """
+```bash
+lamella generate path/to/this/folder
+```
+"""
 _LLAMA_CPP = """
 ```bash
 llama-server --model {file}
@@ -69,10 +74,14 @@ def card(
         lines.append("- Perplexity of the source, on text that nothing was fitted to:")
         lines += [f"  - {one.describe()}." for one in measured]
     lines += [f"- To know: {trick}." for trick in plan.notes.get("tricks", [])]
-    what = "A GGUF file for llama.cpp." if gguf_file else f"A stock `{architecture}`, no custom code."
+    what, usage = f"A stock `{architecture}`, no custom code.", _TRANSFORMERS
+    if gguf_file:
+        what, usage = "A GGUF file for llama.cpp.", _LLAMA_CPP.format(file=gguf_file)
+    elif to == "lamella":
+        what, usage = f"Frozen experts in {plan.config['moe']['frozen_dtype']}, which lamella reads.", _LAMELLA
     return _CARD.format(
         licence_line=f"license: {licence}\n" if licence else "", name=model.folder.resolve().name,
         library_line="" if gguf_file else "library_name: transformers\n", architecture=architecture, what=what,
         version=__version__, to=to, family=model.family.name, lines="\n".join(lines),
-        usage=_LLAMA_CPP.format(file=gguf_file) if gguf_file else _TRANSFORMERS,
+        usage=usage,
     )  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lamella.architecture.converted import ffn_config
+from lamella.architecture.converted import ffn_config, stored_ffn_config
 from lamella.architecture.moe import Mode
 from lamella.checkpoint.dtypes import DTYPES
 from lamella.checkpoint.source import read_config, read_folder
@@ -17,6 +19,7 @@ from lamella.errors import UserError
 from lamella.export.model import EMBEDDING
 from lamella.export.spans import Spans, spans_to_check
 from lamella.hf.models import ConvertedForCausalLM, load
+from lamella.moe.matrices import RoundedDtype, dequantised, rounded
 
 # fp32: both sum the same products, in another order. Logits are sums over depth x width terms of size about 10; their
 # rounding errors of 1e-6 of that grow to about 1e-4 in 30 layers. A lost expert or bias moves them by 0.1 and more.
@@ -33,6 +36,8 @@ MOST_PLACES = 0.9
 
 # Nats. Rounded weights move a model by tenths at most; a file that is wrong is off by whole ones.
 MAX_DIVERGENCE = 1.0
+# Nats. Kernels for int8 and int4 round inputs and outputs to bfloat16, which may tip a router; a lost expert is 0.1.
+MAX_KERNEL_DIVERGENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,40 @@ def check_reloaded(source: Path, exported: Path, mode: Mode = "routed", tokens: 
     return Checked(difference, spans, quality=quality)
 
 
+def check_rounded(source: Path, exported: Path, mode: Mode = "routed", tokens: int | None = None) -> Checked:
+    """The export with rounded frozen experts against the source with its own rounded alike, and as it is.
+
+    Args:
+        tokens: as of `check_reloaded`.
+
+    Raises:
+        UserError: tensors missing or left over, or another model than the source with rounded experts.
+    """
+    moe = stored_ffn_config(read_config(exported))
+    assert moe is not None
+    assert moe.frozen_dtype != "model"
+    alike = partial(_round_frozen, dtype=moe.frozen_dtype)
+    (reference, *_), spans = source_logits(source, mode, tokens, gaps=False, change=alike)
+    found = _logits(load(exported, dtype=torch.float32), reference.ids_1L, None, reference.kept)
+    near = Quality.of(found, reference.logits)
+    if not near.divergence <= MAX_KERNEL_DIVERGENCE:
+        raise UserError(
+            f"the reloaded export is {near.divergence:.2g} nats from {source} with its frozen experts rounded alike "
+            f"(allowed: {MAX_KERNEL_DIVERGENCE}); nothing was kept"
+        )
+    quality = Quality.of(found, source_logits(source, mode, tokens, gaps=False)[0][0].logits)
+    refuse_divergence(quality, source)
+    return Checked((found - reference.logits).abs().max().item(), spans, "lamella", quality)
+
+
+@torch.no_grad()
+def _round_frozen(model: ConvertedForCausalLM, dtype: RoundedDtype) -> None:
+    for layer in model.moe_layers:
+        for parameter in layer.experts.frozen_parameters():
+            numbers, scales = rounded(parameter.data, dtype)
+            parameter.data = dequantised(numbers, scales, parameter.shape[-1])
+
+
 def _has_deltas(source: Path) -> bool:
     moe = ffn_config(read_config(source))
     return moe is not None and moe.lora_rank > 0
@@ -148,18 +187,25 @@ def refuse_divergence(quality: Quality, source: Path) -> None:
 
 
 def source_logits(
-    source: Path, mode: Mode, tokens: int | None = None, gaps: bool = True, rounded_to: torch.dtype | None = None
+    source: Path,
+    mode: Mode,
+    tokens: int | None = None,
+    gaps: bool = True,
+    rounded_to: torch.dtype | None = None,
+    change: Callable[[ConvertedForCausalLM], None] = lambda _: None,
 ) -> tuple[list[Reference], Spans]:
     """What the source computes in fp32, on text as long as its windows and scaling demand.
 
     Args:
         gaps: as in Spans.
         rounded_to: every weight but the routers' is rounded to this dtype first.
+        change: done to the model before.
     """
     model = load(source, dtype=torch.float32)
     assert isinstance(model, ConvertedForCausalLM)
     if rounded_to is not None:
         _round(model, rounded_to)
+    change(model)
     model.set_mode(mode)
     spans = spans_to_check(model.config, sum(parameter.numel() for parameter in model.parameters()), tokens, gaps)
     ids_1L = _token_ids(source, model.config, spans.tokens)

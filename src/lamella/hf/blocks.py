@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
 from lamella.architecture.moe_tensors import GATE_UP, KINDS, SELECTION_BIAS, expert_shapes, lora_name, packed_name
+from lamella.errors import UserError
 from lamella.hf.computing import Computing
 from lamella.moe.experts import AnyExperts, MoEWeights, Resident, SharedExpert, moe_ffn, packed, packed_lora
 from lamella.moe.provider import ExpertComputer, ExpertProvider
@@ -62,7 +63,8 @@ class ExpertsElsewhere(PackedExperts):
     @property
     def provider(self) -> ExpertProvider | ExpertComputer:
         """Who has them."""
-        assert self.given is not None, "a model that was made within experts_elsewhere() is told who has its experts"
+        if self.given is None:  # of `experts_elsewhere` is told who has them
+            raise UserError("the frozen experts of this model are rounded in its file; open it with lamella.load")
         return self.given
 
 
@@ -122,9 +124,8 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.computing = computing or Computing()
-        self.experts: PackedExperts = (
-            ExpertsElsewhere() if are_experts_elsewhere() else PackedExperts(hidden_size, config)
-        )
+        elsewhere = are_experts_elsewhere() or config.frozen_dtype != "model"
+        self.experts: PackedExperts = ExpertsElsewhere() if elsewhere else PackedExperts(hidden_size, config)
         self.router = Router(hidden_size, config)
         width = config.shared_intermediate_size
         self.shared = Shared(hidden_size, width, config.gated) if width else None
@@ -137,6 +138,8 @@ class MoELayer(nn.Module):
         """What the layer computes with, as it is told to."""
         router, experts = self.router, self.experts
         shared = None if self.shared is None else self.shared.weights
+        if self.computing.exact_copies and isinstance(experts, ExpertsElsewhere):
+            raise UserError("exact copies need experts in the model's dtype; name the model before it was rounded")
         frozen = experts.frozen if self.computing.exact_copies else None
         provider = experts.provider if frozen is None else Resident(frozen, frozen)
         return MoEWeights(

@@ -38,6 +38,7 @@ from lamella.hf.blocks import (
     replace_ffn,
 )
 from lamella.hf.computing import Computing
+from lamella.hf.stored import give_stored_experts, rounded_in_file
 
 
 class ConvertedForCausalLM(PreTrainedModel):
@@ -54,10 +55,10 @@ class ConvertedForCausalLM(PreTrainedModel):
         adapters = getattr(config, "adapters", None)
         if config.moe is None and attention is None and adapters is None:
             raise UserError("config.json has no entry moe, attention_moe or adapters; convert the model again")
-        if are_experts_elsewhere():
+        moe = None if config.moe is None else MoEConfig.from_dict(config.moe)
+        if are_experts_elsewhere() or (moe is not None and moe.frozen_dtype != "model"):
             self._keys_to_ignore_on_load_unexpected = {EXPERT_PATTERN}
-        if config.moe is not None:
-            moe = MoEConfig.from_dict(config.moe)
+        if moe is not None:
             for index in moe.moe_layers:
                 block = MoELayer(config.hidden_size, moe.for_layer(index), self.computing)
                 replace_ffn(decoder_layers(self)[index], block.apply(self._init_weights))
@@ -201,6 +202,8 @@ def load(
 
     Raises:
         UserError: tensors of the architecture are missing from the file (transformers would draw them at random).
+
+    Frozen experts that are rounded in the file of a local folder stay so.
     """
     with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
@@ -211,4 +214,7 @@ def load(
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:
         raise UserError(f"{folder} does not match its config: {wrong}; convert or export it again")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if not are_experts_elsewhere() and rounded_in_file(folder):
+        give_stored_experts(model, Path(folder))
+    return model

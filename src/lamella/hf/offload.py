@@ -5,37 +5,32 @@ The rest of the model is loaded as always. Experts are found in the folder's own
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lamella.architecture.converted import converted_family, ffn_config, is_converted
-from lamella.architecture.layout import layout_of
-from lamella.architecture.model import sizes_of
+from lamella.architecture.converted import converted_family, is_converted, stored_ffn_config
 from lamella.architecture.moe import MoEConfig
-from lamella.architecture.moe_tensors import DOWN, GATE_UP, KINDS, expert_name
 from lamella.checkpoint.dtypes import DTYPES
 from lamella.checkpoint.sizes import bytes_of
-from lamella.checkpoint.source import read_config, read_folder
-from lamella.checkpoint.tensors import SourceTensor
+from lamella.checkpoint.source import read_config
 from lamella.errors import UserError, check_choice
 from lamella.hf.blocks import ExpertsElsewhere, MoELayer, decoder_layers, experts_elsewhere
 from lamella.hf.models import load
+from lamella.hf.stored import Places, stored_experts
 from lamella.moe.experts import router_scores
-from lamella.moe.matrices import PACKED_DTYPES, PackedDtype
+from lamella.moe.matrices import ROUNDED_DTYPES, PackedDtype
 from lamella.moe.offload.cache import ExpertCache
 from lamella.moe.offload.layer import Guess, OffloadedExperts
 from lamella.moe.offload.pages import read_pages_alone
-from lamella.moe.offload.slots import DiskHome, Home, Key, MemoryHome, Range
-from lamella.moe.packed import Experts
+from lamella.moe.offload.slots import DiskHome, Home, MemoryHome
 from lamella.moe.quantised import Quantised
 from lamella.moe.routing import route
 
 PLACES = ("disk", "cpu")
-SLICES = ("stored", "int8", "int4")
+SLICES = ("stored", *ROUNDED_DTYPES)
 
 
 def parse_memory(text: str) -> int:
@@ -54,8 +49,8 @@ def load_offloaded(
         folder: of a converted model.
         expert_memory: bytes for experts: in main memory for a model on the CPU, else on the GPU.
         experts_on: where the others wait.
-        slices: "stored", or "int8" or "int4": the frozen experts are rounded while they are read, and all of them stay
-            in memory; the budget counts them, and what is left is the trained twins'.
+        slices: "stored", or "int8" or "int4": the frozen experts are rounded while they are read, unless the file holds
+            them so, and all of them stay in memory; the budget counts them, and what is left is the trained twins'.
 
     Raises:
         UserError: another kind of model, or too little memory for the experts of one token in a layer.
@@ -69,12 +64,14 @@ def load_offloaded(
     moe, places = _places(folder)
     rounded: dict[int, Quantised] = {}
     if slices != "stored":
-        rounded, places = _rounded_slices(folder, moe, places, next(d for d in PACKED_DTYPES if d == slices))
+        kind = next(dtype for dtype in ROUNDED_DTYPES if dtype == slices)
+        rounded, places = _rounded_slices(folder, moe, places, kind, torch.device(device))
         expert_memory -= sum(layer.nbytes for layer in rounded.values())
-    computed = DTYPES[next(iter(places.values()))[0].dtype] if dtype == "auto" else dtype
+    stored = [DTYPES[m.values.dtype] for pair in places.values() for m in pair if m.scales is None]
+    computed = (stored or [torch.float32])[0] if dtype == "auto" else dtype
     assert isinstance(computed, torch.dtype)
     home: Home = (
-        DiskHome(_ranges(places), computed)
+        DiskHome({key: (one.range(), other.range()) for key, (one, other) in places.items()}, computed)
         if experts_on == "disk"
         else MemoryHome(_in_memory(places, computed), torch.device(device))
     )
@@ -97,61 +94,36 @@ def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
     return None
 
 
-def _places(folder: Path) -> tuple[MoEConfig, dict[Key, tuple[SourceTensor, SourceTensor]]]:
-    """The config, and for each (layer, expert) the packed tensors that hold it; see `_ranges` for where in them."""
+def _places(folder: Path) -> tuple[MoEConfig, Places]:
+    """The config, and where each expert is stored."""
     config = read_config(folder)
     if config.get("moe") is None or not is_converted(config):
         raise UserError(f"{folder} is no converted model with experts in its FFNs; leave --expert-memory out")
     converted_family(config)
-    moe = ffn_config(config)
+    moe = stored_ffn_config(config)
     assert moe is not None
     if not moe.gated or moe.lora_rank or any(config.get(entry) is not None for entry in ("attention_moe", "adapters")):
         raise UserError("experts of two matrices, low-rank deltas, attention experts and adapters stay in memory; "
                         "leave --expert-memory out")  # fmt: skip
-    tensors, layout = read_folder(folder), layout_of(sizes_of(config))
-    places: dict[Key, tuple[SourceTensor, SourceTensor]] = {}
-    for layer in moe.moe_layers:
-        own = moe.for_layer(layer)
-        first = 0
-        for kind, count in zip(KINDS, (own.num_frozen_experts, own.num_trainable_experts), strict=True):
-            if count:
-                gate_up, down = (tensors[layout.prefix(layer) + expert_name(kind, p)] for p in (GATE_UP, DOWN))
-                places |= {(layer, first + i): (_part(gate_up, i), _part(down, i)) for i in range(count)}
-            first += count
-    return moe, places
+    return moe, stored_experts(folder, moe)
 
 
-def _part(tensor: SourceTensor, index: int) -> SourceTensor:
-    """One matrix of a packed tensor."""
-    shape = tensor.shape[1:]
-    nbytes = shape[0] * shape[1] * DTYPES[tensor.dtype].itemsize
-    return dataclasses.replace(tensor, shape=shape, begin=tensor.begin + index * nbytes)
-
-
-def _ranges(places: dict[Key, tuple[SourceTensor, SourceTensor]]) -> dict[Key, tuple[Range, Range]]:
-    def one(t: SourceTensor) -> Range:
-        assert isinstance(t.path, Path)  # of a local folder
-        return Range(t.path, t.begin, t.shape, DTYPES[t.dtype])
-
-    return {key: (one(gate_up), one(down)) for key, (gate_up, down) in places.items()}
-
-
-def _in_memory(
-    places: dict[Key, tuple[SourceTensor, SourceTensor]], dtype: torch.dtype
-) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
+def _in_memory(places: Places, dtype: torch.dtype) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
     """All experts by layer, pinned where there is a GPU."""
     layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     for (layer, _), pair in places.items():
-        for matrices, tensor in zip(layers.setdefault(layer, ([], [])), pair, strict=True):
-            matrix = tensor.read(0, tensor.numel).view(tensor.shape).to(dtype)
+        for matrices, stored in zip(layers.setdefault(layer, ([], [])), pair, strict=True):
+            matrix = stored.weight().to(dtype)
             matrices.append(matrix.pin_memory() if torch.cuda.is_available() else matrix)
     return layers
 
 
 def _rounded_slices(
-    folder: Path, moe: MoEConfig, places: dict[Key, tuple[SourceTensor, SourceTensor]], dtype: PackedDtype
-) -> tuple[dict[int, Quantised], dict[Key, tuple[SourceTensor, SourceTensor]]]:
+    folder: Path, moe: MoEConfig, places: Places, dtype: PackedDtype, device: torch.device
+) -> tuple[dict[int, Quantised], Places]:
     """(the frozen experts of each layer in the dtype, the places of all others)."""
+    if moe.frozen_dtype not in ("model", dtype):
+        raise UserError(f"the slices of {folder} are stored in {moe.frozen_dtype}; take --slices {moe.frozen_dtype}")
     count = {layer: moe.for_layer(layer).num_frozen_experts for layer in moe.moe_layers}
     others = {key: pair for key, pair in places.items() if key[1] >= count[key[0]]}
     if not others or len(others) == len(places):
@@ -159,9 +131,7 @@ def _rounded_slices(
     rounded = {}
     for layer, frozen in count.items():
         pairs = [places[layer, e] for e in range(frozen)]
-        matrices = (torch.stack([t.read(0, t.numel).view(t.shape) for t in part]) for part in zip(*pairs, strict=True))
-        experts = Experts(*matrices)
-        rounded[layer] = Quantised(experts, Experts(*(t[:0] for t in experts)), dtype)
+        rounded[layer] = Quantised(*([pair[i].packed(dtype, device) for pair in pairs] for i in (0, 1)))
     return rounded, others
 
 

@@ -14,7 +14,7 @@ from lamella.errors import UserError
 from lamella.hf.blocks import ExpertsElsewhere, MoELayer, PackedExperts
 from lamella.moe.matrices import PackedDtype, packed_matrix
 from lamella.moe.packed import Experts
-from lamella.moe.quantised import Quantised
+from lamella.moe.quantised import Beside, Quantised
 from lamella.moe.routing import Routing
 
 
@@ -57,10 +57,10 @@ def pack(model: PreTrainedModel, dtype: PackedDtype) -> None:
                 frozen, trainable = child.frozen, child.trainable
                 assert isinstance(frozen, Experts)
                 assert isinstance(trainable, Experts)
-                setattr(parent, name, ExpertsElsewhere(Quantised(frozen, trainable, dtype)))
+                setattr(parent, name, ExpertsElsewhere(Quantised.of(frozen, trainable, dtype)))
             elif (stock := _stock(child)) is not None:
                 none = Experts(*(t[:0] for t in stock))
-                setattr(parent, name, QuantisedStock(Quantised(stock, none, dtype)))
+                setattr(parent, name, QuantisedStock(Quantised.of(stock, none, dtype)))
             elif type(child) is nn.Linear:
                 on_cpu = child.weight.device.type == "cpu"
                 setattr(parent, name, PackedLinear(child, "float16" if child is head and on_cpu else dtype))
@@ -72,7 +72,7 @@ def packed_bytes(model: PreTrainedModel) -> int:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             total += module.matrix.nbytes
-        elif isinstance(module, ExpertsElsewhere) and isinstance(module.given, Quantised):
+        elif isinstance(module, ExpertsElsewhere) and isinstance(module.given, Quantised | Beside):
             total += module.given.nbytes
         elif isinstance(module, ExpertsElsewhere) and (slices := getattr(module.given, "slices", None)) is not None:
             total += slices.nbytes

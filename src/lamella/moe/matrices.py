@@ -19,6 +19,8 @@ from lamella.moe.seams import int4_packed, int4_product, int8_product
 
 PackedDtype: TypeAlias = Literal["int8", "float16", "int4"]
 PACKED_DTYPES: tuple[PackedDtype, ...] = get_args(PackedDtype)
+RoundedDtype: TypeAlias = Literal["int8", "int4"]
+ROUNDED_DTYPES: tuple[RoundedDtype, ...] = get_args(RoundedDtype)
 GROUP = 32
 """Inputs that share a scale in int4: with the middle, one more bit a weight."""
 
@@ -94,7 +96,7 @@ class Int4:
         self.width = width
         self.has_kernel = pairs_NB.device.type == "cpu" and len(pairs_NB) % 16 == 0
         if self.has_kernel:
-            self.values = int4_packed(_unpacked(pairs_NB).int())
+            self.values = int4_packed(_unpacked(pairs_NB, torch.int32))
             self.scales = scales_NG2.transpose(0, 1).contiguous()
         else:
             self.values, self.scales = pairs_NB, scales_NG2
@@ -161,9 +163,33 @@ def rounded_to_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantised_int4(pairs_NB: Tensor, scales_NG2: Tensor, width: int) -> Tensor:
     """The float32 [..., N, K] that these stand for; K is `width`."""
-    values = _unpacked(pairs_NB).unflatten(-1, (-1, GROUP)).float() - 8
+    values = _unpacked(pairs_NB, torch.float32).unflatten(-1, (-1, GROUP))
     scale, middle = scales_NG2.float()[..., None].unbind(-2)
-    return (values * scale + middle).flatten(-2)[..., :width]
+    return values.sub_(8).mul_(scale).add_(middle).flatten(-2)[..., :width]
+
+
+def rounded(weight_NK: Tensor, dtype: RoundedDtype) -> tuple[Tensor, Tensor]:
+    """(numbers, scales) as `rounded_to_int8` or `rounded_to_int4` gives them."""
+    return rounded_to_int8(weight_NK) if dtype == "int8" else rounded_to_int4(weight_NK)
+
+
+def rounded_shapes(shape: tuple[int, ...], dtype: RoundedDtype) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the numbers and of the scales that weights [..., N, K] are rounded to."""
+    *rest, K = shape
+    G = -(-K // GROUP)
+    if dtype == "int8":
+        return [(torch.int8, shape), (torch.bfloat16, tuple(rest))]
+    return [(torch.uint8, (*rest, G * GROUP // 2)), (torch.bfloat16, (*rest, G, 2))]
+
+
+def dequantised(values: Tensor, scales: Tensor, width: int) -> Tensor:
+    """The float32 [..., N, K] that rounded numbers stand for; K is `width`."""
+    return dequantised_int8(values, scales) if values.dtype == torch.int8 else dequantised_int4(values, scales, width)
+
+
+def rounded_matrix(values: Tensor, scales: Tensor, width: int) -> Matrix:
+    """The matrix [N, K] of rounded numbers; K is `width`."""
+    return Int8(values, scales) if values.dtype == torch.int8 else Int4(values, scales, width)
 
 
 def _filled(rows: Tensor) -> Tensor:
@@ -172,14 +198,14 @@ def _filled(rows: Tensor) -> Tensor:
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
-def _unpacked(pairs_NB: Tensor) -> Tensor:
-    return torch.stack([pairs_NB & 15, pairs_NB >> 4], dim=-1).flatten(-2)
+def _unpacked(pairs_NB: Tensor, dtype: torch.dtype) -> Tensor:
+    values_NB2 = torch.empty(*pairs_NB.shape, 2, dtype=dtype, device=pairs_NB.device)
+    values_NB2[..., 0], values_NB2[..., 1] = pairs_NB & 15, pairs_NB >> 4
+    return values_NB2.flatten(-2)
 
 
 def packed_matrix(weight_NK: Tensor, dtype: PackedDtype) -> Matrix:
     """The matrix in another dtype."""
-    if dtype == "int4":
-        return Int4(*rounded_to_int4(weight_NK), weight_NK.shape[-1])
     if dtype == "float16" and weight_NK.device.type == "cpu":
         return Float16(weight_NK)
-    return Int8(*rounded_to_int8(weight_NK))
+    return rounded_matrix(*rounded(weight_NK, "int4" if dtype == "int4" else "int8"), weight_NK.shape[-1])

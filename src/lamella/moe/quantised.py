@@ -6,16 +6,18 @@ expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from lamella.architecture.moe import Activation
 from lamella.moe.activations import ACTIVATIONS
-from lamella.moe.matrices import PackedDtype, packed_matrix
+from lamella.moe.matrices import Matrix, PackedDtype, packed_matrix
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
 from lamella.moe.paths.decode import MOST_ROWS, add_experts, few_experts
-from lamella.moe.provider import ExpertComputer
+from lamella.moe.provider import ExpertComputer, Portion, experts_in_portions, none_of
 from lamella.moe.routing import Routing
 from lamella.moe.routing_one import Chosen
 
@@ -88,12 +90,19 @@ class UnboundPairs(Unbound):
 
 
 class Quantised(ExpertComputer):
-    """Gated experts in another dtype; they are rounded when this is made, and the originals can be let go."""
+    """Gated experts in another dtype, each a matrix gate_up and a matrix down."""
 
-    def __init__(self, frozen: Experts, trainable: Experts, dtype: PackedDtype):
-        self.gate_up, self.down = (
-            [packed_matrix(weight, dtype) for part in pair for weight in part.detach()]
-            for pair in zip(frozen, trainable, strict=True)
+    def __init__(self, gate_up: list[Matrix], down: list[Matrix]):
+        self.gate_up, self.down = gate_up, down
+
+    @classmethod
+    def of(cls, frozen: Experts, trainable: Experts, dtype: PackedDtype) -> Quantised:
+        """They are rounded, and the originals can be let go."""
+        return cls(
+            *(
+                [packed_matrix(weight, dtype) for part in pair for weight in part.detach()]
+                for pair in zip(frozen, trainable, strict=True)
+            )
         )
 
     @property
@@ -127,3 +136,43 @@ class Quantised(ExpertComputer):
         hidden_Kf = self.down[ids[0]].rounded(ACTIVATIONS[activation](gate_Kf).mul_(up_Kf))
         rows_KD = torch.cat([self.down[e](hidden_1f) for e, hidden_1f in zip(ids, hidden_Kf.split(1), strict=True)])
         y_D.add_(torch.tensor(weights, dtype=x_D.dtype, device=x_D.device) @ rows_KD.to(x_D.dtype))
+
+
+class Beside(ExpertComputer):
+    """Frozen experts in fewer bytes, and the trainable ones, which follow them, as they are: all in memory."""
+
+    def __init__(self, slices: Quantised, trainable: Experts):
+        self.slices, self.trainable = slices, trainable
+        self.first = len(slices.gate_up)
+        self.gate_up, self.down = (tensor.unbind(0) for tensor in trainable)
+
+    @property
+    def nbytes(self) -> int:
+        """What all weights take."""
+        return self.slices.nbytes + sum(tensor.nbytes for tensor in self.trainable)
+
+    def compute(self, x_TD: Tensor, routing: Routing, activation: Activation = "silu") -> Tensor:
+        """The sum of both kinds' outputs."""
+        y_TD = self.slices.compute(x_TD, routing, activation)
+        if not len(self.trainable.down_proj):
+            return y_TD
+
+        def computed(x_ND: Tensor, own: Routing, experts: object) -> Tensor:
+            assert isinstance(experts, Experts)
+            return apply_experts(x_ND, own, experts, Experts._make(none_of(experts)), activation=activation)
+
+        return y_TD + experts_in_portions(x_TD, routing, self, computed)
+
+    def hand_out(self, expert_ids: Sequence[int]) -> Iterator[Portion]:
+        """The trainable ones in one portion."""
+        if any(e >= self.first for e in expert_ids):
+            yield Portion(range(self.first, self.first + len(self.gate_up)), self.trainable)
+
+    def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
+        """By matrix-vector products."""
+        self.slices.add_one(y_D, x_D, chosen, activation)
+        ids, weights = chosen.within(self.first, self.first + len(self.gate_up))
+        if ids:
+            own = [e - self.first for e in ids]
+            matrices = [self.gate_up[e] for e in own], [self.down[e] for e in own]
+            add_experts(y_D, x_D, Chosen(own, weights), *matrices, activation)

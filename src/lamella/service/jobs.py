@@ -27,7 +27,7 @@ Word = Annotated[str, Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(max_length=200)]
 Stored = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M",
-    "Q6_K", "IQ4_NL", "IQ4_XS",
+    "Q6_K", "IQ4_NL", "IQ4_XS", "INT8", "INT4",
 ]  # fmt: skip
 DEFAULT_CONVERSION = "artifacts/moe"
 
@@ -179,12 +179,13 @@ class ExportJob(Strict):
     kind: Literal["export"]
     source: Word
     """A run directory, or the folder of a converted model."""
-    to: Literal["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense"]
+    to: Literal["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense", "lamella"]
     """It becomes this."""
     out_folder: Word = Field(alias="out")
     """The exported model is written to this folder."""
     dtype: Stored | None = None
-    """The weights are stored so, the quantised ones in a GGUF file alone; null: as they are."""
+    """The weights are stored so: INT8 and INT4 with `to: lamella`, the other quantised ones in a GGUF file alone; null:
+    as they are."""
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]?i?B$")] | None = None
     """The weights are cut into files of at most this size, such as 2GB; null: 5GB."""
     mode: Literal["dense"] | None = None

@@ -159,7 +159,7 @@ class ExpertCache:
         slot.ready.clear()
         self._slots[key] = slot
         heapq.heappush(self._heap, (self._worth.get(key, -1.0), key))
-        self.counts.bytes_read += self.home.expert_bytes
+        self.counts.bytes_read += self.home.expert_bytes(key)
         self._readers.fill(slot, urgent=not is_guess)
         return slot
 

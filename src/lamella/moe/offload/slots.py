@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import UserError
+from lamella.moe.matrices import dequantised
 
 PAGE = 4096
 """Bytes; what reading past the page cache wants offsets, lengths and addresses to be multiples of."""
@@ -34,11 +35,25 @@ class Range(NamedTuple):
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scales: Range | None = None
+    """Of rounded numbers, `shape` of them."""
+    width: int = 0
+    """With scales: the inputs of the matrix that the numbers stand for."""
 
     @property
     def nbytes(self) -> int:
-        """How many bytes these are."""
+        """How many bytes these are, without the scales."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def moved(self) -> int:
+        """How many bytes are read for it."""
+        return self.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def numel(self) -> int:
+        """The weights of the matrix."""
+        return math.prod(self.shape if self.scales is None else (*self.shape[:-1], self.width))
 
 
 class Slot:
@@ -63,8 +78,10 @@ class Home(Protocol):
 
     slot_bytes: int
     """What a slot takes."""
-    expert_bytes: int
-    """What is moved for one expert."""
+
+    def expert_bytes(self, key: Key) -> int:
+        """What is moved for this expert."""
+        ...
 
     def new_slot(self) -> Slot: ...
 
@@ -78,19 +95,23 @@ class DiskHome:
 
     Args:
         ranges: per layer and expert the bytes of gate_up and down.
-        dtype: to compute in; experts of another are converted on the way.
+        dtype: to compute in; experts of another, and rounded ones, are converted on the way.
     """
 
     def __init__(self, ranges: dict[Key, tuple[Range, Range]], dtype: torch.dtype):
         self.ranges, self.dtype = ranges, dtype
         largest = [max(pair[i].nbytes for pair in ranges.values()) for i in (0, 1)]
-        widest = [max(math.prod(pair[i].shape) for pair in ranges.values()) * dtype.itemsize for i in (0, 1)]
-        self._direct = [_pages(nbytes) + PAGE for nbytes in largest]
-        converts = any(r.dtype != dtype for pair in ranges.values() for r in pair)
-        self._slot_sizes = [_pages(nbytes) for nbytes in widest] if converts else self._direct
-        self.slot_bytes, self.expert_bytes = sum(self._slot_sizes), sum(largest)
+        widest = [max(pair[i].numel for pair in ranges.values()) * dtype.itemsize for i in (0, 1)]
+        scales = max((r.moved - r.nbytes for pair in ranges.values() for r in pair), default=0)
+        self._buffers = [_pages(nbytes) + PAGE for nbytes in (*largest, scales)]
+        self._slot_sizes = [_pages(nbytes) + PAGE for nbytes in widest]
+        self.slot_bytes = sum(self._slot_sizes)
         self._files = _Files()
         self._staging = threading.local()
+
+    def expert_bytes(self, key: Key) -> int:
+        """Of both matrices in the file."""
+        return sum(range_.moved for range_ in self.ranges[key])
 
     def new_slot(self) -> Slot:
         """Pages for both matrices. They are taken from the system when they are first written."""
@@ -102,12 +123,14 @@ class DiskHome:
         slot.gate_up, slot.down = self._read(slot.memory[0], gate_up, 0), self._read(slot.memory[1], down, 1)
 
     def _read(self, memory: mmap.mmap, range_: Range, which: int) -> Tensor:
-        if range_.dtype == self.dtype:
+        if range_.dtype == self.dtype and range_.scales is None:
             return self._files.read(range_, memory)
         if not hasattr(self._staging, "memory"):
-            self._staging.memory = [mmap.mmap(-1, size) for size in self._direct]
+            self._staging.memory = [mmap.mmap(-1, size) for size in self._buffers]
         read = self._files.read(range_, self._staging.memory[which])
-        target = torch.frombuffer(memory, dtype=self.dtype, count=read.numel()).view(range_.shape)
+        if range_.scales is not None:
+            read = dequantised(read, self._files.read(range_.scales, self._staging.memory[2]), range_.width)
+        target = torch.frombuffer(memory, dtype=self.dtype, count=read.numel()).view(read.shape)
         return target.copy_(read)
 
 
@@ -163,8 +186,12 @@ class MemoryHome:
     def __init__(self, experts: Mapping[int, tuple[Sequence[Tensor], Sequence[Tensor]]], device: torch.device):
         self.experts, self.device = experts, device
         sizes = [sum(m[0].nbytes for m in matrices) for matrices in experts.values()]
-        self.slot_bytes = self.expert_bytes = max(sizes)
+        self.slot_bytes = max(sizes)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def expert_bytes(self, key: Key) -> int:
+        """Of both matrices."""
+        return sum(matrices[key[1]].nbytes for matrices in self.experts[key[0]])
 
     def new_slot(self) -> Slot:
         """Nothing yet: the layers' experts may differ in width."""
