@@ -13,6 +13,7 @@ from lamella.conversion import SliceOptions, convert
 from lamella.export import TARGETS
 from lamella.export.gguf.quantise import K_QUANTS
 from lamella.export.gguf.write import DTYPES
+from lamella.moe.matrices import ROUNDED_DTYPES
 from lamella.recipe.methods import METHODS
 from lamella.service.context import Service
 from lamella.service.conversions import conversion_of
@@ -105,7 +106,7 @@ def test_windows_that_do_not_fit_are_refused(client: TestClient) -> None:
 def test_the_api_knows_every_method_and_every_target(client: TestClient) -> None:
     assert set(get_args(Method)) == set(METHODS)
     assert set(get_args(ExportJob.model_fields["to"].annotation)) == {"auto", *TARGETS}
-    assert set(get_args(Stored)) == {*DTYPES, *K_QUANTS}
+    assert set(get_args(Stored)) == {*DTYPES, *K_QUANTS, *(name.upper() for name in ROUNDED_DTYPES)}
     sections = client.get("/v1/schemas/submission").json()["$defs"]
     for name in ("TrainJob", "ConvertJob", "VerifyJob", "EvaluateJob", "ExportJob", "Cluster"):
         properties = sections[name]["properties"]

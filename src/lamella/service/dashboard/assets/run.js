@@ -8,7 +8,7 @@ const id = byId("run").dataset.run;
 const base = `/v1/jobs/${id}`;
 const OVER = ["succeeded", "failed", "cancelled"];
 const MOST_EVENTS = 1000;
-const TARGETS = ["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense", "lamella"];
+const TARGETS = ["auto", "glm4-moe", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "gguf", "dense"];
 const curves = training(base);
 let run = null, endLog = null;
 
