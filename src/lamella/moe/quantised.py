@@ -23,10 +23,17 @@ from lamella.moe.routing_one import Chosen
 
 
 class Unbound(ExpertComputer):
-    """Gated experts in memory, whose single matrices are looked up once and not for every token."""
+    """Gated experts in memory, whose single matrices are looked up once and not for every token.
+
+    On a CPU the down matrices lie in memory as [f, D], of which the packed tensors become views: the product of a narrow
+    matrix and a vector then adds up f long rows, which takes half the time of D short dot products.
+    """
 
     def __init__(self, frozen: Experts, trainable: Experts):
         self.frozen, self.trainable = frozen, trainable
+        if frozen.down_proj.device.type == "cpu":
+            for part in (frozen, trainable):
+                part.down_proj.data = part.down_proj.detach().transpose(1, 2).contiguous().transpose(1, 2)
         pairs = zip(frozen, trainable, strict=True)
         self.gate_up, self.down = (f.detach().unbind(0) + t.detach().unbind(0) for f, t in pairs)
 
@@ -45,20 +52,13 @@ class Unbound(ExpertComputer):
 class UnboundPairs(Unbound):
     """Those of twin routing on a CPU: neighbours of a kind are one matrix, so as converted a token makes the dense
     FFN's calls.
-
-    For that the down matrices of a kind lie side by side in memory, [D, S, f]; the packed tensors stay what they are,
-    [S, D, f], as views of that.
     """
 
     def __init__(self, frozen: Experts, trainable: Experts):
-        wide = []
-        for part in (frozen, trainable):
-            down_DSf = part.down_proj.detach().transpose(0, 1).contiguous()
-            part.down_proj.data = down_DSf.transpose(0, 1)
-            wide.append(down_DSf.flatten(1))
         super().__init__(frozen, trainable)
-        self._rows = [part.gate_up_proj.detach().flatten(0, 1) for part in (frozen, trainable)]
-        self._wide, self.num_slices, self.width = wide, len(frozen.down_proj), frozen.down_proj.shape[-1]
+        parts = [(part.gate_up_proj.detach(), part.down_proj.detach().transpose(1, 2)) for part in (frozen, trainable)]
+        self._rows = [tuple(tensor.flatten(0, 1) for tensor in part) for part in parts]
+        self.num_slices, self.width = len(frozen.down_proj), frozen.down_proj.shape[-1]
         self._runs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def add_one(self, y_D: Tensor, x_D: Tensor, chosen: Chosen, activation: Activation = "silu") -> None:
@@ -84,7 +84,8 @@ class UnboundPairs(Unbound):
         if (first, count) not in self._runs:
             kind, i = divmod(first, self.num_slices)
             f = self.width
-            views = self._rows[kind][i * 2 * f : (i + count) * 2 * f], self._wide[kind][:, i * f : (i + count) * f]
+            gate_up, down = self._rows[kind]
+            views = gate_up[i * 2 * f : (i + count) * 2 * f], down[i * f : (i + count) * f].t()
             self._runs[first, count] = views
         return self._runs[first, count]
 
