@@ -25,8 +25,8 @@ from lamella.moe.routing_one import Chosen
 class Unbound(ExpertComputer):
     """Gated experts in memory, whose single matrices are looked up once and not for every token.
 
-    On a CPU the down matrices lie in memory as [f, D], of which the packed tensors become views: the product of a narrow
-    matrix and a vector then adds up f long rows, which takes half the time of D short dot products.
+    On a CPU the down matrices lie in memory as [f, D], of which the packed tensors become views: the product of a
+    narrow matrix and a vector then adds up f long rows, which takes half the time of D short dot products.
     """
 
     def __init__(self, frozen: Experts, trainable: Experts):
