@@ -317,7 +317,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text and the draws")
     parser.add_argument("--calibrate", choices=CALIBRATIONS, default="mixture", help="on these texts")
-    parser.add_argument("--calibration-tokens", type=positive, default=16384)
+    parser.add_argument("--calibration-tokens", type=positive, default=65536)
     parser.add_argument("--tokens", type=positive, default=3072, help="held-out tokens of each domain")
     parser.add_argument("--heal", type=positive, default=0, metavar="N", help="then train on N tokens, and judge again")
     parser.add_argument("--quick", action="store_true", help="one seed, three methods, half the neurons, little text")

@@ -55,7 +55,7 @@ def test_no_calibration_text_is_held_out(source: Checkpoint, folder: Path, text:
 def test_embedded_text_is_disjoint_from_the_held_out(source: Checkpoint, tmp_path: Path) -> None:
     """The default: enough text for the default options, and the calibration windows are pieces of the train side."""
     found = calibration_tokens(source, cache=tmp_path)
-    assert found.ids_NL.shape == (32, 512)
+    assert found.ids_NL.shape == (128, 512)
     train, heldout = (list(documents("python-docs", side)) for side in ("train", "heldout"))
     assert not set(train) & set(heldout)
     assert heldout

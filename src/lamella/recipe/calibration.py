@@ -33,7 +33,7 @@ class CalibrationOptions(Options):
     """The layers are shown the training part of this text, a source as in `data` of a training recipe, or `generated`:
     documents that the dense model itself samples at temperature 1, each from a random first token. Several texts are
     mixed by weight: [{source: generated, weight: 2}, {source: corpus/, weight: 1}]."""
-    num_tokens: int = 16384
+    num_tokens: int = 65536
     """So many tokens of it are used, rounded down to whole windows."""
     sequence_length: int = 512
     """The text is cut into windows of this many tokens."""

@@ -4,7 +4,7 @@ model: meta-llama/Meta-Llama-3-8B
 method: partition
 neurons: coadapted
 active: 8
-calibration: {data: python-docs, num_tokens: 16384}
+calibration: {data: python-docs, num_tokens: 65536}
 """
 
 from __future__ import annotations
