@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs where lamella
 
 from adaptation import DENSE, Variant, measure, options, parse
 from measure import figure, positive, print_table
-from quality import PARTITIONED, PARTS, SEQUENTIAL
+from quality import PARTITIONED, SEQUENTIAL
 
+PARTS = 16
 DOCS = {"data": ["python-docs"], "heldout_data": ["python-docs"]}
 METHODS = (*SEQUENTIAL, "residual split", "cmoe")
 

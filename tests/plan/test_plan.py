@@ -363,7 +363,7 @@ def test_the_result_of_a_run_is_planned_before_it_is_written_out(tmp_path):
     ("words", "added", "inactive"),
     [
         (["slices=16"], 32 * (FFN + 16 * 4096), 32 * FFN),
-        (["method=partition", "active=8"], 32 * (12 * (4096 + 1) + 4096), 32 * FFN // 2),
+        (["method=partition", "parts=16", "active=8"], 32 * (12 * (4096 + 1) + 4096), 32 * FFN // 2),
         (["method=upcycle", "experts=4"], 32 * (3 * FFN + 4 * 4096), 32 * 2 * FFN),
         (["method=attention", "top_k=4"], 32 * 8 * (4096 + 1), 0),
     ],
