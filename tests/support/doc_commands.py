@@ -159,6 +159,7 @@ ON_TOP: tuple[tuple[str, list[str]], ...] = (
     ),
     ("launch/conversions/attention.yaml", [*CALIBRATION[:1], "top_k=1"]),
     ("--task", []),
+    ("lamella data generate", ["--tokens", "1024"]),
     ("lamella adapters learn", ["--steps", "2", "--seq-len", "64"]),
     ("lamella adapters route", ["--steps", "2", "--seq-len", "64"]),
     ("lamella evaluate", ["--tokens", "256", "--seq-len", "64"]),
