@@ -47,7 +47,8 @@ def variants(kinds: list[str], rates: list[float], shares: list[float]) -> dict[
         for kind in kinds:
             own = KINDS[kind].recipe | {"lr": rate}
             texts: dict[str, Any] = {"replay": GENERATED, "old": ()} if kind in NO_OLD_TEXT else {}
-            for share in shares if "routing_loss" not in own else filter(None, shares):
+            needs_replay = "routing_loss" in own or kind == NO_OLD_TEXT[0]
+            for share in filter(None, shares) if needs_replay else shares:
                 made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **texts, **own))
     return made
 

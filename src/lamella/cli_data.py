@@ -49,7 +49,9 @@ def data_prepare(
 
 @data_app.command("generate")
 def data_generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the model that writes.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The dense model that writes: a folder, a hub name, or 'embedded'.")
+    ],
     out: Annotated[Path, typer.Option(help="Write the documents to this JSONL file.")],
     tokens: Annotated[int, typer.Option(help="Write at least so many tokens in all.", min=1)] = 65_536,
     seed: Annotated[int, typer.Option(help="Draw first tokens and text by this seed.", min=0)] = 0,
@@ -67,8 +69,9 @@ def data_generate(
         raise UserError(f"{out} is there; give another --out, or --overwrite")
     from lamella.calibrate.text import written_documents
     from lamella.checkpoint.source import Checkpoint
+    from lamella.evaluate.checkpoints import EMBEDDED
 
-    source = Checkpoint.open(model)
+    source = Checkpoint.open(None if model == EMBEDDED else model)
     out.parent.mkdir(parents=True, exist_ok=True)
     documents = written_documents(source, tokens, seed)
     write_atomic(out, "".join(json.dumps({"text": document}) + "\n" for document in documents))

@@ -136,7 +136,7 @@ def _read_windows(
     if len(samples) < (1 if may_lack else count):
         raise UserError(
             f"{text} gives {len(samples) * options.sequence_length} calibration tokens of the "
-            f"{count * options.sequence_length} asked for; ask for fewer or give more text"
+            f"{count * options.sequence_length} asked for; lower calibration.num_tokens or give more text"
         )
     return [samples.sample(i) for i in range(min(count, len(samples)))]
 

@@ -105,7 +105,10 @@ def stock(plan: Callable[[ConvertedModel], WritePlan]) -> Callable[[ConvertedMod
 def _stored_as(plan: WritePlan, dtype: str) -> WritePlan:
     if dtype not in STOCK_DTYPES:
         near = did_you_mean(dtype, STOCK_DTYPES)
-        raise UserError(f"unknown dtype {dtype!r}{near}; known: {', '.join(STOCK_DTYPES)}; for others take --to gguf")
+        raise UserError(
+            f"unknown dtype {dtype!r}{near}; known: {', '.join(STOCK_DTYPES)}; for others take --to gguf, or"
+            " --to lamella"
+        )
     config = {key: value for key, value in plan.config.items() if key != "torch_dtype"}
     tensors = [_as_dtype(tensor, dtype) for tensor in plan.tensors]
     return dataclasses.replace(plan, tensors=tensors, config=config | {"dtype": STOCK_DTYPES[dtype]})
