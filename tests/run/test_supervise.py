@@ -145,11 +145,12 @@ def test_the_cause_of_a_failure_is_the_last_thing_said(runs):
 
 
 def test_an_unfinished_save_is_not_used(runs):
-    """Attempt 1 died in the save of step 8, asynchronously; attempt 2 began at step 4."""
+    """Attempt 1 died in the save of step 8; attempt 2 began at step 4. Saves run beside the steps: that of step 4 may
+    not have ended when attempt 0 was killed in step 6, and attempt 1 then saved it."""
     folder, _ = runs
     run = RunDir(folder / "harmed")
     began = [e["step"] for e in run.events("running")]
-    assert began[:3] == [0, 4, 4]
+    assert began[0] == 0 and began[1] in (0, 4) and began[2] == 4
     assert 8 not in [e["step"] for e in run.events("save") if e["time"] < run.events("start")[2]["time"]]
     assert not list(run.checkpoints.glob("*.tmp"))
 
