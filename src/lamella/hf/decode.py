@@ -25,7 +25,7 @@ from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.experts import MoEWeights, Resident, SharedExpert, moe_ffn
 from lamella.moe.packed import Experts
 from lamella.moe.provider import ExpertComputer
-from lamella.moe.quantised import Unbound, UnboundPairs
+from lamella.moe.quantised import Unbound
 from lamella.moe.routing_one import route_one
 
 
@@ -211,9 +211,7 @@ def _ffn(mlp: nn.Module) -> Call:
     experts = weights.experts
     if weights.lora is None and isinstance(experts, Resident) and isinstance(experts.frozen, Experts):
         assert isinstance(experts.trainable, Experts)
-        pairs = config.routing == "twin" and weights.router_RD.device.type == "cpu"
-        unbound = UnboundPairs if pairs else Unbound
-        weights = weights._replace(experts=unbound(experts.frozen, experts.trainable))
+        weights = weights._replace(experts=Unbound(experts.frozen, experts.trainable))
     one = _OneToken(weights, config) if _fits_one_token(weights) else None
 
     def routed(x_BD: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ class Chosen(NamedTuple):
     expert_ids: list[int]
     weights: list[float]
 
+    def ascending(self) -> Chosen:
+        """The same, by expert id."""
+        ids, weights = zip(*sorted(zip(self.expert_ids, self.weights, strict=True)), strict=True)
+        return Chosen(list(ids), list(weights))
+
     def within(self, first: int, end: int) -> Chosen:
         """Those whose ids are from `first` to before `end`."""
         kept = [k for k, e in enumerate(self.expert_ids) if first <= e < end]
