@@ -3,8 +3,8 @@
 Learning without forgetting: nats on new text (C headers) against nats on old text that is never trained on (news, the
 Python docs), for dense continued pretraining of the FFNs over its learning rates and for twin routing over its own,
 with and without a quarter of other old text (READMEs) replayed. "no old text" is shown nothing of the old: text that
-the dense model wrote stands for it, in the fit of the router and where a quarter is replayed. Same text, tokens and
-active FLOPs.
+the dense model wrote stands for it, in the fit of the router and where a quarter is replayed; "recall" is the share of
+the new tokens that the router's threshold lets through to the twins. Same text, tokens and active FLOPs.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ TWINS: dict[str, dict[str, Any]] = {
     "twin, share 0.8": {"router_lr_scale": 10.0, "twin_share": {"target": 0.8}},
     "twin, routing loss": {"router_lr_scale": 10.0, "routing_loss": ROUTING_LOSS},
     "twin, fitted router": {"trains": "experts", "router_fit": FIT},
-    "twin, no old text": {"trains": "experts", "router_fit": FIT | {"to_slices": [GENERATED]}},
 }
-NO_OLD_TEXT = ("dense, no old text", "twin, no old text")
-KINDS = {"dense": DENSE, NO_OLD_TEXT[0]: replace(DENSE, axis=NO_OLD_TEXT[0])}
+DENSE_NO_OLD, TWIN_NO_OLD = "dense, no old text", "twin, no old text"
+for name, recall in {"": None, ", recall 0.9": 0.9, ", recall 0.7": 0.7, ", recall 0.5": 0.5}.items():
+    fit = FIT | {"to_slices": [GENERATED], "recall": recall}
+    TWINS[TWIN_NO_OLD + name] = {"trains": "experts", "router_fit": fit}
+KINDS = {"dense": DENSE, DENSE_NO_OLD: replace(DENSE, axis=DENSE_NO_OLD)}
 KINDS |= {name: Variant(name, {"noise": 0.0}, recipe) for name, recipe in TWINS.items()}
 QUICK = ("dense", "twin")
 
@@ -46,8 +48,9 @@ def variants(kinds: list[str], rates: list[float], shares: list[float]) -> dict[
     for rate in rates:
         for kind in kinds:
             own = KINDS[kind].recipe | {"lr": rate}
-            texts: dict[str, Any] = {"replay": GENERATED, "old": ()} if kind in NO_OLD_TEXT else {}
-            needs_replay = "routing_loss" in own or kind == NO_OLD_TEXT[0]
+            shown_none = kind.startswith((DENSE_NO_OLD, TWIN_NO_OLD))
+            texts: dict[str, Any] = {"replay": GENERATED, "old": ()} if shown_none else {}
+            needs_replay = "routing_loss" in own or kind == DENSE_NO_OLD
             for share in filter(None, shares) if needs_replay else shares:
                 made[kind, share > 0, rate] = replace(KINDS[kind], recipe=mixed(share, **texts, **own))
     return made

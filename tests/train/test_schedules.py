@@ -16,7 +16,7 @@ from lamella.recipe.training import Recipe, make_recipe
 from lamella.titan.parallelise import is_trained
 from lamella.train.assemble import model_config
 from lamella.train.balance import Balance, choice_targets
-from lamella.train.fit_router import Moments, ridge_row
+from lamella.train.fit_router import Logits, Moments, bias_at, ridge_row
 from lamella.train.optimizer import Schedules, group_name, optimizer_config
 from support.models import PARTITIONED, tiny_moe, trainable_moe
 from support.titan import load_titan
@@ -145,6 +145,21 @@ def test_the_fitted_row_is_the_ridge_regression_onto_the_sides():
     loss = ((new @ row_D - 1) ** 2).mean() + ((old @ row_D + 1) ** 2).mean() + 0.01 * scale * row_D.square().sum()
     (gradient,) = torch.autograd.grad(loss, row_D)
     assert gradient.abs().max() < 1e-6  # moments and row are float32
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("recall", [0.5, 0.9])
+def test_this_share_of_new_tokens_goes_to_the_copies(gate, recall):
+    x_TD, row_D = torch.randn(5000, 16), torch.randn(16) / 8
+    logits = Logits(row_D)
+    for part in x_TD.split(1700):
+        logits.add(part)
+    config = MoEConfig(4, 4, 32, 4, (0,), gate=gate, route_scale=4.0)
+    bias_S = bias_at(logits.above(recall), config)
+    ids_TK = route(expert_scores((x_TD @ row_D)[:, None].expand(-1, 4), config), bias_S, config).expert_ids_TK
+    copies_TK = ids_TK >= 4
+    assert copies_TK.all(1).eq(copies_TK.any(1)).all()  # all pairs alike
+    assert copies_TK.float().mean().item() == pytest.approx(recall, abs=0.01)
 
 
 def test_quantile_and_top_k_reach_the_layers(tmp_path):

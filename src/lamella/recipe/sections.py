@@ -119,6 +119,9 @@ class RouterFit(Sides):
     """The rows are fitted to this many samples of each side, from its training text."""
     ridge: float = Field(default=0.01, gt=0)
     """The regression is regularised by this strength."""
+    recall: float | None = Field(default=None, gt=0, lt=1)
+    """The threshold of each layer is set so that this share of the new text's tokens goes to the twins; null puts it
+    halfway between the sides. The lower, the less goes to the twins of old text that is unlike what was shown."""
 
     @model_validator(mode="after")
     def _possible(self) -> RouterFit:

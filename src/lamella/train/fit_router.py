@@ -9,6 +9,10 @@ hidden states have in common is most of what gradients show such a router. Ridge
 x: the layer's input in the dense model. All pairs get the same row, so their weights are equal, and a token whose
 slices are chosen is computed as by the dense model.
 
+Without `recall` a token is new where w.x > 0. With it, where w.x is above that quantile of the new tokens' which leaves
+this share of them: old text that nobody could show to the router looks more like the new than what stood for it, and a
+higher threshold keeps it from the twins.
+
 Shapes: T tokens, D model width, S pairs.
 """
 
@@ -23,7 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torchtitan.tools.utils import device_type
 
+from lamella.architecture.moe import MoEConfig
 from lamella.data.packing import Sample
+from lamella.moe.routing import expert_scores, pair_margins, router_logits
 from lamella.recipe.sections import RouterFit
 from lamella.titan.decoder import LamellaDecoder
 from lamella.titan.pipeline import through_stages
@@ -44,10 +50,45 @@ class Moments:
         self.sum_D += x_TD.sum(dim=0)
         self.products_DD.addmm_(x_TD.T, x_TD)
 
-    def sum_over(self, meshes: Sequence[DeviceMesh]) -> None:
-        """Add up the moments of all ranks of these meshes."""
-        for mesh in meshes:
-            for tensor in (self.count, self.sum_D, self.products_DD):
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over ranks."""
+        return self.count, self.sum_D, self.products_DD
+
+
+class Logits:
+    """How often the tokens of one side give a row each logit, in steps of 0.002 from -4 to 4 (the targets are -1 and
+    1)."""
+
+    EDGES = torch.linspace(-4, 4, 4001)
+
+    def __init__(self, row_D: Tensor):
+        self.row_D = row_D.to(device_type)
+        self.counts = torch.zeros(len(self.EDGES) - 1, device=device_type)
+
+    def add(self, x_TD: Tensor) -> None:
+        """Count these tokens in."""
+        logits_T = router_logits(x_TD, self.row_D[None]).flatten()
+        low, high = self.EDGES[0].item(), self.EDGES[-1].item()
+        self.counts += torch.histc(logits_T.clamp(low, high), len(self.counts), low, high)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up over ranks."""
+        return (self.counts,)
+
+    def above(self, share: float) -> float:
+        """The logit that this share of the tokens exceeds."""
+        below = self.counts.double().cumsum(0).cpu()
+        place = int(torch.searchsorted(below, (1 - share) * below[-1]))
+        return self.EDGES[min(place, len(self.EDGES) - 1)].item()
+
+
+def sum_over(found: Sequence[Moments | Logits], meshes: Sequence[DeviceMesh]) -> None:
+    """Add up what all ranks of these meshes have seen."""
+    for mesh in meshes:
+        for one in found:
+            for tensor in one.sums:
                 torch.distributed.all_reduce(tensor, group=mesh.get_group())
 
 
@@ -56,7 +97,7 @@ def fit_router(
     model: LamellaDecoder, fit: RouterFit, samples: MixedSamples, rank: int, size: int, per_batch: int,
     meshes: Sequence[DeviceMesh],
 ) -> None:  # fmt: skip
-    """Replace the rows of all routers, and set their selection biases to 0.
+    """Replace the rows and the selection biases of all routers.
 
     Args:
         samples: of the recipe's data, which have the named sources.
@@ -65,37 +106,50 @@ def fit_router(
     """
     model.eval()
     count = -(-fit.samples // (size * per_batch)) * size * per_batch  # every rank runs as many forwards
-    new, old = (
-        _observe(model, spread_over(samples, names, count)[rank::size], per_batch)
-        for names in (fit.to_twins, fit.to_slices)
-    )
-    for layer, new_moments, old_moments in zip(model.moe_layers, new, old, strict=True):
-        new_moments.sum_over(meshes)
-        old_moments.sum_over(meshes)
-        row_D = ridge_row(new_moments, old_moments, fit.ridge)
+
+    def observe(names: Sequence[str], found: Sequence[Moments | Logits]) -> None:
+        _observe(model, spread_over(samples, names, count)[rank::size], per_batch, found)
+        sum_over(found, meshes)
+
+    new, old = ([Moments(layer.router.weight.shape[1]) for layer in model.moe_layers] for _ in range(2))
+    observe(fit.to_twins, new)
+    observe(fit.to_slices, old)
+    rows = [ridge_row(*moments, fit.ridge) for moments in zip(new, old, strict=True)]
+    thresholds = [0.0] * len(rows)
+    if fit.recall is not None:
+        seen = [Logits(row_D) for row_D in rows]
+        observe(fit.to_twins, seen)
+        thresholds = [logits.above(fit.recall) for logits in seen]
+    for layer, row_D, threshold in zip(model.moe_layers, rows, thresholds, strict=True):
         fill(layer.router.weight, row_D.expand(layer.router.weight.shape))
-        layer.router.selection_bias.zero_()
+        fill(layer.router.selection_bias, bias_at(threshold, layer.moe))
     model.train()
 
 
-def _observe(model: LamellaDecoder, samples: Sequence[Sample], per_batch: int) -> list[Moments]:
-    moments = [Moments(layer.router.weight.shape[1]) for layer in model.moe_layers]
+def bias_at(logit: float, config: MoEConfig) -> Tensor:
+    """The selection biases [S] with which a copy is chosen where the logit, that of all pairs, is above this one."""
+    logits_1S = torch.full((1, config.num_frozen_experts), logit)
+    return -pair_margins(expert_scores(logits_1S, config))[0] / 2
+
+
+def _observe(
+    model: LamellaDecoder, samples: Sequence[Sample], per_batch: int, found: Sequence[Moments | Logits]
+) -> None:
     hooks = [
-        layer.register_forward_pre_hook(partial(_add_input, found))
-        for layer, found in zip(model.moe_layers, moments, strict=True)
+        layer.register_forward_pre_hook(partial(_add_input, one))
+        for layer, one in zip(model.moe_layers, found, strict=True)
     ]
     for i in range(0, len(samples), per_batch):
         inputs, _ = collate(samples[i : i + per_batch])
         through_stages(model, {name: x.to(device_type) for name, x in inputs.items()}, mode="dense")
     for hook in hooks:
         hook.remove()
-    return moments
 
 
-def _add_input(moments: Moments, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _add_input(found: Moments | Logits, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Add what a layer gets: [B, L, D], under tensor parallelism this rank's part of it."""
     x_BLD = inputs[0].to_local() if isinstance(inputs[0], DTensor) else inputs[0]
-    moments.add(x_BLD.flatten(0, 1))
+    found.add(x_BLD.flatten(0, 1))
 
 
 def ridge_row(new: Moments, old: Moments, ridge: float) -> Tensor:
