@@ -76,16 +76,23 @@ def pair_choice_loss(scores_TE: Tensor, targets_T: Tensor) -> Tensor:
     return ((log_sum_TS - log_TS) * wanted_T1).mean(dim=-1).sum()
 
 
+FIRST_BALANCED = 4096
+"""So many of the tokens `balanced_bias` looks at first."""
+
+
 @torch.no_grad()
 def balanced_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int, target: float, max_rounds: int = 2000) -> Tensor:
     """[E] biases under which these tokens' MaxVio is at most `target`, found by sign updates with a falling rate.
 
     The rate is a share of the scores' spread: an absolute one is too slow for large scores and oscillates on small
-    ones. Where the target cannot be reached (fewer tokens than experts), the best of all rounds; where all tokens have
-    the same scores (a router of zeros), `bias_E`.
+    ones. Of many tokens a part is balanced first, which leaves a few rounds for all of them. Where the target cannot be
+    reached (fewer tokens than experts), the best of all rounds; where all tokens have the same scores (a router of
+    zeros), `bias_E`.
     """
     if (scores_TE == scores_TE[:1]).all():
         return bias_E
+    if len(scores_TE) >= 2 * FIRST_BALANCED:
+        bias_E = balanced_bias(scores_TE[:: len(scores_TE) // FIRST_BALANCED], bias_E, top_k, target, max_rounds)
     spread = (scores_TE + bias_E).std().item() or 1.0
     best_E, best = bias_E, float("inf")
     for round_ in range(max_rounds):

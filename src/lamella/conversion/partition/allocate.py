@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ STRENGTH = 0.3
 """Of the regression; the refit's choice in most layers."""
 LEAST, MOST = 0.75, 1.5
 """Of the mean count: without these bounds the estimate trusts itself too far, and text of other kinds pays for it."""
+PROBES = 7
+"""So many counts are computed at most; between them the cost's logarithm is taken for a straight line."""
+TINY = 1e-300
+"""Keeps the logarithm of a layer without any cost finite."""
 
 
 def counts(parts: int, active: int, shared: int = 0) -> range:
@@ -41,8 +46,8 @@ def costs(sample: LayerSample, parts: int, candidates: Sequence[int]) -> Tensor:
     importance_F = (h_TF * dh_TF).abs().mean(0)
     problem = RidgeProblem(h_TF, token_weights(dense_output(sample)))
     alpha = STRENGTH * problem.gram_DD.diagonal().mean().clamp(min=1e-12)
-    found = []
-    for count in candidates:
+
+    def cost(count: int) -> float:
         is_kept_F = torch.zeros(F, dtype=torch.bool)
         is_kept_F[top_neurons(importance_F, count * F // parts)] = True
         kept, dropped = is_kept_F.nonzero().flatten(), (~is_kept_F).nonzero().flatten()
@@ -51,8 +56,11 @@ def costs(sample: LayerSample, parts: int, candidates: Sequence[int]) -> Tensor:
         slopes = torch.cholesky_solve(problem.gram_DD[kept][:, dropped], torch.linalg.cholesky(system)).float()
         left = problem.centred_TD[:, dropped] - problem.centred_TD[:, kept] @ slopes
         change_T = (left * dh_TF[:, dropped]).sum(1)
-        found.append(math.pi / 2 * change_T.abs().mean(dtype=torch.float64).square())
-    return torch.stack(found)
+        return (math.pi / 2 * change_T.abs().mean(dtype=torch.float64).square()).item()
+
+    places = np.linspace(0, len(candidates) - 1, min(PROBES, len(candidates))).round().astype(int)
+    probed = [max(cost(candidates[i]), TINY) for i in places]
+    return torch.from_numpy(np.exp(np.interp(np.arange(len(candidates)), places, np.log(probed))))
 
 
 def allocate(cost_of_layers: Mapping[int, Sequence[float]], candidates: Sequence[int], active: int) -> dict[int, int]:

@@ -9,6 +9,7 @@ Shapes: N items, E groups.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -42,21 +43,24 @@ def _exact(cost_NE: Tensor, capacity: int) -> Tensor:
 
 
 def _prices(cost_NE: Tensor, capacity: int) -> Tensor:
-    """[E] prices >= 0 that bring each item's cheapest group near balance: subgradient ascent on the dual."""
-    N, E = cost_NE.shape
-    price_E = torch.zeros(E, dtype=torch.float64)
-    step = (cost_NE - cost_NE.mean(1, keepdim=True)).abs().mean()
-    best_E, best_excess = price_E, N + 1
+    """[E] prices >= 0 that bring each item's cheapest group near balance: subgradient ascent on the dual.
+
+    In NumPy, whose argmin of short rows takes a third of torch's time.
+    """
+    cost, E = cost_NE.numpy(), cost_NE.shape[1]
+    price_E = np.zeros(E)
+    step = np.abs(cost - cost.mean(1, keepdims=True)).mean()
+    best_E, best_excess = price_E, len(cost) + 1
     for i in range(PRICE_ROUNDS):
-        load_E = (cost_NE + price_E).argmin(1).bincount(minlength=E)
-        excess = int((load_E - capacity).clamp(min=0).sum())
+        load_E = np.bincount((cost + price_E).argmin(1), minlength=E)
+        excess = int((load_E - capacity).clip(min=0).sum())
         if excess < best_excess:
-            best_E, best_excess = price_E.clone(), excess
+            best_E, best_excess = price_E, excess
         if excess == 0:
             break
         # The step shrinks as 1/sqrt(i), as a subgradient method needs; a price is never negative.
-        price_E = (price_E + step * (load_E - capacity) / capacity / (i + 1) ** 0.5).clamp(min=0)
-    return best_E
+        price_E = (price_E + step * (load_E - capacity) / capacity / (i + 1) ** 0.5).clip(min=0)
+    return torch.from_numpy(best_E)
 
 
 def _repair(priced_NE: Tensor, capacity: int) -> Tensor:
