@@ -40,12 +40,7 @@ from lamella.hf.packing import packed_bytes
 from lamella.recipe.conversion import make_conversion
 
 PROMPT = "The first rule of writing clear programs is that others will read them, so"
-PARTITION = {
-    "method": "partition",
-    "parts": 8,
-    "active": 4,
-    "calibration": {"num_tokens": 4096, "sequence_length": 256},
-}
+PARTITION = {"method": "partition", "calibration": {"num_tokens": 4096, "sequence_length": 256}}
 
 
 class Clock:
