@@ -76,7 +76,7 @@ def pair_choice_loss(scores_TE: Tensor, targets_T: Tensor) -> Tensor:
     return ((log_sum_TS - log_TS) * wanted_T1).mean(dim=-1).sum()
 
 
-FIRST_BALANCED = 4096
+FIRST_BALANCED = 8192
 """So many of the tokens `balanced_bias` looks at first."""
 
 
@@ -91,11 +91,13 @@ def balanced_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int, target: float, 
     """
     if (scores_TE == scores_TE[:1]).all():
         return bias_E
+    first_round = 0
     if len(scores_TE) >= 2 * FIRST_BALANCED:
         bias_E = balanced_bias(scores_TE[:: len(scores_TE) // FIRST_BALANCED], bias_E, top_k, target, max_rounds)
+        first_round = 500  # what is left to move is small
     spread = (scores_TE + bias_E).std().item() or 1.0
     best_E, best = bias_E, float("inf")
-    for round_ in range(max_rounds):
+    for round_ in range(first_round, first_round + max_rounds):
         ids_TK = torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
         counts_E = expert_counts(ids_TK, len(bias_E))
         violation = max_violation(counts_E).item()

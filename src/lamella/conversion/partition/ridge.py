@@ -45,7 +45,8 @@ class RidgeProblem:
         return Moments(self._product(y_TE - mean_E.float()), mean_E)
 
     def _mean(self, of_TE: Tensor) -> Tensor:
-        return (of_TE if self.weight_T1 is None else of_TE * self.weight_T1).mean(0, dtype=torch.float64)
+        weight_T1 = torch.ones(len(of_TE), 1) if self.weight_T1 is None else self.weight_T1
+        return _product(weight_T1, of_TE)[0] / len(of_TE)
 
     def _product(self, with_TE: Tensor) -> Tensor:
         weighted_TE = with_TE if self.weight_T1 is None else with_TE * self.weight_T1
