@@ -40,8 +40,6 @@ from lamella.recipe.methods.partition import Axes, Heal, PartitionOptions, parti
 
 ALLOCATION_TOKENS = 8192
 """Of the calibration's, at most: by these the layers are compared."""
-SPLIT_TOKENS = 65536
-"""Of the calibration's, at most: by these the neurons are divided, which needs gradients."""
 
 
 def plan_partition(model: str | Path | None, options: PartitionOptions) -> ConversionPlan:
@@ -134,8 +132,7 @@ def decide_all(source: Checkpoint, options: PartitionOptions, layers: tuple[int,
         own = {layer: dataclasses.replace(axes, active=active) for layer, active in chosen.items()}
     if sequential:
         splits = run(
-            tokens.first(SPLIT_TOKENS), next(folders),
-            lambda layer, sample: split(sample, own[layer], drawn(layer)).to_dict(),
+            tokens, next(folders), lambda layer, sample: split(sample, own[layer], drawn(layer)).to_dict(),
             gradients=axes.needs_gradient,
         )  # fmt: skip
         results = run(
