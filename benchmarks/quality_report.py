@@ -34,22 +34,33 @@ def ratios(report: dict[str, Any], method: str, active: float, calibration: str,
 
 
 def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
-    """Every method's perplexity over dense on the unseen domains, by the share of active neurons: mean and range of the
-    seeds."""
+    """Perplexity over dense by the share of active neurons: every method on the unseen domains, mean and range of the
+    seeds; and the default on each domain."""
     import matplotlib
 
     actives = sorted({row["active"] for row in report["rows"]})
-    with figure(path, 1) as (plot,):
+    with figure(path, 2) as (methods, domains):
         for i, method in enumerate(in_order(report, calibration)):
-            found = [ratios(report, method, active, calibration) for active in actives]
+            found = {active: ratios(report, method, active, calibration) for active in actives}
+            found = {active: of for active, of in found.items() if of}
             style = "--" if method in PRUNED else ":" if method == ORACLE else "-"
-            means, colour = [statistics.geometric_mean(f) for f in found], matplotlib.colormaps["tab20"](i)
+            means, colour = [statistics.geometric_mean(f) for f in found.values()], matplotlib.colormaps["tab20"](i)
             colour, width = ("black", 3) if method == DEFAULT else (colour, 1.5)
-            plot.plot(actives, means, f"o{style}", color=colour, label=method, linewidth=width)
-            plot.vlines(actives, [min(f) for f in found], [max(f) for f in found], color=colour)
-        plot.set(xlabel="active neurons", ylabel="perplexity over dense", yscale="log", xticks=actives, ylim=(1, 100))
-        plot.xaxis.set_major_formatter("{x:.0%}")
-        plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
+            methods.plot([*found], means, f"o{style}", color=colour, label=method, linewidth=width)
+            methods.vlines([*found], [min(f) for f in found.values()], [max(f) for f in found.values()], color=colour)
+        rows = [row for row in report["rows"] if is_of(row, calibration) and row["method"] == DEFAULT]
+        for domain in DOMAINS if rows else ():
+            means = [
+                (active, statistics.geometric_mean(row["ratio"][domain] for row in rows if row["active"] == active))
+                for active in sorted({row["active"] for row in rows})
+            ]
+            line, width, label = ("o-", 3, f"{domain} (unseen)") if domain in UNSEEN else ("s--", 1.5, domain)
+            domains.plot(*zip(*means, strict=True), line, label=label, linewidth=width)
+        methods.set(title="unseen domains", ylabel="perplexity over dense")
+        domains.set(title=f"{DEFAULT}, by domain")
+        for plot in (methods, domains):
+            plot.set(xlabel="active neurons", yscale="log", xticks=actives)
+            plot.xaxis.set_major_formatter("{x:.0%}")
 
 
 def in_order(report: dict[str, Any], calibration: str, healed: int = 0) -> list[str]:
