@@ -34,7 +34,7 @@ DOMAINS = {"headers": "headers.jsonl", "docs": "python-docs"}
 RANK = 16
 """Of each domain's adapter; the one that learns all texts has the sum."""
 SAMPLES_PER_STEP, SEQ_LEN = 2, 256
-LR, ROUTER_LR, MIXED_SHARE = 2e-3, 3e-3, 0.25
+LR, ROUTER_LR, MIXED_SHARE = 1e-3, 3e-3, 0.25
 """Of adapters; of routers; and the share of their rate at which adapters train along with routers."""
 OWN_NAMES = frozenset(
     {MARK, *DOMAINS, "headers.jsonl", "common", "all", "mix", "mix-all", "routed", "experts.png", "report.json"}
