@@ -120,7 +120,7 @@ def test_a_text_shorter_than_the_healing_is_read_again(tmp_path: Path) -> None:
         (["heal={tokens: 0}"], "heal.tokens is 0"),
         (["heal={lr: -1}"], "heal.lr is -1"),
         (["heal={tokens: 10}"], "do not fill a window"),
-        (["heal={}", "active=32"], "nothing to heal"),
+        (["heal={}", "parts=4", "active=4"], "nothing to heal"),
     ],
 )
 def test_what_cannot_be_healed_is_refused(words: list[str], said: str) -> None:
