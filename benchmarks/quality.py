@@ -58,7 +58,7 @@ from lamella.moe.balancing import expert_counts, max_violation
 from lamella.recipe.calibration import GENERATED, CalibrationText
 from lamella.recipe.methods.partition import Axes, Heal, PartitionOptions, partition_sizes
 
-PARTS = 64
+PARTS = 32
 # name -> the axes in which it differs from the defaults without balance; published methods with unit gates
 PARTITIONED: dict[str, dict[str, Any]] = {
     "contiguous": {"neurons": "contiguous", "output": "plain"},
@@ -312,7 +312,7 @@ def main() -> None:
         type=int,
         metavar="N",
         choices=range(1, PARTS + 1),
-        default=[48, 32, 16],
+        default=[24, 16, 8],
         help="active parts",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text and the draws")
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.quick:
-        quick = {"methods": [*QUICK], "active": [32], "seeds": [0], "calibration_tokens": 4096, "tokens": 1024}
+        quick = {"methods": [*QUICK], "active": [16], "seeds": [0], "calibration_tokens": 4096, "tokens": 1024}
         args = argparse.Namespace(**(vars(args) | quick))
     report = measure(args)
     show(report, args.calibrate)

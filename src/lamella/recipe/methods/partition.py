@@ -62,9 +62,9 @@ class Axes(Options):
     neurons: str = "coadapted"
     """The neurons are divided into parts by contiguous, random, kmeans, coactivation, gradient-max, gradient-sharing
     or coadapted."""
-    parts: int = 64
+    parts: int = 32
     """The FFN is cut into this many parts of equal width, G."""
-    active: int = 32
+    active: int = 16
     """Each token passes this many parts, A, shared ones included; the mean over the layers where they differ."""
     allocation: AllocationName | None = None
     """Every layer has as many parts active (even), or those more, from 3/4 to 3/2 of the mean, where leaving neurons
