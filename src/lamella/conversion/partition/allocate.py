@@ -26,7 +26,7 @@ STRENGTH = 0.3
 """Of the regression; the refit's choice in most layers."""
 LEAST, MOST = 0.75, 1.5
 """Of the mean count: without these bounds the estimate trusts itself too far, and text of other kinds pays for it."""
-PROBES = 7
+PROBES = 13
 """So many counts are computed at most; between them the cost's logarithm is taken for a straight line."""
 TINY = 1e-300
 """Keeps the logarithm of a layer without any cost finite."""
