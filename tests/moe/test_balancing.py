@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lamella.architecture.moe import MoEConfig
+from lamella.moe import balancing
 from lamella.moe.balancing import (
     add_gradient_of,
     auxiliary_loss,
@@ -134,7 +135,10 @@ def test_a_gradient_is_added_without_a_change_of_the_value():
     torch.testing.assert_close(x.grad, torch.full((4,), 5.0))
 
 
-def test_balanced_bias_reaches_its_target():
+@pytest.mark.parametrize("first_balanced", [balancing.FIRST_BALANCED, 256])
+def test_balanced_bias_reaches_its_target(monkeypatch, first_balanced):
+    """On all tokens, also where a part of them is balanced first."""
+    monkeypatch.setattr(balancing, "FIRST_BALANCED", first_balanced)
     torch.manual_seed(0)
     scores = torch.randn(2048, 8) + torch.arange(8) * 0.3
     before = max_violation(expert_counts(scores.topk(2).indices, 8))

@@ -16,7 +16,7 @@ from lamella.recipe.training import Recipe, make_recipe
 from lamella.titan.parallelise import is_trained
 from lamella.train.assemble import model_config
 from lamella.train.balance import Balance, choice_targets
-from lamella.train.fit_router import Logits, Moments, bias_at, ridge_row
+from lamella.train.fit_router import Margins, Moments, ridge_row
 from lamella.train.optimizer import Schedules, group_name, optimizer_config
 from support.models import PARTITIONED, tiny_moe, trainable_moe
 from support.titan import load_titan
@@ -150,16 +150,18 @@ def test_the_fitted_row_is_the_ridge_regression_onto_the_sides():
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("recall", [0.5, 0.9])
 def test_this_share_of_new_tokens_goes_to_the_copies(gate, recall):
-    x_TD, row_D = torch.randn(5000, 16), torch.randn(16) / 8
-    logits = Logits(row_D)
-    for part in x_TD.split(1700):
-        logits.add(part)
+    generator = torch.Generator().manual_seed(0)
+    x_TD, row_D = torch.randn(5000, 16, generator=generator), torch.randn(16, generator=generator) / 8
     config = MoEConfig(4, 4, 32, 4, (0,), gate=gate, route_scale=4.0)
-    bias_S = bias_at(logits.above(recall), config)
-    ids_TK = route(expert_scores((x_TD @ row_D)[:, None].expand(-1, 4), config), bias_S, config).expert_ids_TK
-    copies_TK = ids_TK >= 4
+    margins = Margins(row_D, config)
+    for part in x_TD.split(1700):
+        margins.add(part)
+    bias_S = margins.bias(recall, ()).expand(4)
+    scores_TE = expert_scores((x_TD @ row_D)[:, None].expand(-1, 4), config)
+    copies_TK = route(scores_TE, bias_S, config).expert_ids_TK >= 4
     assert copies_TK.all(1).eq(copies_TK.any(1)).all()  # all pairs alike
-    assert copies_TK.float().mean().item() == pytest.approx(recall, abs=0.01)
+    # the token at the quantile itself goes to the slices: one off, and some for rounding
+    assert abs(copies_TK[:, 0].float().mean().item() - recall) <= 3 / 5000
 
 
 def test_quantile_and_top_k_reach_the_layers(tmp_path):

@@ -16,7 +16,7 @@ from lamella.moe.activations import ACTIVATIONS
 from lamella.moe.matrices import Matrix, PackedDtype, packed_matrix
 from lamella.moe.packed import Experts
 from lamella.moe.paths.choose import apply_experts
-from lamella.moe.paths.decode import MOST_ROWS, add_experts, few_experts
+from lamella.moe.paths.decode import MOST_ROWS, add_experts, few_experts, weighed_hidden
 from lamella.moe.provider import ExpertComputer, Portion, experts_in_portions, none_of
 from lamella.moe.routing import Routing
 from lamella.moe.routing_one import Chosen
@@ -56,11 +56,7 @@ class Unbound(ExpertComputer):
             gate_up, down = self._run(ids[start], end - start)
             torch.mv(gate_up, x_D, out=gate_up_n[start * 2 * f : end * 2 * f])
             downs.append((down, start * f, end * f))
-        gate_Kf, up_Kf = gate_up_n.view(len(ids), 2 * f).chunk(2, dim=-1)
-        hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf)
-        if any(weight != 1 for weight in weights):
-            hidden_Kf.mul_(torch.tensor(weights, dtype=x_D.dtype)[:, None])
-        hidden_n = hidden_Kf.view(-1)
+        hidden_n = weighed_hidden(gate_up_n.view(len(ids), 2 * f), weights, activation).view(-1)
         for down, begin, end in downs:
             y_D.addmv_(down, hidden_n[begin:end])
 

@@ -9,9 +9,9 @@ hidden states have in common is most of what gradients show such a router. Ridge
 x: the layer's input in the dense model. All pairs get the same row, so their weights are equal, and a token whose
 slices are chosen is computed as by the dense model.
 
-Without `recall` a token is new where w.x > 0. With it, where w.x is above that quantile of the new tokens' which leaves
-this share of them: old text that nobody could show to the router looks more like the new than what stood for it, and a
-higher threshold keeps it from the twins.
+Without `recall` a token is new where w.x > 0. With it, the threshold is the one that this share of the new tokens is
+above: old text that nobody could show to the router looks more like the new than what stood for it, and a higher
+threshold keeps it from the twins.
 
 Shapes: T tokens, D model width, S pairs.
 """
@@ -29,6 +29,8 @@ from torchtitan.tools.utils import device_type
 
 from lamella.architecture.moe import MoEConfig
 from lamella.data.packing import Sample
+from lamella.moe.balancing import share_bias
+from lamella.moe.collectives import gather_rows
 from lamella.moe.routing import expert_scores, pair_margins, router_logits
 from lamella.recipe.sections import RouterFit
 from lamella.titan.decoder import LamellaDecoder
@@ -50,46 +52,32 @@ class Moments:
         self.sum_D += x_TD.sum(dim=0)
         self.products_DD.addmm_(x_TD.T, x_TD)
 
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        """What adds up over ranks."""
-        return self.count, self.sum_D, self.products_DD
+    def sum_over(self, meshes: Sequence[DeviceMesh]) -> None:
+        """Add up the moments of all ranks of these meshes."""
+        for mesh in meshes:
+            for tensor in (self.count, self.sum_D, self.products_DD):
+                torch.distributed.all_reduce(tensor, group=mesh.get_group())
 
 
-class Logits:
-    """How often the tokens of one side give a row each logit, in steps of 0.002 from -4 to 4 (the targets are -1 and
-    1)."""
+class Margins:
+    """By how much the tokens of one side prefer the copies, the same in all pairs, under the fitted row."""
 
-    EDGES = torch.linspace(-4, 4, 4001)
-
-    def __init__(self, row_D: Tensor):
-        self.row_D = row_D.to(device_type)
-        self.counts = torch.zeros(len(self.EDGES) - 1, device=device_type)
+    def __init__(self, row_D: Tensor, config: MoEConfig):
+        self.row_RD, self.config = row_D.to(device_type).expand(config.num_frozen_experts, -1), config
+        self.parts: list[Tensor] = []
 
     def add(self, x_TD: Tensor) -> None:
         """Count these tokens in."""
-        logits_T = router_logits(x_TD, self.row_D[None]).flatten()
-        low, high = self.EDGES[0].item(), self.EDGES[-1].item()
-        self.counts += torch.histc(logits_T.clamp(low, high), len(self.counts), low, high)
+        margins_TS = pair_margins(expert_scores(router_logits(x_TD, self.row_RD), self.config))
+        self.parts.append(margins_TS[:, :1].clone())
 
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        """What adds up over ranks."""
-        return (self.counts,)
-
-    def above(self, share: float) -> float:
-        """The logit that this share of the tokens exceeds."""
-        below = self.counts.double().cumsum(0).cpu()
-        place = int(torch.searchsorted(below, (1 - share) * below[-1]))
-        return self.EDGES[min(place, len(self.EDGES) - 1)].item()
-
-
-def sum_over(found: Sequence[Moments | Logits], meshes: Sequence[DeviceMesh]) -> None:
-    """Add up what all ranks of these meshes have seen."""
-    for mesh in meshes:
-        for one in found:
-            for tensor in one.sums:
-                torch.distributed.all_reduce(tensor, group=mesh.get_group())
+    def bias(self, recall: float, meshes: Sequence[DeviceMesh]) -> Tensor:
+        """The selection bias [1] with which this share of the tokens goes to the copies; those of all ranks of these
+        meshes, on each of which there are as many."""
+        margins_T1 = torch.cat(self.parts)
+        for mesh in meshes:
+            margins_T1 = gather_rows(margins_T1, mesh.get_group())
+        return share_bias(margins_T1, recall)
 
 
 @torch.no_grad()
@@ -107,37 +95,34 @@ def fit_router(
     model.eval()
     count = -(-fit.samples // (size * per_batch)) * size * per_batch  # every rank runs as many forwards
 
-    def observe(names: Sequence[str], found: Sequence[Moments | Logits]) -> None:
-        _observe(model, spread_over(samples, names, count)[rank::size], per_batch, found)
-        sum_over(found, meshes)
+    def observe(names: Sequence[str], observers: Sequence[Moments | Margins]) -> None:
+        _observe(model, spread_over(samples, names, count)[rank::size], per_batch, observers)
 
     new, old = ([Moments(layer.router.weight.shape[1]) for layer in model.moe_layers] for _ in range(2))
     observe(fit.to_twins, new)
     observe(fit.to_slices, old)
-    rows = [ridge_row(*moments, fit.ridge) for moments in zip(new, old, strict=True)]
-    thresholds = [0.0] * len(rows)
+    rows = []
+    for layer, new_moments, old_moments in zip(model.moe_layers, new, old, strict=True):
+        new_moments.sum_over(meshes)
+        old_moments.sum_over(meshes)
+        rows.append(ridge_row(new_moments, old_moments, fit.ridge))
+        fill(layer.router.weight, rows[-1].expand(layer.router.weight.shape))
+        layer.router.selection_bias.zero_()
     if fit.recall is not None:
-        seen = [Logits(row_D) for row_D in rows]
-        observe(fit.to_twins, seen)
-        thresholds = [logits.above(fit.recall) for logits in seen]
-    for layer, row_D, threshold in zip(model.moe_layers, rows, thresholds, strict=True):
-        fill(layer.router.weight, row_D.expand(layer.router.weight.shape))
-        fill(layer.router.selection_bias, bias_at(threshold, layer.moe))
+        margins = [Margins(row_D, layer.moe) for row_D, layer in zip(rows, model.moe_layers, strict=True)]
+        observe(fit.to_twins, margins)
+        for layer, its_margins in zip(model.moe_layers, margins, strict=True):
+            bias = layer.router.selection_bias
+            fill(bias, its_margins.bias(fit.recall, meshes).expand(bias.shape))
     model.train()
 
 
-def bias_at(logit: float, config: MoEConfig) -> Tensor:
-    """The selection biases [S] with which a copy is chosen where the logit, that of all pairs, is above this one."""
-    logits_1S = torch.full((1, config.num_frozen_experts), logit)
-    return -pair_margins(expert_scores(logits_1S, config))[0] / 2
-
-
 def _observe(
-    model: LamellaDecoder, samples: Sequence[Sample], per_batch: int, found: Sequence[Moments | Logits]
+    model: LamellaDecoder, samples: Sequence[Sample], per_batch: int, observers: Sequence[Moments | Margins]
 ) -> None:
     hooks = [
-        layer.register_forward_pre_hook(partial(_add_input, one))
-        for layer, one in zip(model.moe_layers, found, strict=True)
+        layer.register_forward_pre_hook(partial(_add_input, observer))
+        for layer, observer in zip(model.moe_layers, observers, strict=True)
     ]
     for i in range(0, len(samples), per_batch):
         inputs, _ = collate(samples[i : i + per_batch])
@@ -146,10 +131,10 @@ def _observe(
         hook.remove()
 
 
-def _add_input(found: Moments | Logits, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _add_input(observer: Moments | Margins, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Add what a layer gets: [B, L, D], under tensor parallelism this rank's part of it."""
     x_BLD = inputs[0].to_local() if isinstance(inputs[0], DTensor) else inputs[0]
-    found.add(x_BLD.flatten(0, 1))
+    observer.add(x_BLD.flatten(0, 1))
 
 
 def ridge_row(new: Moments, old: Moments, ridge: float) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lamella.conversion.partition import allocate as allocation
 from lamella.conversion.partition.allocate import allocate, costs, counts
 from lamella.errors import UserError
 from lamella.hf.models import load
@@ -66,6 +67,15 @@ def test_the_cost_is_the_squared_first_order_change_of_the_loss() -> None:
     dropped = (h_TF * dh_TF).abs().mean(0).argsort(descending=True)[4 * F // 8 :]
     expected = math.pi / 2 * (h_TF[:, dropped] * dh_TF[:, dropped]).sum(1).abs().mean().item() ** 2
     assert costs(unrelated, 8, [4]).item() == pytest.approx(expected, rel=0.05)
+
+
+def test_counts_between_the_probes_lie_on_lines_of_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = sample_of()
+    exact = costs(sample, 8, range(2, 7))
+    monkeypatch.setattr(allocation, "PROBES", 3)
+    found = costs(sample, 8, range(2, 7))
+    assert torch.allclose(found[::2], exact[::2])
+    assert torch.allclose(found[1::2], (exact[:-1:2] * exact[2::2]).sqrt())
 
 
 def test_a_model_with_layers_that_differ(tmp_path: Path) -> None:

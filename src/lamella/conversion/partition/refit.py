@@ -14,7 +14,6 @@ Shapes: T tokens, D width, F neurons, E experts, K chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,16 +59,4 @@ def _best_strength(masked_TF: Tensor, missing_TD: Tensor, weight_T: Tensor) -> f
         found = trial.solve(moments, strength)(masked_TF[fit:])
         return ((missing_TD[fit:] - found).square().sum(1) * weight_T[fit:]).sum().item()
 
-    return STRENGTHS[lowest(lambda i: error(STRENGTHS[i]), len(STRENGTHS))]
-
-
-def lowest(of: Callable[[int], float], count: int) -> int:
-    """Where a function of 0 .. count-1 that first falls and then rises is lowest, by walking down from the middle."""
-    here, value = count // 2, of(count // 2)
-    for step in (-1, 1):
-        start = here
-        while 0 <= here + step < count and (found := of(here + step)) < value:
-            here, value = here + step, found
-        if here != start:
-            break
-    return here
+    return min(STRENGTHS, key=error)

@@ -54,12 +54,18 @@ def add_down(
     y_D: Tensor, gate_up_K2f: Tensor, weights: Sequence[float], down: Sequence[Tensor], activation: Activation
 ) -> None:
     """Add what the chosen experts make of their gate's and up's rows to `y_D`."""
+    hidden_Kf = weighed_hidden(gate_up_K2f, weights, activation)
+    for matrix, hidden_f in zip(down, hidden_Kf.unbind(0), strict=True):
+        y_D.addmv_(matrix, hidden_f)
+
+
+def weighed_hidden(gate_up_K2f: Tensor, weights: Sequence[float], activation: Activation) -> Tensor:
+    """The hidden activations [K, f] of the chosen experts, times their weights."""
     gate_Kf, up_Kf = gate_up_K2f.chunk(2, dim=-1)
     hidden_Kf = ACTIVATIONS[activation](gate_Kf).mul_(up_Kf)
     if any(weight != 1 for weight in weights):
-        hidden_Kf.mul_(torch.tensor(weights, dtype=y_D.dtype)[:, None])
-    for matrix, hidden_f in zip(down, hidden_Kf.unbind(0), strict=True):
-        y_D.addmv_(matrix, hidden_f)
+        hidden_Kf.mul_(torch.tensor(weights, dtype=hidden_Kf.dtype)[:, None])
+    return hidden_Kf
 
 
 def few_experts(
