@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from lamella.errors import UserError
-from lamella.export import export
-from lamella.export.check import check_reloaded
+from lamella.export import check, export
+from lamella.export.check import Difference, check_reloaded, untipped
 from lamella.export.spans import MIN_TOKENS, layer_windows, spans_to_check
 from support.models import save_tokenizer
 from support.trained_model import LLAMA3_ROPE, save_trained
@@ -91,3 +91,36 @@ def test_sidecars_survive(tmp_path: Path) -> None:
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "glm")
     rendered = reloaded.apply_chat_template(messages, chat_template="tools", tokenize=False)
     assert rendered == "TOOLS hello"
+
+
+@pytest.mark.parametrize(
+    ("changed", "first_tie", "expected"),
+    [
+        ({}, 40, Difference(1e-4, 0)),
+        ({19: 0.04}, 40, Difference(0.04, 0)),  # no tie explains it
+        ({19: 0.04}, 12, Difference(1e-4, 1)),
+        ({11: 0.04, 19: 0.04}, 12, Difference(0.04, 1)),  # one is before the tie
+        ({19: 0.5}, 12, Difference(0.5, 0)),  # more than a tipped choice moves
+        (dict.fromkeys(range(15, 20), 0.04), 12, Difference(0.04, 0)),  # five of forty are too many
+    ],
+)
+def test_what_a_tipped_choice_explains_is_left_out(changed, first_tie, expected) -> None:
+    by_place = torch.full((40,), 1e-4, dtype=torch.float64)
+    for place, value in changed.items():
+        by_place[place] = value
+    assert untipped(by_place, first_tie) == pytest.approx(expected)
+
+
+def test_a_wrong_export_is_refused_where_every_choice_might_tip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "TIE", 10.0)
+    source = save_trained(tmp_path / "moe")
+    assert check.source_logits(source, "routed")[0][0].first_tie == 0
+    assert export(source, "glm4-moe", tmp_path / "glm").max_abs_logit_diff < 1e-4
+    file = tmp_path / "glm" / "model.safetensors"
+    damaged = load_file(file)
+    lost = next(name for name in damaged if name.endswith("experts.0.down_proj.weight"))
+    save_file(damaged | {lost: torch.zeros_like(damaged[lost])}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="differs"):
+        check_reloaded(source, tmp_path / "glm")

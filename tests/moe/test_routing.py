@@ -6,6 +6,7 @@ import torch
 from lamella.architecture.moe import DENSE_BIAS, MoEConfig
 from lamella.errors import UserError
 from lamella.moe.routing import (
+    choice_margins,
     choose_top_k,
     expert_scores,
     fixed_routing,
@@ -173,3 +174,25 @@ def test_the_config_survives_json():
     assert (config.num_experts, config.num_router_rows, make_config().num_router_rows) == (16, 16, 8)
     with pytest.raises(UserError, match="lacks num_frozen_experts"):
         MoEConfig.from_dict({"routing": "twin"})
+
+
+@pytest.mark.parametrize(("routing", "top_k"), [("twin", S), ("flat", 4), ("flat", 15)])
+def test_a_token_keeps_its_experts_up_to_its_margin(routing, top_k):
+    """A change of all biases by less than half the margin changes no choice; in twin routing, that is the smallest."""
+    config = make_config(routing, top_k=top_k)
+    R = S if routing == "twin" else 2 * S
+    scores_TE, bias_R = expert_scores(random(T, R), config), random(R, seed=1, std=0.1)
+    margin_T = choice_margins(scores_TE, bias_R, config)
+
+    def chosen(t, shift_R):
+        return sorted(route(scores_TE[t : t + 1], bias_R + shift_R, config).expert_ids_TK[0].tolist())
+
+    signs_R = random(R, seed=2).sign()
+    assert all(chosen(t, 0.49 * margin_T[t] * signs_R) == chosen(t, 0) for t in range(100))
+    both = [chosen(t, 0.51 * margin_T[t] * signs_R * side) != chosen(t, 0) for t in range(100) for side in (1, -1)]
+    assert any(both)
+
+
+def test_without_another_choice_the_margin_is_infinite():
+    config = make_config("flat", top_k=2 * S)
+    assert choice_margins(torch.zeros(3, 2 * S), torch.zeros(2 * S), config).isinf().all()

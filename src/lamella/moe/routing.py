@@ -103,6 +103,17 @@ def choose_top_k(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
     return torch.topk(scores_TE + bias_E, top_k, dim=-1, sorted=False).indices
 
 
+def choice_margins(scores_TE: Tensor, bias_R: Tensor, config: MoEConfig) -> Tensor:
+    """[T]: how near each token is to another choice of experts, in biased scores; infinite where there is no other."""
+    if config.routing == "twin":
+        return (pair_margins(scores_TE) + 2 * bias_R).abs().amin(dim=-1)
+    K = config.num_experts_per_tok
+    if scores_TE.shape[-1] == K:
+        return scores_TE.new_full(scores_TE.shape[:1], torch.inf)
+    best_TK = torch.topk(scores_TE + bias_R, K + 1, dim=-1).values
+    return best_TK[:, K - 1] - best_TK[:, K]
+
+
 def gate_weights(
     scores_TE: Tensor, expert_ids_TK: Tensor, config: Gating, gate_scale_E: Tensor | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from lamella.architecture.moe import Mode
 from lamella.errors import UserError
-from lamella.export.check import Checked, Quality, refuse_difference, refuse_divergence, source_logits
+from lamella.export.check import Checked, Quality, refuse_difference, refuse_divergence, source_logits, untipped
 from lamella.export.gguf.llama_cpp import find, log_probabilities
 
 PLACES = 16  # each asks for the whole vocabulary as text
@@ -22,7 +22,7 @@ class CheckedGguf(Checked):
 
     def describe(self) -> str:
         assert self.quality is not None
-        found = f"max |log-probability difference| {self.max_abs_logit_diff:.1e} in {self.reader}"
+        found = f"max |log-probability difference| {self.max_abs_logit_diff:.1e} in {self.reader}{self.left_out()}"
         return f"{found}, {self.quality.describe()}, {self.spans.describe()}"
 
 
@@ -47,9 +47,10 @@ def check_gguf(source: Path, exported: Path, mode: Mode = "routed", tokens: int 
     expected = reference.logits[places].double().log_softmax(-1)
     if found.shape != expected.shape:
         raise UserError(f"llama.cpp computes {found.shape[1]} tokens, the model has {expected.shape[1]}")
-    difference = (found - expected).abs().max().item()
+    first_tie = int((places < reference.first_tie).sum())
+    difference, tipped = untipped((found - expected).abs().amax(dim=-1), first_tie)
     quality = Quality.of(found, expected)
     if file.stem.endswith("-F32"):
         refuse_difference(difference, source)
     refuse_divergence(quality, source)
-    return CheckedGguf(difference, spans, "llama.cpp", quality)
+    return CheckedGguf(difference, spans, "llama.cpp", quality, tipped)
