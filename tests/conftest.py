@@ -12,6 +12,8 @@ import os
 import pytest
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
+NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
+"""Some images set it. Each process that a test starts would then compile again what it imports."""
 ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 MAX_PROCESSES = 4
 """Tests of the real model take up to 3 GB each, and some start four ranks."""
@@ -35,11 +37,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs before torch looks for them; processes that tests start inherit it."""
+    """Hide the GPUs before torch looks for them, and let bytecode be kept; processes that tests start inherit both."""
     given: dict[str, str] | None = getattr(config, "workerinput", {}).get("environment")
     config.stash[ENVIRONMENT] = dict(os.environ) if given is None else given
     if given is not None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are divided already
+    os.environ.pop(NO_BYTECODE, None)
     chosen = devices(config.option.markexpr, config.stash[ENVIRONMENT].get(DEVICES))
     if chosen is not None:
         os.environ[DEVICES] = chosen
