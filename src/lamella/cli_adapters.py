@@ -48,6 +48,10 @@ def learn(
     start: Annotated[
         str | None, typer.Option(help="Begin with the adapter of this folder.", show_default="a new one")
     ] = None,
+    keep_rate: Annotated[
+        bool,
+        typer.Option("--keep-rate", help="The learning rate does not fall: for an adapter that others start from."),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -57,7 +61,7 @@ def learn(
     from lamella.train.adapters import learn_adapter
     from lamella.train.adapters_command import progress
 
-    pace = Pace(steps, lr, samples_per_step, seq_len, seed)
+    pace = Pace(steps, lr, samples_per_step, seq_len, seed, falls=not keep_rate)
     with progress(steps, device) as (on_step, place):
         learn_adapter(
             model, data, out, rank=rank, alpha=alpha, blocks=block or ["mlp"], pace=pace, start=start, dtype=dtype,

@@ -1,9 +1,9 @@
 """Run: uv run lamella demo adapters
 
-Two domains on the embedded model, prose and the C++ headers that torch brings. One adapter learns both texts for a
-while, one for each domain goes on from it, both become experts, routers are trained; beside them one adapter of the
-same total rank that learned both texts from as many tokens, at the same pace. One table, one JSON report, one picture;
-every figure is measured in this run, on text that nothing was trained on.
+Two domains on the embedded model, prose and the C++ headers that torch brings. One adapter learns both texts for most
+of the time, one for each domain goes on from it, both become experts, routers are trained; beside them one adapter of
+the same total rank that learned both texts from as many tokens, at the same pace. One table, one JSON report, one
+picture; every figure is measured in this run, on text that nothing was trained on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DOMAINS = {"headers": "headers.jsonl", "docs": "python-docs"}
 RANK = 16
 """Of each domain's adapter; the one that learns all texts has the sum."""
 SAMPLES_PER_STEP, SEQ_LEN = 2, 256
-LR, ROUTER_LR, MIXED_SHARE = 1e-3, 3e-3, 0.25
+LR, ROUTER_LR, MIXED_SHARE = 2e-3, 3e-3, 0.25
 """Of adapters; of routers; and the share of their rate at which adapters train along with routers."""
 OWN_NAMES = frozenset(
     {MARK, *DOMAINS, "headers.jsonl", "common", "all", "mix", "mix-all", "routed", "experts.png", "report.json"}
@@ -49,7 +49,7 @@ class AdaptersDemo(Stages):
 
     out: Path
     steps: int
-    """Of the common beginning, and of each domain's adapter after it; the routers have a quarter."""
+    """Twice as many for the common beginning, half as many for each domain's adapter, a quarter for routers."""
     tokens: int
     """Held-out tokens of each domain."""
     questions: int
@@ -117,27 +117,38 @@ def learn(demo: AdaptersDemo) -> None:
 
     sources, many = _sources(demo), len(DOMAINS)
     texts, common = [*sources.values()], demo.out / "common"
-    with demo.stage(f"learn the beginning: rank {RANK}, {demo.steps} steps of every text"):
-        learn_adapter("embedded", texts, common, rank=RANK, alpha=2 * RANK, pace=_pace(demo, demo.steps, demo.lr))
+    first, own = _common_steps(demo), _own_steps(demo)
+    with demo.stage(f"learn the beginning: rank {RANK}, {first} steps of every text"):
+        pace = _pace(demo, first, demo.lr, falls=False)
+        learn_adapter("embedded", texts, common, rank=RANK, alpha=2 * RANK, pace=pace)
     for name, source in sources.items():
-        with demo.stage(f"learn {name} from there: {demo.steps} steps on {DOMAINS[name]}"):
-            pace = _pace(demo, demo.steps, demo.lr, read_steps=demo.steps / many)
+        with demo.stage(f"learn {name} from there: {own} steps on {DOMAINS[name]}"):
+            pace = _pace(demo, own, demo.lr, read_steps=first / many)
             learn_adapter("embedded", [source], demo.out / name, rank=RANK, alpha=2 * RANK, pace=pace, start=common)
-    steps, rank = demo.steps * (1 + many) + _router_steps(demo), RANK * many
+    steps, rank = first + own * many + _router_steps(demo), RANK * many
     with demo.stage(f"learn all: rank {rank}, {steps} steps of every text"):
         pace = _pace(demo, steps, demo.lr)
         learn_adapter("embedded", texts, demo.out / "all", rank=rank, alpha=2 * rank, pace=pace)
+
+
+def _common_steps(demo: AdaptersDemo) -> int:
+    return 2 * demo.steps
+
+
+def _own_steps(demo: AdaptersDemo) -> int:
+    return demo.steps // 2
 
 
 def _router_steps(demo: AdaptersDemo) -> int:
     return max(1, demo.steps // 4)
 
 
-def _pace(demo: AdaptersDemo, steps: int, lr: float, read_steps: float = 0.0) -> Pace:
+def _pace(demo: AdaptersDemo, steps: int, lr: float, read_steps: float = 0.0, falls: bool = True) -> Pace:
     """The pace of steps whose texts were read before, each by this many steps."""
     from lamella.train.adapter_steps import Pace
 
-    return Pace(steps, lr, SAMPLES_PER_STEP, SEQ_LEN, demo.seed, skip=math.ceil(read_steps * SAMPLES_PER_STEP))
+    skip = math.ceil(read_steps * SAMPLES_PER_STEP)
+    return Pace(steps, lr, SAMPLES_PER_STEP, SEQ_LEN, demo.seed, skip, falls)
 
 
 def make_experts(demo: AdaptersDemo) -> None:
@@ -154,7 +165,7 @@ def make_experts(demo: AdaptersDemo) -> None:
         demo.report["zero_expert_is_dense"] = _same_logits(str(embedded_model()), str(demo.out / "mix"))
     steps = _router_steps(demo)
     with demo.stage(f"train routers, and adapters along with them: {steps} steps"):
-        pace = _pace(demo, steps, ROUTER_LR, read_steps=demo.steps / len(DOMAINS) + demo.steps)
+        pace = _pace(demo, steps, ROUTER_LR, read_steps=_common_steps(demo) / len(DOMAINS) + _own_steps(demo))
         data: dict[str, str | None] = {source: name for name, source in _sources(demo).items()}
         mix, routed = str(demo.out / "mix"), demo.out / "routed"
         train_routers(mix, data, routed, target="router_mlp", pace=pace, adapter_lr=MIXED_SHARE * demo.lr)

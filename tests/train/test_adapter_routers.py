@@ -48,6 +48,12 @@ def test_what_others_have_read_is_passed_over(tmp_path):
     assert not torch.equal(read_step(texts, first, 0).ids_BL, read_step(texts, first, 1).ids_BL)
 
 
+def test_a_rate_that_others_go_on_from_does_not_fall():
+    pace = Pace(40, 1e-3, falls=False)
+    assert [pace.factor(step) for step in (0, 3, 20, 39)] == [0.25, 1.0, 1.0, 1.0]
+    assert Pace(40, 1e-3).factor(39) == pytest.approx(0.1, abs=0.01)
+
+
 @pytest.mark.slow
 def test_an_adapter_begins_as_the_one_that_it_is_given(tmp_path):
     dense = save_llama(tmp_path / "dense")

@@ -48,7 +48,8 @@ class Learning(Strict):
     blocks: list[Block] = Field(default=["mlp"])
     """The FFNs (mlp), attention, or both are changed."""
     common_steps: int = Field(default=0, ge=0)
-    """One adapter learns the texts of all these domains for so many steps first, and theirs begin as it."""
+    """One adapter learns the texts of all these domains for so many steps first, at a rate that does not fall, and
+    theirs begin as it."""
     steps: PositiveInt = 60
     """Each adapter has this many optimizer steps of its own."""
     lr: float = Field(default=1e-3, gt=0)

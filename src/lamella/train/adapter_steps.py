@@ -48,6 +48,8 @@ class Pace:
     seed: int = 0
     skip: int = 0
     """Samples of each text that are passed over, since others have read them."""
+    falls: bool = True
+    """Whether the rate falls in the end; not where other trainings begin with what this one has learned."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "samples_per_step", "seq_len"):
@@ -62,7 +64,7 @@ class Pace:
 
     def factor(self, step: int) -> float:
         """The share of `lr` at a step, from 0."""
-        return rate_at(step, self.steps, LEAST_RATE)
+        return rate_at(step, self.steps, LEAST_RATE if self.falls else 1.0)
 
     def samples_of_each(self, num_texts: int) -> int:
         """The most samples that all steps read of one text."""

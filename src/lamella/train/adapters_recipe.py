@@ -135,4 +135,5 @@ def _routers(recipe: AdaptersTraining, run: AdaptersRun, folders: dict[str, str]
 def _pace(recipe: AdaptersTraining, training: str) -> Pace:
     lr = recipe.routers.lr if training == ROUTERS else recipe.adapters.lr
     skip = recipe.samples_read_before(training)
-    return Pace(recipe.steps_of[training], lr, recipe.samples_per_step, recipe.seq_len, recipe.seed, skip)
+    falls = training != COMMON  # the adapters of the domains begin with what it has learned, and end with lower rates
+    return Pace(recipe.steps_of[training], lr, recipe.samples_per_step, recipe.seq_len, recipe.seed, skip, falls)
