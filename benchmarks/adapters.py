@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=positive, default=60, help="of each domain's adapter")
+    parser.add_argument("--steps", type=positive, default=60, help="twice as many on both texts, half as many on each")
     parser.add_argument("--tokens", type=positive, default=4096, help="held out, of each domain")
     parser.add_argument("--work", type=work_folder, default=Path("artifacts/adapters-benchmark"))
     parser.add_argument("--json", type=Path)
