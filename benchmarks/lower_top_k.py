@@ -19,6 +19,7 @@ from measure import figure, positive, print_table, provenance, write_json
 
 from lamella.architecture.converted import ffn_config
 from lamella.checkpoint.source import read_config
+from lamella.errors import UserError
 from lamella.evaluate.checkpoints import model_path
 from lamella.evaluate.perplexity import evaluate
 
@@ -48,7 +49,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    curves = [curve(model, data, args.tokens) for model in args.models for data in args.data]
+    try:
+        curves = [curve(model, data, args.tokens) for model in args.models for data in args.data]
+    except UserError as error:
+        sys.exit(f"error: {error}")
     for rows in curves:
         first = rows[0]
         what = "share of twins" if first["kind"] == "twins" else "experts per token"
