@@ -106,7 +106,7 @@ def main() -> None:
     if os.geteuid() or not GROUP.parent.is_dir():
         sys.exit("error: the memory limit needs root and cgroup v1's memory controller")
     if missing := [kind for kind in KINDS.values() if not (args.folder / f"{kind}-{args.router}").is_dir()]:
-        sys.exit(f"error: {args.folder} lacks {missing[0]}-{args.router}; run offload.py --prepare --work {args.folder}")
+        sys.exit(f"error: {args.folder} lacks {missing[0]}-{args.router}; run offload.py --prepare --work first")
     GROUP.mkdir(exist_ok=True)
     experts, rest = sizes(args.folder / f"moe-{args.router}")
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
