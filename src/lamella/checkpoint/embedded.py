@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from lamella.architecture.embedded import EMBEDDED_MODEL, embedded_folder, embedded_gguf
+from lamella.display import quiet_loading
 
 
 def embedded_model() -> Path:
@@ -18,13 +21,21 @@ def embedded_model() -> Path:
         if "rope_theta" not in json.loads((folder / "config.json").read_text()):
             _spell_twice(folder)
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     gguf = embedded_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with quiet_loading():
+        return _dequantised(source, folder)
+
+
+def _dequantised(source: dict[str, str], folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with redirect_stderr(
+        io.StringIO()
+    ):  # the bar of reading GGUF is not one of those that can be asked not to be drawn
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # Dequantised by now; the marks would make save_pretrained refuse.
     del model.config.quantization_config
     vars(model).pop("hf_quantizer", None)

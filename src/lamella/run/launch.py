@@ -90,6 +90,8 @@ def _words_of(stage: Recipe, words: Sequence[str]) -> list[str]:
 def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
     """The recipe's run directory, new or holding the same run; else UserError."""
     run = RunDir(Path(recipe.out))
+    # Looked at first: what another rank's start may put there meanwhile marks it as a run.
+    foreign = run.path.is_file() or (run.path.is_dir() and any(is_foreign(p.name) for p in run.path.iterdir()))
     if run.exists():
         # A later attempt continues what the first one made, and other ranks may come when rank 0 has made it.
         if recipe.resume == "never" and attempt_number() == 0 and os.environ.get("RANK", "0") == "0":
@@ -97,7 +99,7 @@ def check_run_dir(recipe: Recipe, model: Path) -> RunDir:
                 f"{run.path} holds a run already; set out= to another folder, or resume=auto to continue it"
             )
         run.check_same_run(recipe, model)
-    elif run.path.is_file() or (run.path.is_dir() and any(is_foreign(p.name) for p in run.path.iterdir())):
+    elif foreign:
         raise UserError(f"{run.path} exists and is no run directory; set out= to another folder")
     check_writable(run.path)
     if recipe.checkpoint_folder is not None:

@@ -16,6 +16,7 @@ import uvicorn
 from sqlalchemy.exc import DatabaseError
 
 from lamella.errors import UserError
+from lamella.run.folder import write_atomic
 from lamella.run.gpus import visible_gpus
 from lamella.service import keys
 from lamella.service.app import RATE, make_app
@@ -118,7 +119,7 @@ def serve(settings: Settings) -> None:
     hosts = (*LOOPBACK, *settings.names) if local or settings.names else ()
     app = make_app(service, hosts=hosts, rate=settings.rate)
     address = settings.home / ADDRESS
-    address.write_text(f"http://{shown}:{port}\n")
+    write_atomic(address, f"http://{shown}:{port}\n")
     print(f"lamella serves on http://{shown}:{port} (home {settings.home}); Ctrl-C ends it, and no run", flush=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=LATER_S, limit_concurrency=2000,
