@@ -58,8 +58,9 @@ class Computing:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 faster than those of float32: GPUs, and CPUs with AMX."""
+    """Whether the device multiplies matrices of bfloat16 faster than those of float32: GPUs, and CPUs with AMX or with
+    AVX-512's products of bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
-    return bool(capabilities.get("amx_bf16"))
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
