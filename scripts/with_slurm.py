@@ -21,7 +21,7 @@ from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
-START_S = 30
+START_S = 120
 MISSING = 77
 
 
