@@ -161,7 +161,9 @@ def figure(path: Path, num_plots: int) -> Iterator[list[Any]]:
     rows = -(-num_plots // columns)
     size: dict[str, Any] = {"figsize": (7 * columns, 5.5 * rows), "layout": "constrained"}
     drawn, grid = plt.subplots(rows, columns, squeeze=False, sharey=True, **size)
-    plots = list(grid.flat)
+    plots = list(grid.flat)[:num_plots]
+    for unused in list(grid.flat)[num_plots:]:
+        unused.remove()
     yield plots
     for plot in plots:
         if plot.get_legend() is None:

@@ -35,11 +35,15 @@ def ratios(report: dict[str, Any], method: str, active: float, calibration: str,
 
 def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
     """Perplexity over dense by the share of active neurons: every method on the unseen domains, mean and range of the
-    seeds; and the default on each domain."""
+    seeds; and the default on each domain, as converted and, where that was measured, healed."""
     import matplotlib
 
     actives = sorted({row["active"] for row in report["rows"]})
-    with figure(path, 2) as (methods, domains):
+    of_default = [row for row in report["rows"] if (row["method"], row["calibration"]) == (DEFAULT, calibration)]
+    parts = {DEFAULT: [row for row in of_default if not row["healed"]]}
+    parts |= {f"{DEFAULT}, healed": [row for row in of_default if row["healed"]]}
+    parts = {title: rows for title, rows in parts.items() if rows}
+    with figure(path, 1 + len(parts)) as (methods, *by_domain):
         for i, method in enumerate(in_order(report, calibration)):
             found = {active: ratios(report, method, active, calibration) for active in actives}
             found = {active: of for active, of in found.items() if of}
@@ -48,19 +52,26 @@ def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
             colour, width = ("black", 3) if method == DEFAULT else (colour, 1.5)
             methods.plot([*found], means, f"o{style}", color=colour, label=method, linewidth=width)
             methods.vlines([*found], [min(f) for f in found.values()], [max(f) for f in found.values()], color=colour)
-        rows = [row for row in report["rows"] if is_of(row, calibration) and row["method"] == DEFAULT]
-        for domain in DOMAINS if rows else ():
-            means = [
-                (active, statistics.geometric_mean(row["ratio"][domain] for row in rows if row["active"] == active))
-                for active in sorted({row["active"] for row in rows})
-            ]
-            line, width, label = ("o-", 3, f"{domain} (unseen)") if domain in UNSEEN else ("s--", 1.5, domain)
-            domains.plot(*zip(*means, strict=True), line, label=label, linewidth=width)
         methods.set(title="unseen domains", ylabel="perplexity over dense")
-        domains.set(title=f"{DEFAULT}, by domain")
-        for plot in (methods, domains):
+        for plot, (title, rows) in zip(by_domain, parts.items(), strict=True):
+            draw_domains(plot, rows)
+            plot.set(title=f"{title}, by domain")
+        for plot in (methods, *by_domain):
             plot.set(xlabel="active neurons", yscale="log", xticks=actives)
             plot.xaxis.set_major_formatter("{x:.0%}")
+            plot.yaxis.set_major_formatter("{x:g}")
+            plot.yaxis.set_minor_formatter("{x:g}")
+
+
+def draw_domains(plot: Any, rows: list[Row]) -> None:
+    """A line for each domain over the shares of active neurons; the unseen ones are thick."""
+    for domain in DOMAINS:
+        means = [
+            (active, statistics.geometric_mean(row["ratio"][domain] for row in rows if row["active"] == active))
+            for active in sorted({row["active"] for row in rows})
+        ]
+        line, width, label = ("o-", 3, f"{domain} (unseen)") if domain in UNSEEN else ("s--", 1.5, domain)
+        plot.plot(*zip(*means, strict=True), line, label=label, linewidth=width)
 
 
 def in_order(report: dict[str, Any], calibration: str, healed: int = 0) -> list[str]:

@@ -27,5 +27,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """In the repository a page names a result's picture where it lies; in the site it lies beside the page."""
-    return markdown.replace("(../benchmarks/results/", "(results/")
+    """In the repository a page names a result's picture where it lies; in the site results/ lies beside the pages."""
+    return markdown.replace("../benchmarks/results/", "results/")
