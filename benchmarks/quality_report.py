@@ -35,15 +35,20 @@ def ratios(report: dict[str, Any], method: str, active: float, calibration: str,
 
 def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
     """Perplexity over dense by the share of active neurons: every method on the unseen domains, mean and range of the
-    seeds; and the default on each domain, as converted and, where that was measured, healed."""
+    seeds; and the default on each domain, as converted and, where that was measured, healed on the most tokens."""
     import matplotlib
 
     actives = sorted({row["active"] for row in report["rows"]})
     of_default = [row for row in report["rows"] if (row["method"], row["calibration"]) == (DEFAULT, calibration)]
-    parts = {DEFAULT: [row for row in of_default if not row["healed"]]}
-    parts |= {f"{DEFAULT}, healed": [row for row in of_default if row["healed"]]}
-    parts = {title: rows for title, rows in parts.items() if rows}
-    with figure(path, 1 + len(parts)) as (methods, *by_domain):
+    most = {
+        active: max((row["healed"] for row in of_default if row["active"] == active), default=0) for active in actives
+    }
+    panels = {
+        DEFAULT: [row for row in of_default if not row["healed"]],
+        f"{DEFAULT}, healed": [row for row in of_default if row["healed"] and row["healed"] == most[row["active"]]],
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    with figure(path, 1 + len(panels)) as (methods, *by_domain):
         for i, method in enumerate(in_order(report, calibration)):
             found = {active: ratios(report, method, active, calibration) for active in actives}
             found = {active: of for active, of in found.items() if of}
@@ -53,7 +58,7 @@ def draw(report: dict[str, Any], calibration: str, path: Path) -> None:
             methods.plot([*found], means, f"o{style}", color=colour, label=method, linewidth=width)
             methods.vlines([*found], [min(f) for f in found.values()], [max(f) for f in found.values()], color=colour)
         methods.set(title="unseen domains", ylabel="perplexity over dense")
-        for plot, (title, rows) in zip(by_domain, parts.items(), strict=True):
+        for plot, (title, rows) in zip(by_domain, panels.items(), strict=True):
             draw_domains(plot, rows)
             plot.set(title=f"{title}, by domain")
         for plot in (methods, *by_domain):

@@ -19,20 +19,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Inside, transformers draws no progress bars: the commands have a display of their own."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
 class Stages:
     """What a demo does, stage by stage, on its console."""
 

@@ -11,7 +11,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from lamella.architecture.embedded import EMBEDDED_MODEL, embedded_folder, embedded_gguf
-from lamella.display import quiet_loading
 
 
 def embedded_model() -> Path:
@@ -24,7 +23,7 @@ def embedded_model() -> Path:
     gguf = embedded_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with quiet_loading():
+    with redirect_stderr(io.StringIO()):  # bars, of which transformers' reader of GGUF draws one in any case
         return _dequantised(source, folder)
 
 
@@ -32,10 +31,7 @@ def _dequantised(source: dict[str, str], folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with redirect_stderr(
-        io.StringIO()
-    ):  # the bar of reading GGUF is not one of those that can be asked not to be drawn
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # Dequantised by now; the marks would make save_pretrained refuse.
     del model.config.quantization_config
     vars(model).pop("hf_quantizer", None)

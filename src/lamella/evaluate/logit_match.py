@@ -34,7 +34,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from lamella.architecture.moe import AttentionMoEConfig, MoEConfig
-from lamella.display import quiet_loading
 from lamella.errors import UserError
 from lamella.evaluate.checkpoints import (
     DTYPES,
@@ -52,7 +51,7 @@ from lamella.evaluate.checkpoints import (
 from lamella.evaluate.differences import Difference, compare, compare_reordered, greedy, logits_of
 from lamella.evaluate.perplexity import check_ids, text_samples
 from lamella.evaluate.routing_controls import copies_without_noise, mode
-from lamella.hf.models import ConvertedForCausalLM
+from lamella.hf.models import ConvertedForCausalLM, quiet_loading
 from lamella.installation import command
 from lamella.jsons import Json
 

@@ -8,6 +8,8 @@ Importing this module registers the models with transformers' Auto classes. The 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from lamella.architecture.adapters import AdaptersConfig
 from lamella.architecture.converted import ENTRIES
@@ -22,7 +25,6 @@ from lamella.architecture.moe import DENSE_BIAS, AttentionMoEConfig, ExpertPath,
 from lamella.architecture.moe_tensors import EXPERT_PATTERN, SELECTION_BIAS
 from lamella.architecture.rows import CONVERTED_PREFIX, FAMILIES
 from lamella.architecture.types import Family
-from lamella.display import quiet_loading
 from lamella.errors import UserError, check_choice
 from lamella.hf.adapters import AdapterRouter, Adapters, install_adapters
 from lamella.hf.attention import AttentionExperts, AttentionRouter, install_attention_experts
@@ -175,6 +177,18 @@ def _converted_model(family: Family) -> type[ConvertedForCausalLM]:
 
 # dense model_type -> the class of its converted form
 CONVERTED_MODELS = {name: _converted_model(family) for name, family in FAMILIES.items()}
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Inside, transformers draws no progress bars: the commands have a display of their own."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load(
