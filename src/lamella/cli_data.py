@@ -69,9 +69,8 @@ def data_generate(
         raise UserError(f"{out} is there; give another --out, or --overwrite")
     from lamella.calibrate.text import written_documents
     from lamella.checkpoint.source import Checkpoint
-    from lamella.evaluate.checkpoints import EMBEDDED
 
-    source = Checkpoint.open(None if model == EMBEDDED else model)
+    source = Checkpoint.open(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     documents = written_documents(source, tokens, seed)
     write_atomic(out, "".join(json.dumps({"text": document}) + "\n" for document in documents))

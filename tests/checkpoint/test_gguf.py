@@ -79,5 +79,13 @@ def test_the_embedded_model_is_its_gguf(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.glob("*/config.json"))
     assert capfd.readouterr() == ("", "")
     assert from_gguf.tensors.keys() == folder.tensors.keys()
+    assert Checkpoint.open("embedded").name == folder.name
     for name, tensor in folder.tensors.items():
         assert torch.equal(from_gguf.tensors[name].read(0, tensor.numel), tensor.read(0, tensor.numel)), name
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set LAMELLA_CACHE to another folder"):
+        Checkpoint.open("embedded")

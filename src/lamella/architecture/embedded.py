@@ -15,6 +15,8 @@ from lamella.errors import UserError
 from lamella.jsons import Json
 
 EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED = "embedded"
+"""What a person writes where a model is asked for."""
 # Of config.json, and what GGUF calls it.
 GGUF_SIZES = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",

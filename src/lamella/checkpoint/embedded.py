@@ -11,20 +11,28 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from lamella.architecture.embedded import EMBEDDED_MODEL, embedded_folder, embedded_gguf
+from lamella.errors import UserError
 
 
 def embedded_model() -> Path:
-    """Folder of the dequantised model (fp32 safetensors, config, tokenizer); made on first use, about 0.5 GB."""
+    """Folder of the dequantised model (fp32 safetensors, config, tokenizer); made on first use, about 0.5 GB.
+
+    Raises:
+        UserError: its package is not installed, or the folder cannot be written.
+    """
     folder = embedded_folder()
     if (folder / "config.json").exists():
         if "rope_theta" not in json.loads((folder / "config.json").read_text()):
             _spell_twice(folder)
         return folder
     gguf = embedded_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with redirect_stderr(io.StringIO()):  # bars, of which transformers' reader of GGUF draws one in any case
-        return _dequantised(source, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with redirect_stderr(io.StringIO()):  # bars, of which transformers' reader of GGUF draws one in any case
+            return _dequantised(source, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error}; set LAMELLA_CACHE to another folder") from None
 
 
 def _dequantised(source: dict[str, str], folder: Path) -> Path:

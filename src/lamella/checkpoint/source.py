@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamella.architecture.embedded import EMBEDDED
 from lamella.architecture.families import Family, dense_tensors, family_of
 from lamella.architecture.two_matrix import full_names
 from lamella.checkpoint.check import check_dense, listed, read_config, read_json
@@ -49,13 +50,13 @@ class Checkpoint:
 
         Args:
             model: a folder with config.json and safetensors, its URL (s3://bucket/model), a .gguf file, a hub name, or
-                None for the embedded model.
+                "embedded" or None for the embedded model.
             revision: branch, tag or commit of a hub name; None: the newest.
 
         Raises:
             UserError: no such model, an architecture that cannot be converted, or tensors that do not match the config.
         """
-        if model is None:
+        if model is None or str(model) == EMBEDDED:
             return cls._from_folder(embedded_model(), "SmolLM2-135M-Instruct (embedded)", "apache-2.0")
         if is_remote(model):
             remote = RemotePath.open(str(model))

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lamella.architecture.embedded import EMBEDDED
 from lamella.architecture.families import sizes_of
 from lamella.checkpoint.embedded import embedded_model
 from lamella.data.tokenizer import is_path
@@ -27,7 +28,6 @@ DTYPES: dict[str, torch.dtype | str] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-EMBEDDED = "embedded"
 
 
 def model_path(name: str | Path) -> str:

@@ -12,11 +12,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lamella.architecture.embedded import EMBEDDED
 from lamella.conversion import DEFAULT_OUT, SliceOptions, convert
 from lamella.conversion.command import progress_bar
 from lamella.data.sources import describe_source, open_source
 from lamella.errors import UserError
-from lamella.evaluate.checkpoints import EMBEDDED, check_json_path, model_path, open_checkpoint, write_json
+from lamella.evaluate.checkpoints import check_json_path, model_path, open_checkpoint, write_json
 from lamella.evaluate.logit_match import Check, logit_match
 from lamella.evaluate.perplexity import Perplexity, evaluate, text_samples
 from lamella.evaluate.routing_controls import routing_controls
