@@ -27,7 +27,7 @@ class CommonKeys(Options):
     """The keys of a conversion recipe that do not depend on its method."""
 
     model: str | None = None
-    """This model is converted: a folder, a .gguf file, a hub name, or 'embedded', which null stands for, too: SmolLM2-135M."""
+    """This model is converted: a folder, a .gguf file, a hub name or "embedded" for SmolLM2-135M, as null."""
     out: str | None = None
     """The converted model is written to this folder; null takes artifacts/moe."""
     method: str = "slice"
