@@ -19,10 +19,10 @@ ROUTER_SCORES = 6
 """float32 numbers per token and expert: logits, their mirror image, scores, and what chooses and normalises them."""
 HIDING_FEATURES = 8
 """The number is that of `lamella.titan.attention.MORE_FEATURES`."""
-KL_CHUNK = 512
+KL_CHUNK = 128
 """Tokens, as in `lamella.moe.learning`."""
-KL_NUMBERS = 5
-"""float32 numbers per token and id: both logits over the temperature, both log-probabilities, and the products."""
+KL_NUMBERS = 3
+"""float32 numbers per token and id: both log-probabilities and the teacher's probabilities; the rest is in place."""
 
 
 def kept_bytes(layout: Layout, layer: int) -> int:

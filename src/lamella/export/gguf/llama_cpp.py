@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,8 @@ def _address(process: subprocess.Popen, log: IO[str]) -> str:
         ended = process.poll() is not None
         log.seek(0)
         said = log.read()
-        if server.ANSWERS in said:
-            return said.partition(server.ANSWERS)[2].split()[0]
+        if line := re.search(f"{server.ANSWERS}(.+)\n", said):
+            return line[1]
         if ended:
             raise RuntimeError(_reason(said))
         time.sleep(0.02)

@@ -35,7 +35,8 @@ def main(asked: str) -> None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # before the server's threads are made, which inherit it
     server = xllamacpp.Server(params)
-    print(f"{ANSWERS}{server.listening_address}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{ANSWERS}{server.listening_address}\n")  # in one piece: llama.cpp's threads write there, too
+    sys.stderr.flush()
     signal.sigwait(ENDING)
     os._exit(0)  # its threads need not be waited for
 
