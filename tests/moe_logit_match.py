@@ -17,7 +17,8 @@ from lamella.checkpoint.embedded import embedded_model
 from lamella.cli import run_command, verify
 from lamella.conversion import SliceOptions, convert
 from lamella.errors import UserError
-from lamella.evaluate.logit_match import Check, logit_match
+from lamella.evaluate.differences import Difference
+from lamella.evaluate.logit_match import Check, floor_bounds, fp32_bounds, greedy_check, logit_match
 from lamella.hf.models import load
 from lamella.recipe.conversion import load_conversion
 from lamella.recipe.methods.upcycle import UpcycleOptions
@@ -76,6 +77,17 @@ def test_a_wrong_tensor_is_seen(dense, tmp_path, damage, dtype):
     model.save_pretrained(moe)
     checks = failed(logit_match(str(dense), str(moe), tokens={dtype: 512}))
     assert {check.what for check in checks} == {"dense", "routed", "random, no noise"}
+
+
+@pytest.mark.parametrize(("steps", "passes"), [(0, True), (1, True), (2, True), (6, False)])
+def test_tokens_that_bfloat16_cannot_tell_apart_may_be_swapped(steps, passes):
+    """A logit near 2 is written down in steps of 2^-6, which the mean over smaller logits does not show."""
+    floor = Difference(max_abs=0.03, sum_abs=0.4, same_top1=256, tokens=256, vocabulary=4, max_logit=4.0)
+    logits_LV = torch.tensor([[0.0, 3.0, 1.0], [2.0 + steps * 2**-6, 2.0, 1.0]])
+    checked = greedy_check("bfloat16", "dense", ([1, 0], logits_LV), [1, 1], floor_bounds([floor]))
+    assert checked.figure == 1
+    assert checked.passed is passes, checked.reason
+    assert not greedy_check("float32", "dense", ([1, 0], logits_LV), [1, 1], fp32_bounds(64, 2, floor)).passed
 
 
 @pytest.mark.slow

@@ -15,7 +15,9 @@ MoE has slices, the neurons drawn at random. The MoE may lie FLOOR_FACTOR times 
 
 Greedy tokens must be the same. In bf16 two tokens can be tied within the rounding: a departure passes there if the
 dense logits of the two tokens lie within four standard deviations of what the floor does to the gap of two logits
-(a logit's deviation is sqrt(pi/2) times its mean |difference|, that of a gap sqrt(2) times more).
+(a logit's deviation is sqrt(pi/2) times its mean |difference|, that of a gap sqrt(2) times more), and what writing the
+two logits down in bf16 does: half a unit in the last place for each logit of each model. The units of the likeliest
+tokens are the coarsest of all, so the mean over all logits does not show them.
 
 One model is on the device at a time; the dense model's logits wait in main memory. Llama 3.1 8B sliced, in float32, has
 13.67e9 weights: 54.7 GB of a GPU's 80, where the dense model beside it (32.1 GB more) would not fit.
@@ -98,6 +100,8 @@ class Bounds:
     tie: float
     """Greedy tokens whose dense logits are this close may be swapped."""
     reason: str
+    resolution: float = 0.0
+    """Of one logit, relative to its size; two of it are added to `tie`."""
 
 
 def fp32_bounds(terms: int, layers: int, floor: Difference) -> Bounds:
@@ -122,6 +126,7 @@ def floor_bounds(floors: list[Difference]) -> Bounds:
         1 - allowed,
         4 * math.sqrt(math.pi) * max(f.mean_abs for f in floors),
         f"{FLOOR_FACTOR:g}x the floor",
+        torch.finfo(torch.bfloat16).eps,
     )
 
 
@@ -248,7 +253,7 @@ def _dtype_checks(
         on_step(f"{dtype}: {what}")
         with _as(moe, what):
             yield from _rows(dtype, what, compare(reference.logits, moe, windows), bounds)
-            yield _greedy_check(dtype, what, reference.greedy, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
+            yield greedy_check(dtype, what, reference.greedy, greedy(moe, prompt, GREEDY_TOKENS)[0], bounds)
 
 
 def _routes_as_converted(moe: ConvertedForCausalLM) -> bool:
@@ -312,14 +317,21 @@ def _rows(dtype: str, what: str, difference: Difference, bounds: Bounds | None) 
         yield Check(dtype, what, name, figure, bound, field == "top1", bounds.reason if bounds else "")
 
 
-def _greedy_check(
-    dtype: str, what: str, expected: tuple[list[int], Tensor], tokens: list[int], bounds: Bounds
-) -> Check:
+def greedy_check(dtype: str, what: str, expected: tuple[list[int], Tensor], tokens: list[int], bounds: Bounds) -> Check:
+    """Whether greedy decoding gives the dense model's tokens, or departs from them where two of them were tied.
+
+    Args:
+        expected: the dense model's tokens, and its logits of each of them, [length, V].
+        tokens: the other model's.
+    """
     wanted, logits_LV = expected
     same = next((i for i, (a, b) in enumerate(zip(wanted, tokens, strict=True)) if a != b), len(wanted))
     needed, reason = len(wanted), "the same text"
     if same < len(wanted):
         apart = (logits_LV[same, wanted[same]] - logits_LV[same, tokens[same]]).item()
-        if apart < bounds.tie:
-            needed, reason = same, f"then a tie: {apart:.2g} apart, the rounding's reach is {bounds.tie:.2g}"
+        reach = bounds.tie + 2 * bounds.resolution * logits_LV[same, wanted[same]].abs().item()
+        if apart < reach:
+            needed, reason = same, f"then a tie: {apart:.2g} apart, the rounding's reach is {reach:.2g}"
+        else:
+            reason = f"then no tie: {apart:.2g} apart, the rounding's reach is {reach:.2g}"
     return Check(dtype, what, f"greedy tokens equal, of {len(wanted)}", same, needed, True, reason)
