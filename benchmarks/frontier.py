@@ -34,9 +34,10 @@ TWINS: dict[str, dict[str, Any]] = {
     "twin, fitted router": {"trains": "experts", "router_fit": FIT},
 }
 DENSE_NO_OLD, TWIN_NO_OLD = "dense, no old text", "twin, no old text"
+RECALLS = {"": None} | {f", recall {share:g}": share for share in (0.9, 0.8, 0.7, 0.5)}
 TWINS |= {
     TWIN_NO_OLD + name: {"trains": "experts", "router_fit": FIT | {"to_slices": [GENERATED], "recall": recall}}
-    for name, recall in {"": None, ", recall 0.9": 0.9, ", recall 0.7": 0.7, ", recall 0.5": 0.5}.items()
+    for name, recall in RECALLS.items()
 }
 KINDS = {"dense": DENSE, DENSE_NO_OLD: replace(DENSE, axis=DENSE_NO_OLD)}
 KINDS |= {name: Variant(name, {"noise": 0.0}, recipe) for name, recipe in TWINS.items()}

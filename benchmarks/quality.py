@@ -203,7 +203,8 @@ def run_seed(
             if args.heal and name != ORACLE:
                 forwards = [masked(start) for start in healed(args, options, active, name, of_layers)]
                 found = judged(forwards, model, samples, tokenizer, args.tokens)
-                yield row | {"healed": args.heal, "perplexity": found, "max_vio": None, "worst_max_vio": None}
+                healed_row = {"healed": args.heal, "tokens_per_step": Heal.tokens_per_step, "perplexity": found}
+                yield row | healed_row | {"max_vio": None, "worst_max_vio": None}
 
 
 def start_of(active: int, name: str, ffn: FFN, choices: dict[str, Tensor]) -> Start:

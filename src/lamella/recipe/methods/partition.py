@@ -156,7 +156,7 @@ class Heal(Options):
     """They are trained on this many tokens of the calibration's texts, which are read again where they are shorter."""
     lr: float = 3e-4
     """The learning rate (AdamW) rises to this, and falls to nothing at the end."""
-    tokens_per_step: int = 2048
+    tokens_per_step: int = 512
     """A step takes this many tokens, at least one window."""
 
     def problems(self) -> list[str]:
