@@ -32,6 +32,8 @@ from lamella.service.streams import Hub
 
 STORE = "lamella.db"
 HOST, PORT = "127.0.0.1", 7420
+BACKLOG = 2048
+"""Connections that wait to be taken."""
 LATER_S = 2
 
 
@@ -123,7 +125,7 @@ def serve(settings: Settings) -> None:
     print(f"lamella serves on http://{shown}:{port} (home {settings.home}); Ctrl-C ends it, and no run", flush=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=LATER_S, limit_concurrency=2000,
-        server_header=False,
+        server_header=False, backlog=BACKLOG,
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").addFilter(_not_of_streams)
@@ -163,6 +165,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # before the address is told: who comes early waits, and is not refused
     except OSError as error:
         listener.close()
         raise UserError(f"{host}:{port} cannot be listened on: {error.strerror}; set --port") from None
